@@ -1,0 +1,170 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <array>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include <mlx/array.h>
+
+#include "metal_lora/ops.h"
+#include "metal_lora/weight.h"
+
+namespace metal_lora {
+
+/// Geometry of a decoder-only transformer of the Llama kind, by config: no code per checkpoint.
+struct ModelConfig {
+  std::string architecture;  ///< model_type: llama, mistral, qwen2, qwen3
+  int hidden_size = 0, num_hidden_layers = 0, intermediate_size = 0;
+  int num_attention_heads = 0, num_key_value_heads = 0, head_dim = 0;
+  int vocab_size = 0, max_position_embeddings = 0;
+  float rms_norm_eps = 1e-5f;
+  bool tie_word_embeddings = false;
+  int sliding_window = 0;                   ///< tokens; 0 = none
+  std::vector<bool> layer_uses_window;      ///< per layer (Qwen2's max_window_layers)
+  std::vector<float> inv_freq;              ///< [head_dim/2], rope scaling applied
+  float rope_factor = 1.0f;                 ///< attention factor on cos and sin
+  std::vector<int32_t> eos_token_ids;
+  std::optional<int32_t> bos_token_id, pad_token_id;
+};
+
+/// The adaptable linears of a layer, in the order that adapters and files list them.
+enum class Slot { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj };
+inline constexpr int kSlotsPerLayer = 7;
+/// "self_attn.q_proj" … "mlp.down_proj".
+std::string_view slot_path(Slot slot);
+
+/// A set of LoRA tensors fitted to a model: what forward applies. Value type, cheap to copy.
+struct AdapterModule {
+  std::string path;      ///< "model.layers.3.self_attn.q_proj"; "model.embed_tokens"
+  Lora lora;
+};
+class AdapterWeights {
+ public:
+  AdapterWeights() = default;
+  /// Modules must have paths that `config` knows, each once, and shapes that fit; Error otherwise.
+  AdapterWeights(const ModelConfig& config, std::vector<AdapterModule> modules);
+
+  const std::vector<AdapterModule>& modules() const { return modules_; }
+  const Lora* find(int layer, Slot slot) const;
+  const Lora* find_embedding() const;
+  bool empty() const { return modules_.empty(); }
+
+  /// A and B of every module in order (a0, b0, a1, b1, …) and a copy with others in their place:
+  /// how a differentiated function gets its trainable arrays.
+  std::vector<mlx::core::array> parameters() const;
+  AdapterWeights with_parameters(std::span<const mlx::core::array> parameters) const;
+  /// A copy with dropout masks of this seed (a different one for each module).
+  AdapterWeights with_dropout(float dropout, uint64_t seed) const;
+  AdapterWeights astype(mlx::core::Dtype dtype) const;
+
+ private:
+  std::vector<AdapterModule> modules_;
+  std::vector<int> index_;  ///< layer·7 + slot -> module, −1 = none; last: the embedding
+};
+
+/// Paths of every linear of the model that can carry an adapter, with {out, in}.
+struct LinearInfo {
+  std::string path;
+  int out_features, in_features;
+};
+std::vector<LinearInfo> adaptable_linears(const ModelConfig& config);
+
+struct LoadOptions {
+  mlx::core::Dtype dtype = mlx::core::bfloat16;  ///< of activations (and of dense weights that a file stores quantised in a form we do not multiply)
+  int quantize_bits = 0;       ///< 0: keep what the file stores; 4 or 8: quantise dense linears
+  int quantize_group = 64;
+  bool dequantize = false;     ///< make every weight dense in `dtype`
+  std::function<void(double)> progress;  ///< 0 … 1
+};
+
+/// Keys and values of one sequence. Movable; one generation at a time.
+class KVCache {
+ public:
+  KVCache(const ModelConfig& config, mlx::core::Dtype dtype);
+  int length() const { return length_; }
+  /// Forgets the tokens from `length` on (rejected drafts, prompt edits). O(1).
+  void truncate(int length);
+  /// Makes room for `tokens` in all, in steps of 256; keeps the contents.
+  void reserve(int tokens);
+  size_t nbytes() const;
+
+ private:
+  friend class Model;
+  mlx::core::array data_;  ///< [layers, 2, capacity, kv_heads, head_dim]
+  int length_ = 0;
+};
+
+class Model {
+ public:
+  /// A GGUF file or a Hugging Face folder (config.json + *.safetensors). Weights are validated, then
+  /// mapped or packed; nothing in the files is trusted. Errors: not_found, invalid_input naming
+  /// file and field, unsupported naming what is.
+  static std::shared_ptr<const Model> load(const std::filesystem::path& path, const LoadOptions& options = {});
+
+  const ModelConfig& config() const { return config_; }
+  mlx::core::Dtype dtype() const { return dtype_; }
+  const std::filesystem::path& path() const { return path_; }
+  size_t weight_bytes() const;
+  /// Of a linear by path, for fuse and export; Error not_found.
+  const LoraLinear& linear(std::string_view path) const;
+  const Weight& head() const { return head_; }
+  const Weight& embedding() const { return embedding_; }
+
+  /// Final hidden states (after the last norm) [tokens, hidden] for a packed stream of tokens.
+  /// Differentiable in the adapter's parameters. checkpoint: recompute each layer in the backward
+  /// pass instead of keeping its activations (≈ 1/3 more work, memory of one layer).
+  mlx::core::array hidden(
+      const mlx::core::array& tokens,
+      const ops::Segments& segments,
+      const AdapterWeights& adapter,
+      bool checkpoint = false) const;
+
+  /// Runs tokens (int32) through the cache and returns the logits f32 [rows, vocab] of the last
+  /// `rows` of them. One to eight tokens take the decode path. Evaluated on return.
+  mlx::core::array decode(
+      std::span<const int32_t> tokens, KVCache& cache, const AdapterWeights& adapter, int rows = 1) const;
+
+  /// Σ weights·loss of a packed stream (f32 scalar); see ops::linear_cross_entropy.
+  mlx::core::array loss(
+      const mlx::core::array& tokens,
+      const ops::Segments& segments,
+      const mlx::core::array& targets,
+      const mlx::core::array& weights,
+      const AdapterWeights& adapter,
+      bool needs_grad,
+      bool checkpoint = false) const;
+
+ private:
+  friend class ModelLoader;
+  struct Layer {
+    std::array<LoraLinear, kSlotsPerLayer> linears;
+    mlx::core::array input_norm, post_norm;
+    std::optional<mlx::core::array> q_norm, k_norm;
+  };
+  Model() = default;
+
+  std::vector<mlx::core::array> layer_forward(
+      int index,
+      const mlx::core::array& residual,
+      const mlx::core::array& update,
+      const mlx::core::array& table,
+      const mlx::core::array& segment_start,
+      const AdapterWeights& adapter) const;
+
+  ModelConfig config_;
+  mlx::core::Dtype dtype_ = mlx::core::bfloat16;
+  std::filesystem::path path_;
+  std::vector<Layer> layers_;
+  Weight embedding_, head_;
+  std::optional<mlx::core::array> final_norm_;
+};
+
+}  // namespace metal_lora

@@ -1,0 +1,155 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+//
+// The operations of a LoRA model as MLX arrays: lazy, differentiable where said, dispatched by the
+// launch layer. Activations are f32, f16 or bf16; sums are f32. Shapes are checked at the call and
+// wrong ones throw Error "[op] x must be …, but is …". Thread-safe as MLX is: one graph, one thread.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include <mlx/array.h>
+
+#include "kernels/params.h"
+#include "metal_lora/weight.h"
+
+namespace metal_lora {
+
+/// One adapter of one linear: A [rank, in], B [out, rank] (PEFT's shapes), f32, f16 or bf16.
+struct Lora {
+  mlx::core::array a;
+  mlx::core::array b;
+  float scale = 1.0f;
+  float dropout = 0.0f;
+  uint64_t dropout_seed = 0;
+};
+
+/// A frozen linear with an optional adapter. bias: f32 [out].
+struct LoraLinear {
+  Weight weight;
+  std::optional<Lora> lora;
+  std::optional<mlx::core::array> bias;
+};
+
+namespace ops {
+
+/// y = x·Wᵀ + bias + scale·(drop(x)·Aᵀ)·Bᵀ for each linear; all share x [tokens, in] (q, k, v; gate,
+/// up), which is read and converted once. Returns [tokens, out] in x's dtype for each.
+/// Differentiable in x, A, B. dA, dB have A's dtype.
+std::vector<mlx::core::array> lora_linear(
+    const mlx::core::array& x, std::span<const LoraLinear> linears);
+mlx::core::array lora_linear(const mlx::core::array& x, const LoraLinear& linear);
+
+/// Rows of `table` [vocab, dims] (+ adapter: A [rank, vocab], B [dims, rank]) for ids int32 [tokens];
+/// result [tokens, dims] of `dtype`. ids must be in range (checked when the kernel runs).
+/// Differentiable in A and B.
+mlx::core::array lora_embedding(
+    const mlx::core::array& ids, const LoraLinear& table, mlx::core::Dtype dtype);
+
+/// The tokens of a batch laid end to end ("packed"): no padding, no leaking between segments.
+struct Segments {
+  mlx::core::array positions;       ///< int32 [tokens], from 0 in each segment
+  mlx::core::array segment_start;   ///< int32 [tokens], index of the segment's first token
+};
+
+/// Causal grouped-query attention: q [tokens, q_heads, head_dim], k, v [tokens, kv_heads, head_dim];
+/// token i sees tokens segment_start[i] … i, at most `window` of them (0: all). Flash-style, no
+/// [tokens, tokens] matrix. Differentiable in q, k, v.
+mlx::core::array attention(
+    const mlx::core::array& q,
+    const mlx::core::array& k,
+    const mlx::core::array& v,
+    const mlx::core::array& segment_start,
+    float scale,
+    int window = 0);
+
+/// Writes k, v [tokens, kv_heads, head_dim] into a layer of the cache [layers, 2, capacity,
+/// kv_heads, head_dim] at `position`, then attends over its first position + tokens entries.
+/// Returns {out, cache}; the cache's buffer is reused when the caller lets go of it. Inference only.
+std::pair<mlx::core::array, mlx::core::array> cached_attention(
+    const mlx::core::array& q,
+    const mlx::core::array& k,
+    const mlx::core::array& v,
+    const mlx::core::array& cache,
+    int layer,
+    int position,
+    float scale,
+    int window = 0);
+
+/// rms_norm(x)·weight over the last axis. Differentiable in x and weight.
+mlx::core::array rms_norm(const mlx::core::array& x, const mlx::core::array& weight, float eps);
+/// {h, y}: h = x + residual, y = rms_norm(h)·weight. Differentiable in x, residual and weight.
+std::pair<mlx::core::array, mlx::core::array> add_rms_norm(
+    const mlx::core::array& x,
+    const mlx::core::array& residual,
+    const mlx::core::array& weight,
+    float eps);
+
+/// [tokens, head_dim] f32 of cosines then sines; see cpu::rope_table.
+mlx::core::array rope_table(
+    const mlx::core::array& positions, const mlx::core::array& inv_freq, float factor = 1.0f);
+/// Rotary embedding in NeoX order of x [tokens, heads, head_dim]. Differentiable in x.
+mlx::core::array rope(const mlx::core::array& x, const mlx::core::array& table);
+
+/// silu(gate)·up. Differentiable in both.
+mlx::core::array swiglu(const mlx::core::array& gate, const mlx::core::array& up);
+
+/// Σ_t weights[t]·(−log softmax(x_t·Wᵀ)[targets[t]]), f32 scalar, without the [tokens, vocab] logits.
+/// x [tokens, dims], targets int32 [tokens], weights f32 [tokens]; tokens of weight 0 cost nothing.
+/// Differentiable in x (the gradient is made in the same pass; pass needs_grad = false to skip it).
+mlx::core::array linear_cross_entropy(
+    const mlx::core::array& x,
+    const Weight& head,
+    const mlx::core::array& targets,
+    const mlx::core::array& weights,
+    bool needs_grad = true);
+/// The unweighted −log softmax of each target [tokens] f32. Not differentiable.
+mlx::core::array token_losses(
+    const mlx::core::array& x, const Weight& head, const mlx::core::array& targets);
+
+struct AdamWOutput {
+  mlx::core::array param, m, v;  ///< f32 [count]
+  mlx::core::array grad_norm;    ///< f32 scalar, before clipping
+  mlx::core::array skipped;      ///< int32 scalar: 1 when a gradient was not finite, nothing changed
+};
+/// One AdamW step over one flat f32 buffer, in place where the caller lets go of the inputs.
+AdamWOutput adamw(
+    const mlx::core::array& param,
+    const mlx::core::array& grad,
+    const mlx::core::array& m,
+    const mlx::core::array& v,
+    AdamWParams params);
+
+/// Plain-MLX versions of the above, the truth that tests compare with. Slow on a CPU.
+namespace reference {
+mlx::core::array lora_linear(const mlx::core::array& x, const LoraLinear& linear);
+mlx::core::array lora_embedding(
+    const mlx::core::array& ids, const LoraLinear& table, mlx::core::Dtype dtype);
+mlx::core::array attention(
+    const mlx::core::array& q,
+    const mlx::core::array& k,
+    const mlx::core::array& v,
+    const mlx::core::array& segment_start,
+    float scale,
+    int window = 0);
+mlx::core::array rms_norm(const mlx::core::array& x, const mlx::core::array& weight, float eps);
+mlx::core::array rope(const mlx::core::array& x, const mlx::core::array& table);
+mlx::core::array swiglu(const mlx::core::array& gate, const mlx::core::array& up);
+mlx::core::array linear_cross_entropy(
+    const mlx::core::array& x,
+    const Weight& head,
+    const mlx::core::array& targets,
+    const mlx::core::array& weights);
+AdamWOutput adamw(
+    const mlx::core::array& param,
+    const mlx::core::array& grad,
+    const mlx::core::array& m,
+    const mlx::core::array& v,
+    AdamWParams params);
+}  // namespace reference
+
+}  // namespace ops
+}  // namespace metal_lora

@@ -1,0 +1,73 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include <mlx/array.h>
+
+#include "kernels/params.h"
+
+namespace metal_lora {
+
+/// A frozen base weight W [out, in]: an immutable handle, cheap to copy, thread-safe. It never takes
+/// part in differentiation, so it rides beside the graph instead of being an input of each node;
+/// its bytes may lie in a mapped file.
+class Weight {
+ public:
+  Weight() = default;
+
+  /// Dense f32, f16 or bf16 array [out, in]; evaluates it.
+  static Weight dense(const mlx::core::array& w);
+  /// MLX affine triple: q uint32 [out, in·bits/32], scales and biases [out, in/group_size].
+  static Weight affine(
+      const mlx::core::array& q,
+      const mlx::core::array& scales,
+      const mlx::core::array& biases,
+      int group_size,
+      int bits);
+  /// Bytes owned by `owner` (a mapping, a buffer), laid out as params say.
+  static Weight view(
+      const WeightParams& params,
+      std::shared_ptr<const void> owner,
+      const void* data,
+      const void* scales = nullptr,
+      const void* biases = nullptr);
+
+  /// The layout that the active backend multiplies fastest (CPU: packed INT4/INT8), or *this where
+  /// there is none. Costs one pass over the bytes; the original's memory goes with its last handle.
+  Weight prepared() const;
+  /// As an affine weight of `bits` (4 or 8) in groups of `group_size`; *this if it already is one.
+  Weight quantized(int bits, int group_size) const;
+  /// Dense f32 [out, in].
+  mlx::core::array dequantized() const;
+  /// Rows [begin, end) as f32 [end - begin, in].
+  mlx::core::array rows(uint32_t begin, uint32_t end) const;
+
+  const WeightParams& params() const { return params_; }
+  int out_features() const { return static_cast<int>(params_.n); }
+  int in_features() const { return static_cast<int>(params_.k); }
+  bool is_quantized() const { return params_.format >= WeightFormat::int4; }
+  explicit operator bool() const { return data_ != nullptr; }
+  /// Bytes of data, scales and biases.
+  size_t nbytes() const;
+
+  const void* data() const { return data_; }
+  const void* scales() const { return scales_; }
+  const void* biases() const { return biases_; }
+
+ private:
+  WeightParams params_;
+  std::shared_ptr<const void> owner_;
+  const void* data_ = nullptr;
+  const void* scales_ = nullptr;
+  const void* biases_ = nullptr;
+};
+
+/// MLX's type of a kernel's, and back (throws Error for others).
+mlx::core::Dtype to_mlx(DType dtype);
+DType to_kernel(mlx::core::Dtype dtype);
+
+}  // namespace metal_lora
