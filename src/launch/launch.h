@@ -1,0 +1,49 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+//
+// The one place that turns an operation into a dispatched kernel. An op says what (inputs, outputs,
+// gradient); launch() picks the backend and makes one MLX primitive of it.
+#pragma once
+
+#include <functional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <mlx/array.h>
+
+namespace metal_lora {
+
+/// What a CPU kernel's entry gets: row-contiguous inputs and freshly allocated (or donated) outputs.
+struct KernelArgs {
+  std::span<const void* const> in;
+  std::span<void* const> out;
+};
+
+struct OutputSpec {
+  mlx::core::Shape shape;
+  mlx::core::Dtype dtype;
+  int in_place_of = -1;  ///< input whose contents this output starts from; its buffer, if free
+};
+
+using Arrays = std::vector<mlx::core::array>;
+
+struct Launch {
+  const char* kernel;  ///< the name that all backends share
+  Arrays inputs;
+  std::vector<OutputSpec> outputs;
+  /// Runs on the stream's thread; parameters and base weights are captured by value (handles).
+  std::function<void(const KernelArgs&)> cpu;
+  /// Gradients of inputs[argnums…]; empty: the op is not differentiable and says so.
+  std::function<Arrays(
+      const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs)>
+      vjp;
+  /// The same outputs in plain MLX, for jvp and vmap; empty: these say by name that there is none.
+  std::function<Arrays(const Arrays&)> reference;
+};
+
+/// Lazy outputs of one kernel dispatch. Inputs need not be contiguous or evaluated.
+Arrays launch(Launch launch);
+
+}  // namespace metal_lora

@@ -1,0 +1,215 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+#include <mlx/ops.h>
+
+#include "src/launch/launch.h"
+#include "src/ops/checks.h"
+#include "src/ops/weight_view.h"
+
+namespace mx = mlx::core;
+
+namespace metal_lora::ops {
+namespace {
+
+constexpr const char* kOp = "lora_linear";
+
+/// What a branch is, without its arrays: those are graph inputs.
+struct Branch {
+  Weight weight;
+  LoraParams lora;
+  std::optional<mx::array> bias;
+  bool has_lora() const { return lora.rank > 0; }
+};
+
+struct Group {
+  uint32_t tokens = 0, in_features = 0;
+  DType dtype = DType::f32;
+  std::vector<Branch> branches;
+};
+
+LoraParams checked_lora(const Lora& lora, const Weight& weight) {
+  check_shape(kOp, "A", lora.a, {-1, weight.in_features()});
+  const int rank = lora.a.shape(0);
+  if (rank < 1 || rank > 1024) refuse(kOp, "rank", "1 … 1024", std::to_string(rank));
+  check_shape(kOp, "B", lora.b, {weight.out_features(), rank});
+  check_dtype(kOp, "B", lora.b, lora.a.dtype());
+  if (!(lora.dropout >= 0.0f && lora.dropout < 1.0f)) {
+    refuse(kOp, "dropout", "in [0, 1)", fmt::format("{}", lora.dropout));
+  }
+  LoraParams p;
+  p.rank = static_cast<uint32_t>(rank);
+  p.scale = lora.scale;
+  p.dtype = to_kernel(lora.a.dtype());
+  p.dropout = lora.dropout;
+  p.dropout_seed = lora.dropout_seed;
+  return p;
+}
+
+Group checked_group(const mx::array& x, std::span<const LoraLinear> linears) {
+  Group group;
+  check_shape(kOp, "x", x, {-1, -1});
+  group.tokens = static_cast<uint32_t>(x.shape(0));
+  group.in_features = static_cast<uint32_t>(x.shape(1));
+  group.dtype = to_kernel(x.dtype());
+  for (const auto& linear : linears) {
+    if (linear.weight.params().k != group.in_features) {
+      refuse(kOp, "x", fmt::format("(tokens, {})", linear.weight.in_features()), shape_text(x));
+    }
+    Branch branch{linear.weight, {}, linear.bias};
+    if (linear.lora) branch.lora = checked_lora(*linear.lora, linear.weight);
+    if (branch.bias) {
+      check_shape(kOp, "bias", *branch.bias, {linear.weight.out_features()});
+      check_dtype(kOp, "bias", *branch.bias, mx::float32);
+      branch.bias->eval();
+    }
+    group.branches.push_back(std::move(branch));
+  }
+  return group;
+}
+
+cpu::LoraBranch kernel_branch(const Branch& branch) {
+  cpu::LoraBranch out;
+  out.weight = weight_view(branch.weight);
+  out.lora.params = branch.lora;
+  if (branch.bias) out.bias = branch.bias->data<float>();
+  return out;
+}
+
+/// in: x, then A and B of each branch that has an adapter; out: y, then u where there is one.
+void forward_cpu(const Group& group, const KernelArgs& args) {
+  std::vector<cpu::LoraBranch> branches;
+  size_t in = 1, out = 0;
+  for (const auto& branch : group.branches) {
+    auto b = kernel_branch(branch);
+    b.y = args.out[out++];
+    if (branch.has_lora()) {
+      b.lora.a = args.in[in++];
+      b.lora.b = args.in[in++];
+      b.u = static_cast<float*>(args.out[out++]);
+    }
+    branches.push_back(b);
+  }
+  cpu::lora_linear_forward(
+      group.tokens, group.in_features, group.dtype, args.in[0], branches.data(), branches.size());
+}
+
+struct Wanted {
+  bool dx = false;
+  std::vector<bool> adapter;  ///< per branch
+};
+
+/// in: x, then per branch dy, and A, B, u where there is an adapter;
+/// out: dx if wanted, then dA and dB of each branch whose adapter's gradient is.
+void backward_cpu(const Group& group, const Wanted& wanted, const KernelArgs& args) {
+  std::vector<cpu::LoraBranch> branches;
+  size_t in = 1, out = wanted.dx ? 1 : 0;
+  for (size_t i = 0; i < group.branches.size(); ++i) {
+    auto b = kernel_branch(group.branches[i]);
+    b.dy = args.in[in++];
+    if (group.branches[i].has_lora()) {
+      b.lora.a = args.in[in++];
+      b.lora.b = args.in[in++];
+      b.u_saved = static_cast<const float*>(args.in[in++]);
+    }
+    if (wanted.adapter[i]) {
+      b.da = static_cast<float*>(args.out[out++]);
+      b.db = static_cast<float*>(args.out[out++]);
+    }
+    branches.push_back(b);
+  }
+  cpu::lora_linear_backward(
+      group.tokens,
+      group.in_features,
+      group.dtype,
+      args.in[0],
+      branches.data(),
+      branches.size(),
+      wanted.dx ? args.out[0] : nullptr);
+}
+
+Arrays vjp(
+    const std::shared_ptr<const Group>& group,
+    const Arrays& primals,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays& outputs) {
+  Wanted wanted;
+  wanted.adapter.resize(group->branches.size());
+  std::vector<bool> needed(primals.size());
+  for (int i : argnums) needed[i] = true;
+  wanted.dx = needed[0];
+
+  Launch back{.kernel = "lora_linear_backward", .inputs = {primals[0]}, .outputs = {}, .cpu = {}, .vjp = {}, .reference = {}};
+  if (wanted.dx) back.outputs.push_back({primals[0].shape(), primals[0].dtype()});
+  std::vector<int> gradient_of(primals.size(), -1);  // input -> output of the launch
+  if (wanted.dx) gradient_of[0] = 0;
+  size_t in = 1, out = 0;
+  for (size_t i = 0; i < group->branches.size(); ++i) {
+    back.inputs.push_back(cotangents[out++]);
+    if (!group->branches[i].has_lora()) continue;
+    back.inputs.insert(back.inputs.end(), {primals[in], primals[in + 1], outputs[out++]});
+    wanted.adapter[i] = needed[in] || needed[in + 1];
+    if (wanted.adapter[i]) {
+      for (size_t j : {in, in + 1}) {
+        gradient_of[j] = static_cast<int>(back.outputs.size());
+        back.outputs.push_back({primals[j].shape(), mx::float32});
+      }
+    }
+    in += 2;
+  }
+  back.cpu = [group, wanted](const KernelArgs& args) { backward_cpu(*group, wanted, args); };
+  auto grads = launch(std::move(back));
+  Arrays result;
+  for (int i : argnums) result.push_back(mx::astype(grads[gradient_of[i]], primals[i].dtype()));
+  return result;
+}
+
+Arrays reference_group(const Group& group, const Arrays& inputs) {
+  Arrays result;
+  size_t in = 1;
+  for (const auto& branch : group.branches) {
+    LoraLinear linear{branch.weight, std::nullopt, branch.bias};
+    if (!branch.has_lora()) {
+      result.push_back(reference::lora_linear(inputs[0], linear));
+      continue;
+    }
+    linear.lora = Lora{
+        inputs[in], inputs[in + 1], branch.lora.scale, branch.lora.dropout, branch.lora.dropout_seed};
+    in += 2;
+    result.push_back(reference::lora_linear(inputs[0], linear));
+    result.push_back(mx::matmul(
+        mx::astype(inputs[0], mx::float32), mx::transpose(mx::astype(linear.lora->a, mx::float32))));
+  }
+  return result;
+}
+
+}  // namespace
+
+Arrays lora_linear(const mx::array& x, std::span<const LoraLinear> linears) {
+  auto group = std::make_shared<const Group>(checked_group(x, linears));
+  Launch forward{.kernel = kOp, .inputs = {x}, .outputs = {}, .cpu = {}, .vjp = {}, .reference = {}};
+  std::vector<size_t> y_index;
+  for (size_t i = 0; i < linears.size(); ++i) {
+    y_index.push_back(forward.outputs.size());
+    forward.outputs.push_back({{x.shape(0), linears[i].weight.out_features()}, x.dtype()});
+    if (!linears[i].lora) continue;
+    forward.inputs.push_back(linears[i].lora->a);
+    forward.inputs.push_back(linears[i].lora->b);
+    forward.outputs.push_back({{x.shape(0), linears[i].lora->a.shape(0)}, mx::float32});
+  }
+  forward.cpu = [group](const KernelArgs& args) { forward_cpu(*group, args); };
+  forward.vjp = [group](const auto& primals, const auto& cotangents, const auto& argnums, const auto& outputs) {
+    return vjp(group, primals, cotangents, argnums, outputs);
+  };
+  forward.reference = [group](const Arrays& inputs) { return reference_group(*group, inputs); };
+  auto outputs = launch(std::move(forward));
+  Arrays ys;
+  for (size_t i : y_index) ys.push_back(outputs[i]);
+  return ys;
+}
+
+mx::array lora_linear(const mx::array& x, const LoraLinear& linear) {
+  return lora_linear(x, std::span(&linear, 1))[0];
+}
+
+}  // namespace metal_lora::ops

@@ -1,0 +1,150 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+#include <mlx/ops.h>
+
+#include "kernels/cpu/transformer_kernels.h"
+#include "src/launch/launch.h"
+#include "src/ops/checks.h"
+#include "src/ops/weight_view.h"
+
+namespace mx = mlx::core;
+
+namespace metal_lora::ops {
+namespace {
+
+LinearCrossEntropyParams checked_params(
+    const char* op, const mx::array& x, const Weight& head, const mx::array& targets) {
+  check_shape(op, "x", x, {-1, head.in_features()});
+  check_shape(op, "targets", targets, {x.shape(0)});
+  check_dtype(op, "targets", targets, mx::int32);
+  LinearCrossEntropyParams p;
+  p.tokens = static_cast<uint32_t>(x.shape(0));
+  p.dims = static_cast<uint32_t>(x.shape(1));
+  p.vocab = head.params().n;
+  p.dtype = to_kernel(x.dtype());
+  return p;
+}
+
+/// Of tokens that count: the kernel indexes the logits with them.
+void check_targets(const char* op, const LinearCrossEntropyParams& p, const int32_t* targets, const float* weights) {
+  for (uint32_t i = 0; i < p.tokens; ++i) {
+    if (weights[i] != 0.0f && static_cast<uint32_t>(targets[i]) >= p.vocab) {
+      refuse(op, fmt::format("targets[{}]", i), fmt::format("in [0, {})", p.vocab), std::to_string(targets[i]));
+    }
+  }
+}
+
+}  // namespace
+
+mx::array linear_cross_entropy(
+    const mx::array& x, const Weight& head, const mx::array& targets, const mx::array& weights, bool needs_grad) {
+  constexpr const char* kOp = "linear_cross_entropy";
+  const auto p = checked_params(kOp, x, head, targets);
+  check_shape(kOp, "weights", weights, {x.shape(0)});
+  check_dtype(kOp, "weights", weights, mx::float32);
+  Launch forward{
+      .kernel = kOp,
+      .inputs = {x, targets, weights},
+      .outputs = {{{}, mx::float32}},
+      .cpu =
+          [=](const KernelArgs& args) {
+            const auto* target = static_cast<const int32_t*>(args.in[1]);
+            const auto* weight = static_cast<const float*>(args.in[2]);
+            check_targets(kOp, p, target, weight);
+            cpu::linear_cross_entropy(
+                p,
+                args.in[0],
+                weight_view(head),
+                target,
+                weight,
+                static_cast<float*>(args.out[0]),
+                needs_grad ? args.out[1] : nullptr,
+                nullptr);
+          },
+      .vjp = {},
+      .reference =
+          [head, needs_grad](const Arrays& in) {
+            Arrays out{reference::linear_cross_entropy(in[0], head, in[1], in[2])};
+            if (needs_grad) out.push_back(mx::zeros_like(in[0]));
+            return out;
+          }};
+  if (needs_grad) {
+    forward.outputs.push_back({x.shape(), x.dtype()});
+    forward.vjp = [](const Arrays&, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
+      Arrays result;
+      for (int i : argnums) {
+        if (i != 0) refuse("linear_cross_entropy", "the differentiated input", "x", "another");
+        result.push_back(mx::astype(mx::multiply(cotangents[0], outputs[1]), outputs[1].dtype()));
+      }
+      return result;
+    };
+  }
+  return launch(std::move(forward))[0];
+}
+
+mx::array token_losses(const mx::array& x, const Weight& head, const mx::array& targets) {
+  constexpr const char* kOp = "token_losses";
+  const auto p = checked_params(kOp, x, head, targets);
+  return launch(
+      {.kernel = kOp,
+       .inputs = {x, targets},
+       .outputs = {{{x.shape(0)}, mx::float32}},
+       .cpu =
+           [=](const KernelArgs& args) {
+             const std::vector<float> ones(p.tokens, 1.0f);
+             const auto* target = static_cast<const int32_t*>(args.in[1]);
+             check_targets(kOp, p, target, ones.data());
+             float sum = 0.0f;
+             cpu::linear_cross_entropy(
+                 p,
+                 args.in[0],
+                 weight_view(head),
+                 target,
+                 ones.data(),
+                 &sum,
+                 nullptr,
+                 static_cast<float*>(args.out[0]));
+           },
+       .vjp = {},
+       .reference = {}})[0];
+}
+
+AdamWOutput adamw(
+    const mx::array& param, const mx::array& grad, const mx::array& m, const mx::array& v, AdamWParams params) {
+  constexpr const char* kOp = "adamw";
+  check_shape(kOp, "param", param, {-1});
+  const auto check_buffer = [&](const char* name, const mx::array& a) {
+    check_shape(kOp, name, a, {param.shape(0)});
+    check_dtype(kOp, name, a, mx::float32);
+  };
+  check_buffer("param", param);
+  check_buffer("grad", grad);
+  check_buffer("m", m);
+  check_buffer("v", v);
+  params.count = param.size();
+  auto out = launch(
+      {.kernel = kOp,
+       .inputs = {param, grad, m, v},
+       .outputs =
+           {{param.shape(), mx::float32, 0},
+            {m.shape(), mx::float32, 2},
+            {v.shape(), mx::float32, 3},
+            {{}, mx::float32},
+            {{}, mx::int32}},
+       .cpu =
+           [params](const KernelArgs& args) {
+             const auto result = cpu::adamw(
+                 params,
+                 static_cast<float*>(args.out[0]),
+                 static_cast<const float*>(args.in[1]),
+                 static_cast<float*>(args.out[1]),
+                 static_cast<float*>(args.out[2]));
+             *static_cast<float*>(args.out[3]) = result.grad_norm;
+             *static_cast<int32_t*>(args.out[4]) = result.skipped ? 1 : 0;
+           },
+       .vjp = {},
+       .reference = {}});
+  return {out[0], out[1], out[2], out[3], out[4]};
+}
+
+}  // namespace metal_lora::ops

@@ -1,0 +1,172 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+#include "metal_lora/weight.h"
+
+#include <cstdlib>
+
+#include <mlx/ops.h>
+#include <mlx/transforms.h>
+#include <mlx/utils.h>
+
+#include "kernels/cpu/lora_quantized.h"
+#include "src/ops/checks.h"
+#include "src/ops/weight_view.h"
+
+namespace mx = mlx::core;
+
+namespace metal_lora {
+namespace {
+
+size_t dtype_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+std::shared_ptr<std::byte[]> allocate(size_t bytes) {
+  constexpr size_t kAlignment = 64;
+  auto* p = static_cast<std::byte*>(
+      std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
+  if (p == nullptr && bytes > 0) {
+    throw Error(
+        ErrorCode::does_not_fit, fmt::format("[weight] cannot allocate {} bytes", bytes));
+  }
+  return {p, [](std::byte* q) { std::free(q); }};
+}
+
+bool is_affine(const WeightParams& p) { return p.format >= WeightFormat::int4; }
+int bits_of(const WeightParams& p) { return p.format == WeightFormat::int4 ? 4 : 8; }
+
+size_t row_major_data_bytes(const WeightParams& p) {
+  const size_t count = static_cast<size_t>(p.n) * p.k;
+  if (is_affine(p)) return count * bits_of(p) / 8;
+  return count * (p.format == WeightFormat::f32 ? 4 : 2);
+}
+
+size_t scales_bytes(const WeightParams& p) {
+  return is_affine(p) ? static_cast<size_t>(p.n) * (p.k / p.group_size) * dtype_bytes(p.scales_dtype) : 0;
+}
+
+WeightFormat dense_format(mx::Dtype dtype) {
+  switch (to_kernel(dtype)) {
+    case DType::f32: return WeightFormat::f32;
+    case DType::f16: return WeightFormat::f16;
+    case DType::bf16: return WeightFormat::bf16;
+  }
+  return WeightFormat::f32;
+}
+
+}  // namespace
+
+mx::Dtype to_mlx(DType dtype) {
+  switch (dtype) {
+    case DType::f32: return mx::float32;
+    case DType::f16: return mx::float16;
+    case DType::bf16: return mx::bfloat16;
+  }
+  throw Error(ErrorCode::internal, "[to_mlx] unknown dtype");
+}
+
+DType to_kernel(mx::Dtype dtype) {
+  if (dtype == mx::float32) return DType::f32;
+  if (dtype == mx::float16) return DType::f16;
+  if (dtype == mx::bfloat16) return DType::bf16;
+  throw Error(
+      ErrorCode::invalid_input,
+      std::string("[dtype] must be float32, float16 or bfloat16 but is ") + mx::dtype_to_string(dtype));
+}
+
+Weight Weight::dense(const mx::array& w) {
+  ops::check_shape("Weight::dense", "w", w, {-1, -1});
+  auto kept = std::make_shared<mx::array>(mx::contiguous(w));
+  kept->eval();
+  WeightParams p;
+  p.n = static_cast<uint32_t>(w.shape(0));
+  p.k = static_cast<uint32_t>(w.shape(1));
+  p.format = dense_format(w.dtype());
+  return view(p, kept, kept->data<void>());
+}
+
+Weight Weight::affine(
+    const mx::array& q, const mx::array& scales, const mx::array& biases, int group_size, int bits) {
+  constexpr const char* kOp = "Weight::affine";
+  if (bits != 4 && bits != 8) ops::refuse(kOp, "bits", "4 or 8", std::to_string(bits));
+  if (group_size != 32 && group_size != 64 && group_size != 128) {
+    ops::refuse(kOp, "group_size", "32, 64 or 128", std::to_string(group_size));
+  }
+  ops::check_shape(kOp, "q", q, {-1, -1});
+  ops::check_dtype(kOp, "q", q, mx::uint32);
+  const int n = q.shape(0), k = q.shape(1) * (32 / bits);
+  if (k % group_size != 0) ops::refuse(kOp, "in", "a multiple of group_size", std::to_string(k));
+  ops::check_shape(kOp, "scales", scales, {n, k / group_size});
+  ops::check_shape(kOp, "biases", biases, {n, k / group_size});
+  ops::check_dtype(kOp, "biases", biases, scales.dtype());
+  auto kept = std::make_shared<std::array<mx::array, 3>>(
+      std::array<mx::array, 3>{mx::contiguous(q), mx::contiguous(scales), mx::contiguous(biases)});
+  mx::eval((*kept)[0], (*kept)[1], (*kept)[2]);
+  WeightParams p;
+  p.n = static_cast<uint32_t>(n);
+  p.k = static_cast<uint32_t>(k);
+  p.format = bits == 4 ? WeightFormat::int4 : WeightFormat::int8;
+  p.group_size = static_cast<uint32_t>(group_size);
+  p.scales_dtype = to_kernel(scales.dtype());
+  return view(
+      p, kept, (*kept)[0].data<void>(), (*kept)[1].data<void>(), (*kept)[2].data<void>());
+}
+
+Weight Weight::view(
+    const WeightParams& params,
+    std::shared_ptr<const void> owner,
+    const void* data,
+    const void* scales,
+    const void* biases) {
+  Weight w;
+  w.params_ = params;
+  w.owner_ = std::move(owner);
+  w.data_ = data;
+  w.scales_ = scales;
+  w.biases_ = biases;
+  return w;
+}
+
+Weight Weight::prepared() const {
+  if (params_.layout == WeightLayout::cpu_packed || !cpu::can_pack(params_)) return *this;
+  WeightParams packed = params_;
+  packed.layout = WeightLayout::cpu_packed;
+  auto bytes = allocate(cpu::packed_weight_bytes(params_));
+  cpu::pack_weight(ops::weight_view(*this), bytes.get());
+  const void* data = bytes.get();
+  return view(packed, std::move(bytes), data);
+}
+
+Weight Weight::quantized(int bits, int group_size) const {
+  if (is_affine(params_)) return *this;
+  WeightParams p = params_;
+  p.format = bits == 4 ? WeightFormat::int4 : WeightFormat::int8;
+  p.group_size = static_cast<uint32_t>(group_size);
+  p.scales_dtype = DType::f16;
+  if (p.k % p.group_size != 0) return *this;
+  const size_t data_bytes = row_major_data_bytes(p), scale_bytes = scales_bytes(p);
+  auto bytes = allocate(data_bytes + 2 * scale_bytes);
+  auto* data = bytes.get();
+  auto dense = rows(0, p.n);
+  cpu::quantize_affine(
+      p, dense.data<float>(), data, data + data_bytes, data + data_bytes + scale_bytes);
+  return view(p, bytes, data, data + data_bytes, data + data_bytes + scale_bytes);
+}
+
+mx::array Weight::rows(uint32_t begin, uint32_t end) const {
+  if (begin > end || end > params_.n) {
+    ops::refuse("Weight::rows", "range", fmt::format("within 0 … {}", params_.n), fmt::format("{} … {}", begin, end));
+  }
+  const mx::Shape shape{static_cast<int>(end - begin), in_features()};
+  auto buffer = mx::allocator::malloc(static_cast<size_t>(end - begin) * params_.k * sizeof(float));
+  cpu::dequantize_rows(
+      ops::weight_view(*this), begin, end - begin, static_cast<float*>(buffer.buffer().raw_ptr()));
+  return mx::array(std::move(buffer), shape, mx::float32);
+}
+
+mx::array Weight::dequantized() const { return rows(0, params_.n); }
+
+size_t Weight::nbytes() const {
+  if (params_.layout == WeightLayout::cpu_packed) return cpu::packed_weight_bytes(params_);
+  return row_major_data_bytes(params_) + 2 * scales_bytes(params_);
+}
+
+}  // namespace metal_lora
