@@ -69,7 +69,7 @@ DType to_kernel(mx::Dtype dtype) {
   if (dtype == mx::bfloat16) return DType::bf16;
   throw Error(
       ErrorCode::invalid_input,
-      std::string("[dtype] must be float32, float16 or bfloat16 but is ") + mx::dtype_to_string(dtype));
+      std::string("[dtype] must be float32, float16 or bfloat16 but is ") + ops::dtype_name(dtype));
 }
 
 Weight Weight::dense(const mx::array& w) {
