@@ -4,7 +4,8 @@
 
 `generate` writes train, valid, test and unseen .jsonl ({"prompt", "completion"} rows) and the SQLite
 database that all of them ask about. The same seed gives the same bytes.
-`score` runs answers in that database and prints execution accuracy; `show` prints some of them.
+`prompts` prints the questions alone; `score` runs answers in that database and prints execution
+accuracy; `show` prints some of them.
 
 What makes the figure mean something:
 - every question of the test set differs from the training set in its words *and* in its SQL;
@@ -523,6 +524,12 @@ def generate(options):
         print(f"{folder / name}.jsonl: {count} questions", file=sys.stderr)
 
 
+def prompts(options):
+    """The questions alone: what a model is given to answer."""
+    for row in read_jsonl(options.data, ("prompt",)):
+        print(json.dumps({"prompt": row["prompt"]}, ensure_ascii=False))
+
+
 def score(options):
     labels = options.label or [pathlib.Path(a).stem for a in options.answers]
     if len(labels) != len(options.answers):
@@ -575,6 +582,9 @@ def make_parser():
     for name, count in (("train", 960), ("valid", 48), ("test", 96), ("unseen", 48)):
         command.add_argument(f"--{name}", type=int, default=count, help=f"questions (default {count})")
     command.set_defaults(run=generate)
+    command = commands.add_parser("prompts", help="the questions without their answers, as JSONL")
+    command.add_argument("--data", required=True, help="questions, a .jsonl that generate wrote")
+    command.set_defaults(run=prompts)
     for name, run, help_text in (
         ("score", score, "execution accuracy of answers, by category"),
         ("show", show, "some questions with their answers"),
