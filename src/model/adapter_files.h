@@ -4,26 +4,35 @@
 // The parts of metal_lora/adapter.h that tests and fuzzing call alone.
 #pragma once
 
-#include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "metal_lora/adapter.h"
-#include "src/io/json.h"
+#include "src/model/module_pattern.h"
 
 namespace metal_lora {
 
 /// What an adapter_config.json says, with everything refused that this library lacks.
 struct AdapterConfig {
   AdapterInfo info;
-  int rank = 0;            ///< of modules that no pattern names
-  double alpha = 0.0;      ///< PEFT
-  double scale = 0.0;      ///< mlx-lm
-  std::vector<std::pair<std::string, int>> rank_pattern;      ///< PEFT: regular expression → rank
-  std::vector<std::pair<std::string, double>> alpha_pattern;  ///< PEFT: regular expression → alpha
+  int rank = 0;  ///< of modules that no pattern names
+  double alpha = 0.0;       ///< PEFT
+  double scale = 0.0;       ///< mlx-lm
+  std::vector<std::pair<ModulePattern, int>> rank_pattern;      ///< PEFT; the first match counts
+  std::vector<std::pair<ModulePattern, double>> alpha_pattern;  ///< PEFT
+  std::vector<std::string> target_modules;       ///< PEFT; empty: not restricted by a list
+  std::optional<ModulePattern> target_pattern;   ///< PEFT, target_modules given as one string
+  std::vector<int64_t> layers_to_transform;      ///< PEFT; empty: all
+  std::vector<std::string> keys;                 ///< mlx-lm; empty: not restricted
 
-  int rank_of(const std::string& module_path) const;
-  float scale_of(const std::string& module_path, int rank) const;
+  int rank_of(std::string_view module_path) const;
+  float scale_of(std::string_view module_path, int module_rank) const;
+  /// Whether the configuration has an adapter there: a tensor elsewhere would be ignored by the
+  /// program that wrote it.
+  bool targets(std::string_view module_path) const;
 };
 
 /// Parses the text of an adapter_config.json; `where` names it in errors. Throws Error.
