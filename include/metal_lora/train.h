@@ -18,6 +18,7 @@
 #include <string_view>
 #include <vector>
 
+#include "metal_lora/error.h"
 #include "metal_lora/model.h"
 #include "src/text/chat_template.h"
 #include "src/text/tokenizer.h"
@@ -71,6 +72,7 @@ struct TrainingConfig {
   bool grad_checkpoint = false;
   bool mask_prompt = false;
   std::string report_to = "html";  ///< html, none
+  std::string project_name;        ///< title of the report
 
   // lora_parameters
   std::vector<std::string> lora_keys;  ///< self_attn.q_proj or q_proj; empty: all seven linears
