@@ -1,0 +1,12 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+#if defined(__x86_64__)
+#include "kernels/cpu/elementwise_impl.h"
+
+namespace metal_lora::cpu {
+
+extern const Elementwise elementwise_avx512_bf16;
+const Elementwise elementwise_avx512_bf16 = METAL_LORA_SIMD::kElementwise;
+
+}  // namespace metal_lora::cpu
+#endif
