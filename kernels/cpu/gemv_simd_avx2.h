@@ -60,34 +60,8 @@ inline V16 load_bf16_first(const uint16_t* p, size_t n) {
 
 inline V16 add(V16 x, V16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 inline V16 mul(V16 x, V16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
-inline V16 div(V16 x, V16 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
-inline V16 min(V16 x, V16 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
-inline V16 max(V16 x, V16 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 inline V16 fma(V16 x, V16 y, V16 z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
-}
-inline V16 round(V16 x) {
-  constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  return {_mm256_round_ps(x.a, kMode), _mm256_round_ps(x.b, kMode)};
-}
-inline __m256 scale_pow2(__m256 x, __m256 n) {
-  const __m256i exponent =
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return _mm256_mul_ps(x, _mm256_castsi256_ps(exponent));
-}
-inline V16 scale_pow2(V16 x, V16 n) { return {scale_pow2(x.a, n.a), scale_pow2(x.b, n.b)}; }
-inline V16 zero_below(V16 v, V16 x, V16 limit) {
-  return {
-      _mm256_and_ps(v.a, _mm256_cmp_ps(x.a, limit.a, _CMP_GE_OQ)),
-      _mm256_and_ps(v.b, _mm256_cmp_ps(x.b, limit.b, _CMP_GE_OQ))};
-}
-inline V16 select_first(V16 x, V16 y, size_t n) {
-  const __m256 count = _mm256_set1_ps(static_cast<float>(n));
-  const __m256 lane = _mm256_set_ps(7, 6, 5, 4, 3, 2, 1, 0);
-  const __m256 high = _mm256_add_ps(lane, _mm256_set1_ps(8));
-  return {
-      _mm256_blendv_ps(y.a, x.a, _mm256_cmp_ps(lane, count, _CMP_LT_OQ)),
-      _mm256_blendv_ps(y.b, x.b, _mm256_cmp_ps(high, count, _CMP_LT_OQ))};
 }
 
 inline float horizontal_sum(V16 x) {
@@ -95,12 +69,6 @@ inline float horizontal_sum(V16 x) {
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
-}
-inline float horizontal_max(V16 x) {
-  const __m256 s = _mm256_max_ps(x.a, x.b);
-  __m128 q = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-  q = _mm_max_ps(q, _mm_movehl_ps(q, q));
-  return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
 }
 
 inline __m256 sum_each8(const V16* x) {

@@ -45,23 +45,9 @@ inline V16 load_bf16_first(const uint16_t* p, size_t n) {
 
 inline V16 add(V16 a, V16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline V16 mul(V16 a, V16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline V16 div(V16 a, V16 b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline V16 min(V16 a, V16 b) { return {_mm512_min_ps(a.v, b.v)}; }
-inline V16 max(V16 a, V16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline V16 fma(V16 a, V16 b, V16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-inline V16 round(V16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
-inline V16 scale_pow2(V16 a, V16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-/// a where x ≥ limit, else 0.
-inline V16 zero_below(V16 a, V16 x, V16 limit) {
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_GE_OQ), a.v)};
-}
-/// a in the first n lanes, b in the others.
-inline V16 select_first(V16 a, V16 b, size_t n) {
-  return {_mm512_mask_mov_ps(b.v, first_lanes(n), a.v)};
-}
 
 inline float horizontal_sum(V16 a) { return _mm512_reduce_add_ps(a.v); }
-inline float horizontal_max(V16 a) { return _mm512_reduce_max_ps(a.v); }
 
 /// Lane r: the sum of the lanes of a[r]. A tree of 15 shuffle-and-add steps.
 inline V16 sum_each(const V16* a) {

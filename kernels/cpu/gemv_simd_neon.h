@@ -65,47 +65,12 @@ inline V16 add(const V16& a, const V16& b) {
 inline V16 mul(const V16& a, const V16& b) {
   return quarters([&](int i) { return vmulq_f32(a.v[i], b.v[i]); });
 }
-inline V16 div(const V16& a, const V16& b) {
-  return quarters([&](int i) { return vdivq_f32(a.v[i], b.v[i]); });
-}
-inline V16 min(const V16& a, const V16& b) {
-  return quarters([&](int i) { return vminq_f32(a.v[i], b.v[i]); });
-}
-inline V16 max(const V16& a, const V16& b) {
-  return quarters([&](int i) { return vmaxq_f32(a.v[i], b.v[i]); });
-}
 inline V16 fma(const V16& a, const V16& b, const V16& c) {
   return quarters([&](int i) { return vfmaq_f32(c.v[i], a.v[i], b.v[i]); });
-}
-inline V16 round(const V16& a) {
-  return quarters([&](int i) { return vrndnq_f32(a.v[i]); });
-}
-inline V16 scale_pow2(const V16& a, const V16& n) {
-  return quarters([&](int i) {
-    const int32x4_t exponent =
-        vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.v[i]), vdupq_n_s32(127)), 23);
-    return vmulq_f32(a.v[i], vreinterpretq_f32_s32(exponent));
-  });
-}
-inline V16 zero_below(const V16& a, const V16& x, const V16& limit) {
-  return quarters([&](int i) {
-    return vreinterpretq_f32_u32(
-        vandq_u32(vreinterpretq_u32_f32(a.v[i]), vcgeq_f32(x.v[i], limit.v[i])));
-  });
-}
-inline V16 select_first(const V16& a, const V16& b, size_t n) {
-  float x[16], y[16];
-  store(x, a);
-  store(y, b);
-  std::memcpy(y, x, n * sizeof(float));
-  return load(y);
 }
 
 inline float horizontal_sum(const V16& a) {
   return vaddvq_f32(vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3])));
-}
-inline float horizontal_max(const V16& a) {
-  return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[2]), vmaxq_f32(a.v[1], a.v[3])));
 }
 /// Lane r: the sum of the lanes of a[r].
 inline V16 sum_each(const V16* a) {

@@ -51,36 +51,9 @@ inline V16 add(const V16& a, const V16& b) {
 inline V16 mul(const V16& a, const V16& b) {
   return each([&](int i) { return a.v[i] * b.v[i]; });
 }
-inline V16 div(const V16& a, const V16& b) {
-  return each([&](int i) { return a.v[i] / b.v[i]; });
-}
-inline V16 min(const V16& a, const V16& b) {
-  return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
-}
-inline V16 max(const V16& a, const V16& b) {
-  return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
-}
 /// Two roundings where the baseline has no fused instruction.
 inline V16 fma(const V16& a, const V16& b, const V16& c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
-}
-/// To nearest, for |a| < 2^22: the adder rounds.
-inline V16 round(const V16& a) {
-  return each([&](int i) {
-    const volatile float shifted = a.v[i] + 12582912.0f;
-    return shifted - 12582912.0f;
-  });
-}
-inline V16 scale_pow2(const V16& a, const V16& n) {
-  return each([&](int i) {
-    return a.v[i] * float_of_bits(static_cast<uint32_t>(static_cast<int>(n.v[i]) + 127) << 23);
-  });
-}
-inline V16 zero_below(const V16& a, const V16& x, const V16& limit) {
-  return each([&](int i) { return x.v[i] >= limit.v[i] ? a.v[i] : 0.0f; });
-}
-inline V16 select_first(const V16& a, const V16& b, size_t n) {
-  return each([&](int i) { return size_t(i) < n ? a.v[i] : b.v[i]; });
 }
 
 inline float horizontal_sum(const V16& a) {
@@ -88,11 +61,6 @@ inline float horizontal_sum(const V16& a) {
   for (int i = 0; i < 8; ++i) s[i] = a.v[i] + a.v[i + 8];
   for (int i = 0; i < 4; ++i) s[i] += s[i + 4];
   return (s[0] + s[2]) + (s[1] + s[3]);
-}
-inline float horizontal_max(const V16& a) {
-  float m = a.v[0];
-  for (int i = 1; i < 16; ++i) m = a.v[i] > m ? a.v[i] : m;
-  return m;
 }
 /// Lane r: the sum of the lanes of a[r].
 inline V16 sum_each(const V16* a) {
