@@ -41,21 +41,22 @@ inline constexpr int kSlotsPerLayer = 7;
 /// "self_attn.q_proj" … "mlp.down_proj".
 std::string_view slot_path(Slot slot);
 
-/// A set of LoRA tensors fitted to a model: what forward applies. Value type, cheap to copy.
 struct AdapterModule {
-  std::string path;      ///< "model.layers.3.self_attn.q_proj"; "model.embed_tokens"
+  std::string path;  ///< "model.layers.3.self_attn.q_proj"; "model.embed_tokens"
   Lora lora;
 };
+/// A set of LoRA tensors fitted to a model: what forward applies. Value type, cheap to copy.
 class AdapterWeights {
  public:
+  /// No adapter.
   AdapterWeights() = default;
   /// Modules must have paths that `config` knows, each once, and shapes that fit; Error otherwise.
   AdapterWeights(const ModelConfig& config, std::vector<AdapterModule> modules);
 
-  const std::vector<AdapterModule>& modules() const { return modules_; }
+  const std::vector<AdapterModule>& modules() const;
   const Lora* find(int layer, Slot slot) const;
   const Lora* find_embedding() const;
-  bool empty() const { return modules_.empty(); }
+  bool empty() const { return state_ == nullptr; }
 
   /// A and B of every module in order (a0, b0, a1, b1, …) and a copy with others in their place:
   /// how a differentiated function gets its trainable arrays.
@@ -64,10 +65,15 @@ class AdapterWeights {
   /// A copy with dropout masks of this seed (a different one for each module).
   AdapterWeights with_dropout(float dropout, uint64_t seed) const;
   AdapterWeights astype(mlx::core::Dtype dtype) const;
+  /// Copies of one AdapterWeights are the same; anything newly made is not.
+  bool same(const AdapterWeights& other) const { return state_ == other.state_; }
 
  private:
-  std::vector<AdapterModule> modules_;
-  std::vector<int> index_;  ///< layer·7 + slot -> module, −1 = none; last: the embedding
+  struct State {
+    std::vector<AdapterModule> modules;
+    std::vector<int> index;  ///< layer·7 + slot -> module, −1 = none; last: the embedding
+  };
+  std::shared_ptr<const State> state_;
 };
 
 /// Paths of every linear of the model that can carry an adapter, with {out, in}.
@@ -85,10 +91,18 @@ struct LoadOptions {
   std::function<void(double)> progress;  ///< 0 … 1
 };
 
+class Model;
+namespace ops {
+class DecodePlan;
+}
+
 /// Keys and values of one sequence. Movable; one generation at a time.
 class KVCache {
  public:
-  KVCache(const ModelConfig& config, mlx::core::Dtype dtype);
+  explicit KVCache(const Model& model);
+  ~KVCache();
+  KVCache(KVCache&&) noexcept;
+  KVCache& operator=(KVCache&&) noexcept;
   int length() const { return length_; }
   /// Forgets the tokens from `length` on (rejected drafts, prompt edits). O(1).
   void truncate(int length);
@@ -100,6 +114,9 @@ class KVCache {
   friend class Model;
   mlx::core::array data_;  ///< [layers, 2, capacity, kv_heads, head_dim]
   int length_ = 0;
+  int max_length_ = 0;
+  std::shared_ptr<const ops::DecodePlan> plan_;  ///< for the adapter last decoded with
+  AdapterWeights plan_adapter_;
 };
 
 class Model {
@@ -146,18 +163,29 @@ class Model {
   friend class ModelLoader;
   struct Layer {
     std::array<LoraLinear, kSlotsPerLayer> linears;
-    mlx::core::array input_norm, post_norm;
-    std::optional<mlx::core::array> q_norm, k_norm;
+    std::optional<mlx::core::array> input_norm, post_norm;  ///< f32; always set after load
+    std::optional<mlx::core::array> q_norm, k_norm;         ///< f32; Qwen3
+    int window = 0;
   };
   Model() = default;
 
-  std::vector<mlx::core::array> layer_forward(
+  /// Attention of one layer over rotated q and k.
+  using Attend = std::function<mlx::core::array(
+      const mlx::core::array& q, const mlx::core::array& k, const mlx::core::array& v)>;
+  /// {h, update}: the residual stream and what is to be added to it next; `update` is null before
+  /// the first layer.
+  std::pair<mlx::core::array, mlx::core::array> layer_forward(
       int index,
       const mlx::core::array& residual,
-      const mlx::core::array& update,
+      const mlx::core::array* update,
       const mlx::core::array& table,
-      const mlx::core::array& segment_start,
-      const AdapterWeights& adapter) const;
+      const AdapterWeights& adapter,
+      const Attend& attend) const;
+  mlx::core::array prefill(
+      std::span<const int32_t> tokens, KVCache& cache, const AdapterWeights& adapter, int rows) const;
+  std::shared_ptr<const ops::DecodePlan> make_plan(const AdapterWeights& adapter) const;
+  LoraLinear with_adapter(int layer, Slot slot, const AdapterWeights& adapter) const;
+  float attention_scale() const;
 
   ModelConfig config_;
   mlx::core::Dtype dtype_ = mlx::core::bfloat16;

@@ -1,0 +1,187 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+#include "src/ops/decode.h"
+
+#include <numeric>
+
+#include <mlx/ops.h>
+#include <mlx/transforms.h>
+
+#include "kernels/cpu/gemm.h"
+#include "src/launch/launch.h"
+#include "src/ops/checks.h"
+#include "src/ops/weight_view.h"
+
+namespace mx = mlx::core;
+
+namespace metal_lora::ops {
+namespace {
+
+cpu::LoraView lora_view(const Lora& lora) {
+  LoraParams p;
+  p.rank = static_cast<uint32_t>(lora.a.shape(0));
+  p.scale = lora.scale;
+  p.dtype = to_kernel(lora.a.dtype());
+  return {p, lora.a.data<void>(), lora.b.data<void>()};
+}
+
+/// Evaluates what the kernel will read through raw pointers.
+void settle(LoraLinear& linear) {
+  if (linear.lora) {
+    linear.lora->a = mx::contiguous(linear.lora->a);
+    linear.lora->b = mx::contiguous(linear.lora->b);
+    mx::eval(linear.lora->a, linear.lora->b);
+  }
+  if (linear.bias) linear.bias->eval();
+}
+
+cpu::LinearView linear_view(const LoraLinear& linear) {
+  cpu::LinearView view;
+  view.weight = weight_view(linear.weight);
+  if (linear.lora) view.lora = lora_view(*linear.lora);
+  if (linear.bias) view.bias = linear.bias->data<float>();
+  return view;
+}
+
+cpu::DecodeLayerView layer_view(DecodeLayer& layer) {
+  for (auto* linear : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
+    settle(*linear);
+  }
+  mx::eval(layer.input_norm, layer.post_norm);
+  cpu::DecodeLayerView view;
+  view.input_norm = layer.input_norm.data<float>();
+  view.post_norm = layer.post_norm.data<float>();
+  if (layer.q_norm) {
+    mx::eval(*layer.q_norm, *layer.k_norm);
+    view.q_norm = layer.q_norm->data<float>();
+    view.k_norm = layer.k_norm->data<float>();
+  }
+  view.q = linear_view(layer.q);
+  view.k = linear_view(layer.k);
+  view.v = linear_view(layer.v);
+  view.o = linear_view(layer.o);
+  view.gate = linear_view(layer.gate);
+  view.up = linear_view(layer.up);
+  view.down = linear_view(layer.down);
+  return view;
+}
+
+size_t dtype_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+}  // namespace
+
+DecodePlan::DecodePlan(
+    const Geometry& geometry,
+    std::vector<DecodeLayer> layers,
+    LoraLinear embedding,
+    Weight head,
+    mx::array final_norm,
+    std::vector<float> inv_freq)
+    : geometry_(geometry),
+      layers_(std::move(layers)),
+      embedding_(std::move(embedding)),
+      head_(std::move(head)),
+      final_norm_(std::move(final_norm)),
+      inv_freq_(std::move(inv_freq)) {
+  for (auto& layer : layers_) views_.push_back(layer_view(layer));
+  settle(embedding_);
+  final_norm_.eval();
+}
+
+void DecodePlan::run(
+    std::span<const int32_t> tokens, int position, int capacity, int rows, float* logits, void* cache) const {
+  const auto& g = geometry_;
+  const auto m = static_cast<uint32_t>(tokens.size());
+  const auto dims = static_cast<uint32_t>(g.dims);
+  std::vector<float> x(static_cast<size_t>(m) * dims), cos_sin(static_cast<size_t>(m) * g.head_dim);
+  std::vector<int32_t> positions(m);
+  std::iota(positions.begin(), positions.end(), position);
+  cpu::rope_table(
+      m, static_cast<uint32_t>(g.head_dim), positions.data(), inv_freq_.data(), g.rope_factor, cos_sin.data());
+  const auto embedding = linear_view(embedding_);
+  cpu::lora_embedding_forward(m, DType::f32, tokens.data(), embedding.weight, embedding.lora, x.data());
+
+  DecodeLayerParams p;
+  p.tokens = m;
+  p.dims = dims;
+  p.q_heads = static_cast<uint32_t>(g.q_heads);
+  p.kv_heads = static_cast<uint32_t>(g.kv_heads);
+  p.head_dim = static_cast<uint32_t>(g.head_dim);
+  p.ffn = static_cast<uint32_t>(g.ffn);
+  p.position = static_cast<uint32_t>(position);
+  p.kv_capacity = static_cast<uint32_t>(capacity);
+  p.eps = g.eps;
+  p.attention_scale = g.attention_scale;
+  p.dtype = g.dtype;
+  const size_t half_bytes = static_cast<size_t>(capacity) * g.kv_heads * g.head_dim * dtype_bytes(g.dtype);
+  auto* keys = static_cast<std::byte*>(cache);
+  for (size_t i = 0; i < views_.size(); ++i, keys += 2 * half_bytes) {
+    p.window = static_cast<uint32_t>(layers_[i].window);
+    cpu::decode_layer(p, views_[i], cos_sin.data(), x.data(), keys, keys + half_bytes);
+  }
+
+  NormParams norm;
+  norm.rows = static_cast<uint32_t>(rows);
+  norm.dims = dims;
+  norm.eps = g.eps;
+  norm.dtype = DType::f32;
+  float* last = x.data() + static_cast<size_t>(m - rows) * dims;
+  cpu::add_rms_norm_forward(norm, last, nullptr, final_norm_.data<float>(), nullptr, last);
+  cpu::gemm_weight(
+      norm.rows, {last, DType::f32, dims}, weight_view(head_), 0, head_.params().n, 0.0f, logits, head_.params().n);
+}
+
+std::pair<mx::array, mx::array> decode_step(
+    std::shared_ptr<const DecodePlan> plan,
+    std::span<const int32_t> tokens,
+    const mx::array& cache,
+    int position,
+    int rows) {
+  constexpr const char* kOp = "decode_step";
+  const int count = static_cast<int>(tokens.size());
+  if (count < 1 || count > kDecodeMaxTokens) {
+    refuse(kOp, "tokens", fmt::format("1 … {}", kDecodeMaxTokens), std::to_string(count));
+  }
+  if (rows < 1 || rows > count) refuse(kOp, "rows", fmt::format("1 … {}", count), std::to_string(rows));
+  const auto& g = plan->geometry_;
+  check_shape(kOp, "cache", cache, {static_cast<int>(plan->layers_.size()), 2, -1, g.kv_heads, g.head_dim});
+  check_dtype(kOp, "cache", cache, to_mlx(g.dtype));
+  const int capacity = cache.shape(2);
+  if (position < 0 || position + count > capacity) {
+    refuse(kOp, "position + tokens", fmt::format("at most {}", capacity), std::to_string(position + count));
+  }
+  const int vocab = plan->head_.out_features();
+  auto outputs = launch(
+      {.kernel = kOp,
+       .inputs = {cache},
+       .outputs = {{{rows, vocab}, mx::float32}, {cache.shape(), cache.dtype(), 0}},
+       .cpu =
+           [plan, ids = std::vector<int32_t>(tokens.begin(), tokens.end()), position, capacity, rows](
+               const KernelArgs& args) {
+             plan->run(ids, position, capacity, rows, static_cast<float*>(args.out[0]), args.out[1]);
+           },
+       .vjp = {},
+       .reference = {}});
+  return {outputs[0], outputs[1]};
+}
+
+mx::array logits(const mx::array& x, const Weight& head) {
+  constexpr const char* kOp = "logits";
+  check_shape(kOp, "x", x, {-1, head.in_features()});
+  const DType dtype = to_kernel(x.dtype());
+  const auto rows = static_cast<uint32_t>(x.shape(0));
+  return launch(
+      {.kernel = kOp,
+       .inputs = {x},
+       .outputs = {{{x.shape(0), head.out_features()}, mx::float32}},
+       .cpu =
+           [=](const KernelArgs& args) {
+             const auto& p = head.params();
+             cpu::gemm_weight(
+                 rows, {args.in[0], dtype, p.k}, weight_view(head), 0, p.n, 0.0f, static_cast<float*>(args.out[0]), p.n);
+           },
+       .vjp = {},
+       .reference = {}})[0];
+}
+
+}  // namespace metal_lora::ops
