@@ -7,10 +7,12 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "metal_lora/model.h"
@@ -60,18 +62,21 @@ class Sampler {
 
  private:
   struct Candidate {
-    float logit;
+    float weight;
     int32_t id;
   };
   void apply_penalties(std::span<const int32_t> history, size_t answer_tokens);
   void select_top(size_t count);
-  void keep_top_p(double total);
+  void keep_top_p(double total, bool selected);
+  int32_t draw_from_all(double total);
+  int32_t draw_from_candidates();
   double next_uniform();
 
   SamplingOptions options_;
   uint64_t random_state_;
-  std::vector<float> logits_;          ///< the working copy
+  std::vector<float> logits_;          ///< working copy; from step 4 on e^((logit − max)/temperature)
   std::vector<Candidate> candidates_;  ///< the largest ones in falling order
+  std::vector<int32_t> counts_;        ///< per id, all 0 between calls
 };
 
 /// Finds stop strings in text that comes in pieces. Gives out only text that can no longer be part
@@ -153,11 +158,18 @@ class Generator {
   const AdapterWeights& adapter() const { return adapter_; }
 
  private:
-  mlx::core::array prefill(
+  std::optional<mlx::core::array> prefill(
       std::span<const int32_t> prompt,
       int chunk_tokens,
       const std::atomic<bool>* cancel,
       GenerationResult& result);
+  FinishReason decode_answer(
+      mlx::core::array logits,
+      std::vector<int32_t>& history,
+      const GenerateOptions& options,
+      const std::atomic<bool>* cancel,
+      const std::function<bool(int32_t)>& on_token,
+      int& steps);
 
   std::shared_ptr<const Model> model_;
   text::Tokenizer tokenizer_;
