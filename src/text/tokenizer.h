@@ -89,8 +89,10 @@ class Tokenizer {
   std::shared_ptr<const TokenizerModel> model_;
 };
 
-/// Text of a token stream, piece by piece: holds back bytes until they are complete UTF-8 and the
-/// following tokens can no longer change them. The pieces join to decode(all ids). Not thread-safe.
+/// Text of a token stream, piece by piece: holds back bytes until they are a whole character. The
+/// pieces join to decode(all ids), but for one case: where a run of byte tokens is not UTF-8, the
+/// reference gives up the whole run, and this one only the invalid part, since what is shown cannot
+/// be taken back. Not thread-safe.
 class StreamingDecoder {
  public:
   explicit StreamingDecoder(Tokenizer tokenizer, bool skip_special = true);
@@ -103,8 +105,8 @@ class StreamingDecoder {
  private:
   Tokenizer tokenizer_;
   bool skip_special_;
-  std::vector<int32_t> context_;  ///< last token already given out, then the pending ones
-  size_t context_done_ = 0;       ///< tokens of context_ that were already given out
+  std::vector<int32_t> context_;  ///< the last few tokens that gave text
+  std::string held_bytes_;        ///< the beginning of a character
 };
 
 }  // namespace metal_lora::text
