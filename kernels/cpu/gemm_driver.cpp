@@ -95,7 +95,25 @@ bool is_packed(const Columns& b) {
   return b.weight && b.weight->params.layout == WeightLayout::cpu_packed;
 }
 
-/// The CPU's own layout, through f32 rows.
+/// The CPU's own layout, rows starting in the middle of a block of 16: through dense f32 rows.
+void pack_columns_unaligned(
+    const GemmKernels& kernels,
+    const Columns& b,
+    uint32_t k0,
+    uint32_t k1,
+    uint32_t n0,
+    uint32_t n1,
+    uint32_t* panels) {
+  const uint32_t width = b.weight->params.k;
+  const uint32_t first = b.row0 + (b.along_k ? n0 : k0), rows = b.along_k ? n1 - n0 : k1 - k0;
+  std::vector<float> wide(size_t{rows} * width);
+  dequantize_rows(*b.weight, first, rows, wide.data());
+  const Columns dense = {{wide.data(), DType::f32, width}, nullptr, 0, b.along_k, nullptr};
+  if (b.along_k) return pack_columns(kernels, dense, k0, k1, 0, rows, panels);
+  pack_columns(kernels, dense, 0, rows, n0, n1, panels);
+}
+
+/// The CPU's own layout: a block of 16 rows is a B panel already, or its transpose.
 void pack_columns_packed(
     const GemmKernels& kernels,
     const Columns& b,
@@ -104,14 +122,33 @@ void pack_columns_packed(
     uint32_t n0,
     uint32_t n1,
     uint32_t* panels) {
-  const uint32_t steps = steps_of(kernels.compute, k1 - k0), width = b.weight->params.k;
-  const uint32_t first = b.row0 + (b.along_k ? n0 : k0), rows = b.along_k ? n1 - n0 : k1 - k0;
-  std::vector<float> wide(size_t{rows} * width);
-  dequantize_rows(*b.weight, first, rows, wide.data());
-  const Columns dense = {{wide.data(), DType::f32, width}, nullptr, 0, b.along_k, nullptr};
-  if (b.along_k) return pack_columns(kernels, dense, k0, k1, 0, n1 - n0, panels);
-  (void)steps;
-  pack_columns(kernels, dense, 0, k1 - k0, n0, n1, panels);
+  const uint32_t steps = steps_of(kernels.compute, k1 - k0);
+  if ((b.row0 + (b.along_k ? n0 : k0)) % kPanelColumns != 0) {
+    return pack_columns_unaligned(kernels, b, k0, k1, n0, n1, panels);
+  }
+  if (b.along_k) {
+    for (uint32_t n = n0; n < n1; n += kPanelColumns, panels += size_t{steps} * kPanelColumns) {
+      kernels.load_packed(*b.weight, (b.row0 + n) / kPanelColumns, k0, k1, panels);
+    }
+    return;
+  }
+  alignas(64) std::array<char, kTaskColumns * kPanelColumns * 4> block;
+  const size_t size = bytes_per_element(kernels.compute);
+  for (uint32_t k = k0; k < k1; k += kPanelColumns) {
+    const uint32_t rows = std::min(kPanelColumns, k1 - k);
+    const size_t step = steps_of(kernels.compute, k - k0);
+    for (uint32_t c0 = n0; c0 < n1; c0 += kTaskColumns) {
+      const uint32_t c1 = std::min(n1, c0 + kTaskColumns);
+      kernels.load_packed_across(
+          *b.weight, (b.row0 + k) / kPanelColumns, c0, c1, block.data());
+      for (uint32_t c = c0; c < c1; c += kPanelColumns) {
+        kernels.pack_transposed(
+            block.data() + (c - c0) * kPanelColumns * size, kPanelColumns,
+            std::min(kPanelColumns, c1 - c), kPanelColumns, rows,
+            panels + ((c - n0) / kPanelColumns * size_t{steps} + step) * kPanelColumns);
+      }
+    }
+  }
 }
 
 constexpr uint32_t kStripElements = 256;  // of k at a time: 16 rows stay in the first-level cache

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "kernels/cpu/gemm_kernels.h"
+#include "kernels/cpu/lora_quantized_panel.h"
 
 namespace metal_lora::cpu {
 namespace {
@@ -208,6 +209,30 @@ void load_affine(const AffineRow& row, uint32_t column0, uint32_t count, void* o
     affine_piece(row, column, n, scale, bias, target + i);
 #endif
   }
+}
+
+void load_packed(const WeightView& w, uint32_t panel, uint32_t k0, uint32_t k1, void* out) {
+#if METAL_LORA_BF16
+  METAL_LORA_SIMD_NS::dequantize_panel_bf16(w, panel, k0, k1, static_cast<uint16_t*>(out));
+#else
+  METAL_LORA_SIMD_NS::dequantize_panel_f32(w, panel, k0, k1, static_cast<float*>(out));
+#endif
+}
+
+void load_packed_across(const WeightView& w, uint32_t panel, uint32_t k0, uint32_t k1, void* out) {
+#if METAL_LORA_BF16
+  constexpr uint32_t kPiece = 64;
+  alignas(64) float wide[kPiece * kPanelColumns];
+  for (uint32_t k = k0; k < k1; k += kPiece) {
+    const uint32_t end = smaller(k1, k + kPiece);
+    METAL_LORA_SIMD_NS::dequantize_panel_f32(w, panel, k, end, wide);
+    store(
+        DType::bf16, wide, size_t{end - k} * kPanelColumns,
+        static_cast<uint16_t*>(out) + size_t{k - k0} * kPanelColumns);
+  }
+#else
+  METAL_LORA_SIMD_NS::dequantize_panel_f32(w, panel, k0, k1, static_cast<float*>(out));
+#endif
 }
 
 // ---- panels ------------------------------------------------------------------------------------
@@ -457,6 +482,8 @@ constexpr GemmKernels kKernels = {
     &tile,
     &load,
     &load_affine,
+    &load_packed,
+    &load_packed_across,
     &store,
     &finish_row,
     &pack_transposed,

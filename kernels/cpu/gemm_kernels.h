@@ -9,7 +9,7 @@
 // zero). So both compute types share the layout and the transposes.
 #pragma once
 
-#include "kernels/params.h"
+#include "kernels/cpu/lora_kernels.h"
 
 namespace metal_lora::cpu {
 
@@ -71,6 +71,12 @@ struct GemmKernels {
   void (*load)(DType from, const void* source, size_t count, void* out);
   /// Columns [column0, column0 + count) of an affine row -> the compute type. column0 % 32 == 0.
   void (*load_affine)(const AffineRow& row, uint32_t column0, uint32_t count, void* out);
+  /// Sixteen rows of a cpu_packed weight (rows 16·panel …), k in [k0, k1), multiples of 8, as one
+  /// B panel [steps][16] …
+  void (*load_packed)(const WeightView& w, uint32_t panel, uint32_t k0, uint32_t k1, void* out);
+  /// … or as elements [k1 - k0][16], rows running fastest.
+  void (*load_packed_across)(
+      const WeightView& w, uint32_t panel, uint32_t k0, uint32_t k1, void* out);
   /// f32 -> any storage type.
   void (*store)(DType to, const float* source, size_t count, void* out);
   /// out = acc + bias + residual, each null or as stated, in `dtype`.

@@ -3,6 +3,7 @@
 #include "kernels/cpu/gemm_kernels.h"
 
 #if 1
+#define METAL_LORA_SIMD_PLAIN
 #define METAL_LORA_VECTOR_BYTES 16
 #define METAL_LORA_MAX_ROWS 2
 #define METAL_LORA_BF16 0

@@ -140,9 +140,9 @@ const WeightCase kWeightCases[] = {
     {WeightFormat::int4, WeightLayout::cpu_packed, DType::f16, 32},
     {WeightFormat::int8, WeightLayout::cpu_packed, DType::f32, 64}};
 
-void check_weight(const WeightCase& wc, DType a_type, bool backward) {
+void check_weight(const WeightCase& wc, DType a_type, bool backward, uint32_t row0, uint32_t rows) {
   std::mt19937 rng(77);
-  const uint32_t m = 11, n = 144, k = 192, row0 = 33, rows = 70;
+  const uint32_t m = 11, n = 144, k = 192;
   const Weight w = random_weight(rng, wc.format, n, k, wc.group_size, wc.scales, wc.layout);
   const uint32_t inner = backward ? rows : k, outer = backward ? k : rows;
   const Array a = random_array(rng, a_type, m * (inner + 3));
@@ -170,8 +170,11 @@ TEST(GemmWeight, EveryFormatForwardAndBackward) {
         SCOPED_TRACE(std::string(cpu::isa_name(isa)) + " format " +
                      std::to_string(static_cast<int>(wc.format)) + " layout " +
                      std::to_string(static_cast<int>(wc.layout)) + " " + name_of(a));
-        check_weight(wc, a, false);
-        check_weight(wc, a, true);
+        for (bool backward : {false, true}) {
+          check_weight(wc, a, backward, 0, 144);
+          check_weight(wc, a, backward, 48, 37);
+          check_weight(wc, a, backward, 33, 70);  // in the middle of a packed block
+        }
         if (testing::Test::HasFatalFailure()) return;
       }
     }
