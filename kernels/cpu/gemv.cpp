@@ -121,15 +121,18 @@ struct Region {
     run_expand(kernels, l, in.m, range, acc);
     for (uint32_t p = range.begin; p < range.end; ++p) {
       write_rows(
-          branches[b], dtype, in.m, p * kPanelRows, rows_of(l, p),
+          branches[b],
+          dtype,
+          in.m,
+          p * kPanelRows,
+          rows_of(l, p),
           acc + size_t{p - range.begin} * in.m * kPanelRows);
     }
   }
 };
 
 /// One region: at most kMaxBranches branches.
-void forward_region(
-    const GemvInput& in, DType dtype, const LoraBranch* branches, size_t count) {
+void forward_region(const GemvInput& in, DType dtype, const LoraBranch* branches, size_t count) {
   Region region{gemv_kernels(), in, dtype, branches, count, {}, 0, 0, {}};
   size_t u_values = 0, bytes = 0;
   for (size_t b = 0; b < count; ++b) {

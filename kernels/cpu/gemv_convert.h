@@ -60,7 +60,9 @@ namespace metal_lora::cpu {
   return sign | static_cast<uint16_t>(rounded >> 13);
 }
 
-constexpr size_t dtype_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+constexpr size_t dtype_bytes(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
 
 [[maybe_unused]] static inline float read_float(const void* data, DType dtype, size_t i) {
   if (dtype == DType::f32) return static_cast<const float*>(data)[i];

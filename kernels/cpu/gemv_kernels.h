@@ -12,7 +12,7 @@ namespace metal_lora::cpu {
 
 /// Tokens' inputs of a linear, in the forms that the kernels read.
 struct GemvInput {
-  uint32_t m = 0;                  ///< tokens, 1 … kGemvMaxTokens
+  uint32_t m = 0;  ///< tokens, 1 … kGemvMaxTokens
   uint32_t k = 0;
   const float* f32 = nullptr;      ///< [m, k], the values of x exactly
   const uint16_t* bf16 = nullptr;  ///< [m, k], null unless x is bf16
@@ -21,8 +21,7 @@ struct GemvInput {
 
 struct GemvKernels {
   /// acc[t·16 + r] = W[row0 + r]·x_t for r < rows ≤ 16, row0 a multiple of 16; other r: any value.
-  void (*panel)(
-      const WeightView& w, const GemvInput& in, uint32_t row0, uint32_t rows, float* acc);
+  void (*panel)(const WeightView& w, const GemvInput& in, uint32_t row0, uint32_t rows, float* acc);
   /// acc[t·16 + r] += scale · B[row0 + r]·u_t, u [m, rank] f32.
   void (*expand)(
       const LoraView& lora, uint32_t m, const float* u, uint32_t row0, uint32_t rows, float* acc);
@@ -31,6 +30,8 @@ struct GemvKernels {
   void (*sums)(uint32_t m, uint32_t k, const float* f32, float* sums);
   /// out [rows, k] f32 from W.
   void (*dequantize_rows)(const WeightView& w, uint32_t row0, uint32_t rows, float* out);
+  /// dequantize_panel_bf16 of a cpu_packed weight.
+  void (*panel_bf16)(const WeightView& w, uint32_t panel, uint32_t k0, uint32_t k1, uint16_t* out);
 };
 
 const GemvKernels& gemv_kernels_scalar();

@@ -176,8 +176,7 @@ template <class T, V16 (*kLoad)(const T*), V16 (*kLoadFirst)(const T*, size_t)>
 struct DenseRows {
   const T* data;
   size_t k;
-  explicit DenseRows(const WeightView& w)
-      : data(static_cast<const T*>(w.data)), k(w.params.k) {}
+  explicit DenseRows(const WeightView& w) : data(static_cast<const T*>(w.data)), k(w.params.k) {}
   V16 at(size_t row, size_t i) const { return kLoad(data + row * k + i); }
   V16 first(size_t row, size_t i, size_t n) const { return kLoadFirst(data + row * k + i, n); }
 };
@@ -213,12 +212,7 @@ struct AffineRows {
 /// acc of R rows from `row` and M tokens; rows past the last repeat it.
 template <class Rows, int R, int M>
 inline void dense_tile(
-    const Rows& w,
-    uint32_t row,
-    uint32_t last_row,
-    const float* x,
-    uint32_t k,
-    float* acc) {
+    const Rows& w, uint32_t row, uint32_t last_row, const float* x, uint32_t k, float* acc) {
   V16 dot[M][R];
   size_t rows[R];
   for (int r = 0; r < R; ++r) rows[r] = row + r < last_row ? row + r : last_row;
@@ -254,7 +248,11 @@ void dense_panel(
   for (uint32_t r = 0; r < rows; r += kDenseRows) {
     for_token_tiles(in.m, [&]<int M>(uint32_t t0) {
       dense_tile<Rows, kDenseRows, M>(
-          reader, row0 + r, row0 + rows - 1, in.f32 + size_t{t0} * in.k, in.k,
+          reader,
+          row0 + r,
+          row0 + rows - 1,
+          in.f32 + size_t{t0} * in.k,
+          in.k,
           acc + size_t{t0} * kPanelRows + r);
     });
   }
@@ -263,12 +261,7 @@ void dense_panel(
 #if defined(METAL_LORA_HAS_BF16_DOT)
 template <int R, int M>
 inline void bf16_tile(
-    const uint16_t* w,
-    uint32_t row,
-    uint32_t last_row,
-    const uint16_t* x,
-    uint32_t k,
-    float* acc) {
+    const uint16_t* w, uint32_t row, uint32_t last_row, const uint16_t* x, uint32_t k, float* acc) {
   V16 dot[M][R];
   const uint16_t* rows[R];
   for (int r = 0; r < R; ++r) {
@@ -304,8 +297,12 @@ inline void bf16_panel(
   for (uint32_t r = 0; r < rows; r += kDenseRows) {
     for_token_tiles(in.m, [&]<int M>(uint32_t t0) {
       bf16_tile<kDenseRows, M>(
-          static_cast<const uint16_t*>(w.data), row0 + r, row0 + rows - 1,
-          in.bf16 + size_t{t0} * in.k, in.k, acc + size_t{t0} * kPanelRows + r);
+          static_cast<const uint16_t*>(w.data),
+          row0 + r,
+          row0 + rows - 1,
+          in.bf16 + size_t{t0} * in.k,
+          in.k,
+          acc + size_t{t0} * kPanelRows + r);
     });
   }
 }
@@ -337,7 +334,12 @@ inline void panel(
 
 template <class Rows>
 void expand_rows(
-    const WeightView& b, float scale, uint32_t m, const float* u, uint32_t row0, uint32_t rows,
+    const WeightView& b,
+    float scale,
+    uint32_t m,
+    const float* u,
+    uint32_t row0,
+    uint32_t rows,
     float* acc) {
   const Rows reader(b);
   const uint32_t rank = b.params.k;
@@ -412,8 +414,7 @@ inline void sums(uint32_t m, uint32_t k, const float* f32, float* out) {
 }
 
 /// Rows of the panels that row0 … row0 + rows - 1 lie in, transposed 16 values at a time.
-inline void dequantize_packed_rows(
-    const WeightView& w, uint32_t row0, uint32_t rows, float* out) {
+inline void dequantize_packed_rows(const WeightView& w, uint32_t row0, uint32_t rows, float* out) {
   constexpr uint32_t kSpan = 32;
   alignas(64) float columns[kSpan * kPanelRows];
   const uint32_t k = w.params.k, end = row0 + rows;
@@ -462,6 +463,7 @@ inline void dequantize(const WeightView& w, uint32_t row0, uint32_t rows, float*
   }
 }
 
-inline constexpr GemvKernels kGemvKernels = {panel, expand, widen, sums, dequantize};
+inline constexpr GemvKernels kGemvKernels = {
+    panel, expand, widen, sums, dequantize, dequantize_panel_bf16};
 
 }  // namespace metal_lora::cpu::METAL_LORA_SIMD_NS

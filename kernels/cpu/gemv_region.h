@@ -48,7 +48,7 @@ struct alignas(64) RegionState {
 struct GemvLinear {
   WeightView weight;
   LoraView lora;
-  float* u = nullptr;        ///< [m, rank], set where lora.params.rank > 0
+  float* u = nullptr;  ///< [m, rank], set where lora.params.rank > 0
   uint32_t panels_per_ticket = 1;
 
   uint32_t panels() const { return (weight.params.n + kPanelRows - 1) / kPanelRows; }
@@ -63,7 +63,8 @@ size_t weight_row_bytes(const WeightParams& p);
 uint32_t panels_per_ticket(uint32_t panels, size_t panel_bytes, int threads);
 
 /// u rows [16·ticket, …) of one adapter.
-void run_u_ticket(const GemvKernels& kernels, const GemvLinear& l, const GemvInput& in, uint32_t ticket);
+void run_u_ticket(
+    const GemvKernels& kernels, const GemvLinear& l, const GemvInput& in, uint32_t ticket);
 
 /// The range of panels of a ticket.
 struct PanelRange {

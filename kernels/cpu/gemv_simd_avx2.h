@@ -15,12 +15,16 @@ struct I16 {
 inline constexpr int kDenseRows = 2;  ///< 2 rows x 4 tokens = all 16 registers
 inline constexpr int kAccumulators = 1;
 
-inline V16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline V16 zero() {
+  return {_mm256_setzero_ps(), _mm256_setzero_ps()};
+}
 inline V16 broadcast(float x) {
   const __m256 v = _mm256_set1_ps(x);
   return {v, v};
 }
-inline V16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline V16 load(const float* p) {
+  return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
 inline V16 load_first(const float* p, size_t n) {
   alignas(32) float lanes[16] = {};
   std::memcpy(lanes, p, n * sizeof(float));
@@ -58,8 +62,12 @@ inline V16 load_bf16_first(const uint16_t* p, size_t n) {
   return load_bf16(words);
 }
 
-inline V16 add(V16 x, V16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
-inline V16 mul(V16 x, V16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline V16 add(V16 x, V16 y) {
+  return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
+}
+inline V16 mul(V16 x, V16 y) {
+  return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+}
 inline V16 fma(V16 x, V16 y, V16 z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
@@ -80,7 +88,9 @@ inline __m256 sum_each8(const V16* x) {
       _mm256_permute2f128_ps(s03, s47, 0x20), _mm256_permute2f128_ps(s03, s47, 0x31));
 }
 /// Lane r: the sum of the lanes of x[r].
-inline V16 sum_each(const V16* x) { return {sum_each8(x), sum_each8(x + 8)}; }
+inline V16 sum_each(const V16* x) {
+  return {sum_each8(x), sum_each8(x + 8)};
+}
 
 inline void store_half(uint16_t* p, V16 x) {
   auto* out = reinterpret_cast<__m128i*>(p);
@@ -91,8 +101,7 @@ inline void store_half(uint16_t* p, V16 x) {
 inline __m256i bf16_bits_high(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
   return _mm256_castps_si256(
@@ -104,8 +113,7 @@ inline void store_bf16(uint16_t* p, V16 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 inline __m256i bf16_pairs(__m256 even, __m256 odd) {
-  return _mm256_blend_epi16(
-      _mm256_srli_epi32(bf16_bits_high(even), 16), bf16_bits_high(odd), 0xaa);
+  return _mm256_blend_epi16(_mm256_srli_epi32(bf16_bits_high(even), 16), bf16_bits_high(odd), 0xaa);
 }
 inline void store_bf16_pairs(uint16_t* p, V16 even, V16 odd) {
   auto* out = reinterpret_cast<__m256i*>(p);
@@ -126,8 +134,12 @@ inline V16 low_bits(I16 x, int mask) {
   return {
       _mm256_cvtepi32_ps(_mm256_and_si256(x.a, m)), _mm256_cvtepi32_ps(_mm256_and_si256(x.b, m))};
 }
-inline V16 low_nibble(I16 x) { return low_bits(x, 15); }
-inline V16 low_byte(I16 x) { return low_bits(x, 255); }
+inline V16 low_nibble(I16 x) {
+  return low_bits(x, 15);
+}
+inline V16 low_byte(I16 x) {
+  return low_bits(x, 255);
+}
 /// 16 consecutive nibbles (8 bytes) as f32.
 inline V16 load_nibbles(const uint8_t* p) {
   int32_t word[2];

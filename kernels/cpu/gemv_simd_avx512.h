@@ -12,30 +12,46 @@ struct I16 {
   __m512i v;
 };
 
-inline constexpr int kDenseRows = 4;   ///< rows of a dense tile: 4 rows x 4 tokens = 16 registers
+inline constexpr int kDenseRows = 4;  ///< rows of a dense tile: 4 rows x 4 tokens = 16 registers
 inline constexpr int kAccumulators = 2;
 
-inline __mmask16 first_lanes(size_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+inline __mmask16 first_lanes(size_t n) {
+  return static_cast<__mmask16>((1u << n) - 1u);
+}
 
-inline V16 zero() { return {_mm512_setzero_ps()}; }
-inline V16 broadcast(float x) { return {_mm512_set1_ps(x)}; }
-inline V16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline V16 zero() {
+  return {_mm512_setzero_ps()};
+}
+inline V16 broadcast(float x) {
+  return {_mm512_set1_ps(x)};
+}
+inline V16 load(const float* p) {
+  return {_mm512_loadu_ps(p)};
+}
 inline V16 load_first(const float* p, size_t n) {
   return {_mm512_maskz_loadu_ps(first_lanes(n), p)};
 }
-inline void store(float* p, V16 a) { _mm512_storeu_ps(p, a.v); }
+inline void store(float* p, V16 a) {
+  _mm512_storeu_ps(p, a.v);
+}
 inline void store_first(float* p, V16 a, size_t n) {
   _mm512_mask_storeu_ps(p, first_lanes(n), a.v);
 }
-inline V16 from_half(__m256i bits) { return {_mm512_cvtph_ps(bits)}; }
+inline V16 from_half(__m256i bits) {
+  return {_mm512_cvtph_ps(bits)};
+}
 inline V16 from_bf16(__m256i bits) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
 inline __m256i load_words(const uint16_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
-inline V16 load_f16(const uint16_t* p) { return from_half(load_words(p)); }
-inline V16 load_bf16(const uint16_t* p) { return from_bf16(load_words(p)); }
+inline V16 load_f16(const uint16_t* p) {
+  return from_half(load_words(p));
+}
+inline V16 load_bf16(const uint16_t* p) {
+  return from_bf16(load_words(p));
+}
 inline V16 load_f16_first(const uint16_t* p, size_t n) {
   return from_half(_mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
@@ -43,11 +59,19 @@ inline V16 load_bf16_first(const uint16_t* p, size_t n) {
   return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
 
-inline V16 add(V16 a, V16 b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline V16 mul(V16 a, V16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline V16 fma(V16 a, V16 b, V16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline V16 add(V16 a, V16 b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+inline V16 mul(V16 a, V16 b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+inline V16 fma(V16 a, V16 b, V16 c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
 
-inline float horizontal_sum(V16 a) { return _mm512_reduce_add_ps(a.v); }
+inline float horizontal_sum(V16 a) {
+  return _mm512_reduce_add_ps(a.v);
+}
 
 /// Lane r: the sum of the lanes of a[r]. A tree of 15 shuffle-and-add steps.
 inline V16 sum_each(const V16* a) {
@@ -63,8 +87,7 @@ inline V16 sum_each(const V16* a) {
     c[i] = _mm512_add_ps(lo, hi);  // 128-bit parts: i, i + 8, i + 4, i + 12
   }
   for (int i = 0; i < 2; ++i) {
-    d[i] = _mm512_add_ps(
-        _mm512_unpacklo_ps(c[i], c[i + 2]), _mm512_unpackhi_ps(c[i], c[i + 2]));
+    d[i] = _mm512_add_ps(_mm512_unpacklo_ps(c[i], c[i + 2]), _mm512_unpackhi_ps(c[i], c[i + 2]));
   }
   const __m512 sums =  // in each part: i, i + 1, i + 2, i + 3
       _mm512_add_ps(_mm512_unpacklo_ps(d[0], d[1]), _mm512_unpackhi_ps(d[0], d[1]));
@@ -79,8 +102,7 @@ inline void store_half(uint16_t* p, V16 a) {
 inline __m512i bf16_bits_high(V16 a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   return _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
 }
@@ -93,8 +115,38 @@ inline void store_bf16(uint16_t* p, V16 a) {
 inline void store_bf16_pairs(uint16_t* p, V16 even, V16 odd) {
 #if defined(__AVX512BF16__)
   const __m512i order = _mm512_set_epi16(
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-      3, 18, 2, 17, 1, 16, 0);
+      31,
+      15,
+      30,
+      14,
+      29,
+      13,
+      28,
+      12,
+      27,
+      11,
+      26,
+      10,
+      25,
+      9,
+      24,
+      8,
+      23,
+      7,
+      22,
+      6,
+      21,
+      5,
+      20,
+      4,
+      19,
+      3,
+      18,
+      2,
+      17,
+      1,
+      16,
+      0);
   const __m512bh both = _mm512_cvtne2ps_pbh(odd.v, even.v);
   __m512i words;
   std::memcpy(&words, &both, sizeof(words));
@@ -105,7 +157,9 @@ inline void store_bf16_pairs(uint16_t* p, V16 even, V16 odd) {
 #endif
 }
 
-inline I16 load_int(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline I16 load_int(const void* p) {
+  return {_mm512_loadu_si512(p)};
+}
 template <int kBits>
 inline I16 shift_right(I16 a) {
   return {_mm512_srli_epi32(a.v, kBits)};
@@ -122,8 +176,7 @@ inline V16 low_byte(I16 a) {
 inline V16 load_nibbles(const uint8_t* p) {
   const __m512i both = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   const __m512i dword = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-  const __m512i shift =
-      _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
+  const __m512i shift = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
   return low_nibble({_mm512_srlv_epi32(_mm512_permutexvar_epi32(dword, both), shift)});
 }
 /// 16 bytes as f32.
@@ -136,7 +189,9 @@ inline V16 load_bytes(const uint8_t* p) {
 #define METAL_LORA_HAS_BF16_DOT 1
 
 /// Each dword looked up in both halves: the low nibble (bit 4 ignored, the table repeats) as bf16.
-inline I16 nibble_pairs(I16 a, I16 table) { return {_mm512_permutexvar_epi16(a.v, table.v)}; }
+inline I16 nibble_pairs(I16 a, I16 table) {
+  return {_mm512_permutexvar_epi16(a.v, table.v)};
+}
 /// bf16 of multiplier·(0 … 15), twice; multiplier a power of two.
 inline I16 nibble_table(float multiplier) {
   alignas(64) uint16_t words[32];
@@ -150,7 +205,9 @@ inline I16 broadcast_pair(const uint16_t* p) {
   std::memcpy(&pair, p, sizeof(pair));
   return {_mm512_set1_epi32(pair)};
 }
-inline I16 load_pairs(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+inline I16 load_pairs(const uint16_t* p) {
+  return {_mm512_loadu_si512(p)};
+}
 inline I16 load_pairs_first(const uint16_t* p, size_t n) {
   return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1ull), p)};
 }

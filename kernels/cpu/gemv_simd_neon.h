@@ -23,7 +23,9 @@ inline V16 quarters(F f) {
 inline V16 broadcast(float x) {
   return quarters([=](int) { return vdupq_n_f32(x); });
 }
-inline V16 zero() { return broadcast(0.0f); }
+inline V16 zero() {
+  return broadcast(0.0f);
+}
 inline V16 load(const float* p) {
   return quarters([=](int i) { return vld1q_f32(p + 4 * i); });
 }
@@ -41,8 +43,7 @@ inline void store_first(float* p, const V16& a, size_t n) {
   std::memcpy(p, lanes, n * sizeof(float));
 }
 inline V16 load_f16(const uint16_t* p) {
-  return quarters(
-      [=](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });
+  return quarters([=](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });
 }
 inline V16 load_bf16(const uint16_t* p) {
   return quarters(
@@ -102,8 +103,7 @@ inline void store_bf16(uint16_t* p, const V16& a) {
 inline void store_bf16_pairs(uint16_t* p, const V16& even, const V16& odd) {
   for (int i = 0; i < 4; ++i) {
     const uint32x4_t low = vshrq_n_u32(bf16_bits_high(even.v[i]), 16);
-    const uint32x4_t high =
-        vandq_u32(bf16_bits_high(odd.v[i]), vdupq_n_u32(0xffff0000u));
+    const uint32x4_t high = vandq_u32(bf16_bits_high(odd.v[i]), vdupq_n_u32(0xffff0000u));
     vst1q_u16(p + 8 * i, vreinterpretq_u16_u32(vorrq_u32(low, high)));
   }
 }
@@ -123,17 +123,24 @@ inline I16 shift_right(const I16& a) {
 inline V16 low_bits(const I16& a, uint32_t mask) {
   return quarters([&](int i) { return vcvtq_f32_u32(vandq_u32(a.v[i], vdupq_n_u32(mask))); });
 }
-inline V16 low_nibble(const I16& a) { return low_bits(a, 15); }
-inline V16 low_byte(const I16& a) { return low_bits(a, 255); }
+inline V16 low_nibble(const I16& a) {
+  return low_bits(a, 15);
+}
+inline V16 low_byte(const I16& a) {
+  return low_bits(a, 255);
+}
 /// 16 bytes as f32.
 inline V16 widen_bytes(uint8x16_t bytes) {
   const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
   return {
-      {vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(low))),
+      {vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))),
+       vcvtq_f32_u32(vmovl_u16(vget_high_u16(low))),
        vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))),
        vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)))}};
 }
-inline V16 load_bytes(const uint8_t* p) { return widen_bytes(vld1q_u8(p)); }
+inline V16 load_bytes(const uint8_t* p) {
+  return widen_bytes(vld1q_u8(p));
+}
 /// 16 consecutive nibbles (8 bytes) as f32.
 inline V16 load_nibbles(const uint8_t* p) {
   const uint8x8_t bytes = vld1_u8(p);

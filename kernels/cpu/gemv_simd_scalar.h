@@ -25,25 +25,35 @@ inline V16 each(F f) {
 inline V16 broadcast(float x) {
   return each([=](int) { return x; });
 }
-inline V16 zero() { return broadcast(0.0f); }
+inline V16 zero() {
+  return broadcast(0.0f);
+}
 inline V16 load_first(const float* p, size_t n) {
   V16 r = zero();
   std::memcpy(r.v, p, n * sizeof(float));
   return r;
 }
-inline V16 load(const float* p) { return load_first(p, 16); }
+inline V16 load(const float* p) {
+  return load_first(p, 16);
+}
 inline void store_first(float* p, const V16& a, size_t n) {
   std::memcpy(p, a.v, n * sizeof(float));
 }
-inline void store(float* p, const V16& a) { store_first(p, a, 16); }
+inline void store(float* p, const V16& a) {
+  store_first(p, a, 16);
+}
 inline V16 load_f16_first(const uint16_t* p, size_t n) {
   return each([=](int i) { return size_t(i) < n ? float_of_half(p[i]) : 0.0f; });
 }
 inline V16 load_bf16_first(const uint16_t* p, size_t n) {
   return each([=](int i) { return size_t(i) < n ? float_of_bf16(p[i]) : 0.0f; });
 }
-inline V16 load_f16(const uint16_t* p) { return load_f16_first(p, 16); }
-inline V16 load_bf16(const uint16_t* p) { return load_bf16_first(p, 16); }
+inline V16 load_f16(const uint16_t* p) {
+  return load_f16_first(p, 16);
+}
+inline V16 load_bf16(const uint16_t* p) {
+  return load_bf16_first(p, 16);
+}
 
 inline V16 add(const V16& a, const V16& b) {
   return each([&](int i) { return a.v[i] + b.v[i]; });

@@ -30,7 +30,8 @@ void for_rows(uint32_t rows, F fn) {
 void copy_scale(const WeightParams& p, const void* from, size_t from_i, void* to, size_t to_i) {
   const size_t bytes = dtype_bytes(p.scales_dtype);
   std::memcpy(
-      static_cast<char*>(to) + to_i * bytes, static_cast<const char*>(from) + from_i * bytes,
+      static_cast<char*>(to) + to_i * bytes,
+      static_cast<const char*>(from) + from_i * bytes,
       bytes);
 }
 
@@ -86,8 +87,8 @@ void unpack_weight(const WeightView& w, void* data, void* scales, void* biases) 
         const size_t row = size_t{panel} * kPanelRows + r;
         copy_scale(p, block, r, scales, row * g.groups + group);
         copy_scale(p, block + g.scales_bytes, r, biases, row * g.groups + group);
-        uint32_t* words = static_cast<uint32_t*>(data) + row * row_words +
-                          group * (p.group_size / g.step_k);
+        uint32_t* words =
+            static_cast<uint32_t*>(data) + row * row_words + group * (p.group_size / g.step_k);
         const uint8_t* from = block + 2 * g.scales_bytes + r * sizeof(uint32_t);
         for (uint32_t s = 0; s < p.group_size / g.step_k; ++s, from += kPanelStepBytes) {
           uint32_t in, out = 0;

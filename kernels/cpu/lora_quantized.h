@@ -20,6 +20,7 @@ void dequantize_rows(const WeightView& w, uint32_t row0, uint32_t rows, float* o
 
 /// Affine quantisation as mx::quantize does it (min/max per group, the edge of larger magnitude
 /// exact). x f32 [n, k]; writes data, scales and biases of a row_major weight of `params`.
-void quantize_affine(const WeightParams& params, const float* x, void* data, void* scales, void* biases);
+void quantize_affine(
+    const WeightParams& params, const float* x, void* data, void* scales, void* biases);
 
 }  // namespace metal_lora::cpu

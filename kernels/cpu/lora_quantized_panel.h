@@ -23,9 +23,9 @@ inline constexpr size_t kPanelStepBytes = 64;
 
 /// Byte geometry of a cpu_packed weight.
 struct PanelGeometry {
-  uint32_t groups = 0;       ///< blocks of a panel
-  uint32_t step_k = 0;       ///< k values of a 64-byte step: 8 (int4) or 4 (int8)
-  size_t scales_bytes = 0;   ///< of the 16 scales of a block (the biases take as many)
+  uint32_t groups = 0;      ///< blocks of a panel
+  uint32_t step_k = 0;      ///< k values of a 64-byte step: 8 (int4) or 4 (int8)
+  size_t scales_bytes = 0;  ///< of the 16 scales of a block (the biases take as many)
   size_t block_bytes = 0;
   size_t panel_bytes = 0;
 };
@@ -71,19 +71,27 @@ inline void for_each_panel_pair(
       for (; k < end; k += 8, step += kPanelStepBytes) {
         const I16 v = load_int(step);
         emit(k, fma(low_nibble(v), scale, bias), fma(low_nibble(shift_right<16>(v)), scale, bias));
-        emit(k + 2, fma(low_nibble(shift_right<4>(v)), scale, bias),
-             fma(low_nibble(shift_right<20>(v)), scale, bias));
-        emit(k + 4, fma(low_nibble(shift_right<8>(v)), scale, bias),
-             fma(low_nibble(shift_right<24>(v)), scale, bias));
-        emit(k + 6, fma(low_nibble(shift_right<12>(v)), scale, bias),
-             fma(low_nibble(shift_right<28>(v)), scale, bias));
+        emit(
+            k + 2,
+            fma(low_nibble(shift_right<4>(v)), scale, bias),
+            fma(low_nibble(shift_right<20>(v)), scale, bias));
+        emit(
+            k + 4,
+            fma(low_nibble(shift_right<8>(v)), scale, bias),
+            fma(low_nibble(shift_right<24>(v)), scale, bias));
+        emit(
+            k + 6,
+            fma(low_nibble(shift_right<12>(v)), scale, bias),
+            fma(low_nibble(shift_right<28>(v)), scale, bias));
       }
     } else {
       for (; k < end; k += 4, step += kPanelStepBytes) {
         const I16 v = load_int(step);
         emit(k, fma(low_byte(v), scale, bias), fma(low_byte(shift_right<16>(v)), scale, bias));
-        emit(k + 2, fma(low_byte(shift_right<8>(v)), scale, bias),
-             fma(low_byte(shift_right<24>(v)), scale, bias));
+        emit(
+            k + 2,
+            fma(low_byte(shift_right<8>(v)), scale, bias),
+            fma(low_byte(shift_right<24>(v)), scale, bias));
       }
     }
   }

@@ -142,7 +142,9 @@ void connect(Branch& b, uint32_t rank, DType lora_dtype, bool extras) {
 /// |sum| error of a chain of `terms` f32 operations whose terms' magnitudes add up to `size`:
 /// gamma_n = n·eps/(1 - n·eps) (Higham, Accuracy and Stability, 3.1); dot products keep ≥ 16
 /// lanes or rows apart, but the bound for one chain holds for any order.
-double chain_error(double terms, double size) { return terms * 2 * kEps32 * size; }
+double chain_error(double terms, double size) {
+  return terms * 2 * kEps32 * size;
+}
 
 void expect_matches(
     const Branch& b, uint32_t m, DType dtype, const Values& x, const std::string& what) {
@@ -182,8 +184,8 @@ void expect_matches(
         y += b.bias[r] + b.residual.exact[size_t{t} * p.n + r];
         extra = std::fabs(b.bias[r]) + std::fabs(b.residual.exact[size_t{t} * p.n + r]);
       }
-      const double tolerance = chain_error(p.k + rank + 8.0, size + extra) +
-                               rounding(dtype) * std::fabs(y) + 0x1p-24;
+      const double tolerance =
+          chain_error(p.k + rank + 8.0, size + extra) + rounding(dtype) * std::fabs(y) + 0x1p-24;
       ASSERT_NEAR(read_float(b.y.data(), dtype, size_t{t} * p.n + r), y, tolerance)
           << what << " token " << t << " row " << r;
     }
