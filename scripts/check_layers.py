@@ -10,6 +10,7 @@ Kernels, io and text include no MLX header: they are tested, fuzzed and timed wi
 
 import argparse
 import pathlib
+import posixpath
 import re
 import sys
 
@@ -65,7 +66,8 @@ def layer_of(path):
 
 def resolve(root, file, name):
     """Path relative to the root of the project's header `name` as `file` includes it, or None."""
-    for candidate in (name, f"include/{name}", str(pathlib.PurePosixPath(file).parent / name)):
+    for candidate in (name, f"include/{name}", f"{posixpath.dirname(file)}/{name}"):
+        candidate = posixpath.normpath(candidate)
         if (root / candidate).is_file():
             return candidate
     return None

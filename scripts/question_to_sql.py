@@ -30,6 +30,8 @@ DATABASE_NAME = "questions.sqlite"
 FACT_ROWS = 48
 # Bounds on one answer: far above what any question needs (under 1e4 steps and 50 rows).
 MAX_STEPS, STEPS_PER_CHECK, MAX_ROWS, MAX_TEXT = 2_000_000, 10_000, 10_000, 100_000
+MAX_MISSES_IN_A_ROW = 2000  # then the tables have no more questions to give
+MAX_QUESTIONS = 100_000
 EXIT_BAD_INPUT, EXIT_NOT_FOUND = 2, 3
 
 
@@ -347,9 +349,10 @@ def draw_questions(rng, database, pairs, count, taken_prompts, taken_sql):
         if is_new and is_telling(database, question, weaker):
             taken_prompts.add(question.prompt)
             questions.append(question)
+            misses = 0
         else:
             misses += 1
-            if misses > 1000 + 100 * count:
+            if misses > MAX_MISSES_IN_A_ROW:
                 raise ValueError(f"cannot draw {count} different questions: ask for fewer")
     return questions
 
@@ -573,6 +576,13 @@ def show(options):
             print(f"    {label:{width}}  {mark}  {shortened or '(empty)'}")
 
 
+def size(text):
+    count = int(text)
+    if not 0 <= count <= MAX_QUESTIONS:
+        raise argparse.ArgumentTypeError(f"must be 0 to {MAX_QUESTIONS} but is {count}")
+    return count
+
+
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -580,7 +590,7 @@ def make_parser():
     command.add_argument("--out", required=True, help="folder to write to")
     command.add_argument("--seed", type=int, default=1)
     for name, count in (("train", 960), ("valid", 48), ("test", 96), ("unseen", 48)):
-        command.add_argument(f"--{name}", type=int, default=count, help=f"questions (default {count})")
+        command.add_argument(f"--{name}", type=size, default=count, help=f"questions (default {count})")
     command.set_defaults(run=generate)
     command = commands.add_parser("prompts", help="the questions without their answers, as JSONL")
     command.add_argument("--data", required=True, help="questions, a .jsonl that generate wrote")
