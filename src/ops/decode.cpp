@@ -114,10 +114,18 @@ void DecodePlan::run(
   p.attention_scale = g.attention_scale;
   p.dtype = g.dtype;
   const size_t half_bytes = static_cast<size_t>(capacity) * g.kv_heads * g.head_dim * dtype_bytes(g.dtype);
+  // One window for all layers in a call: runs of layers that share it go together.
   auto* keys = static_cast<std::byte*>(cache);
-  for (size_t i = 0; i < views_.size(); ++i, keys += 2 * half_bytes) {
-    p.window = static_cast<uint32_t>(layers_[i].window);
-    cpu::decode_layer(p, views_[i], cos_sin.data(), x.data(), keys, keys + half_bytes);
+  std::vector<void*> k_caches, v_caches;
+  for (size_t i = 0; i < views_.size(); ++i) {
+    k_caches.push_back(keys + 2 * half_bytes * i);
+    v_caches.push_back(keys + 2 * half_bytes * i + half_bytes);
+  }
+  for (size_t first = 0, last; first < views_.size(); first = last) {
+    for (last = first + 1; last < views_.size() && layers_[last].window == layers_[first].window;) ++last;
+    p.window = static_cast<uint32_t>(layers_[first].window);
+    cpu::decode_layers(
+        p, &views_[first], last - first, cos_sin.data(), x.data(), &k_caches[first], &v_caches[first]);
   }
 
   NormParams norm;
