@@ -26,7 +26,8 @@ MAY_INCLUDE = {
     "model": {"base", "io", "text", "ops"},
     "train": {"base", "io", "text", "ops", "model"},
     "generate": {"base", "io", "text", "ops", "model"},
-    "cli": {"base", "io", "text", "ops", "model", "train", "generate"},
+    # The top: it also sets the number of threads, names the instruction set and times kernels.
+    "cli": {"base", "io", "text", "kernels", "launch", "ops", "model", "train", "generate"},
 }
 WITHOUT_MLX = {"base", "kernels", "io", "text"}
 

@@ -141,7 +141,8 @@ def test_number_columns_have_no_ties(data):
     connection.close()
 
 
-def test_exhausted_tables_are_an_error_not_a_hang(tmp_path):
+def test_exhausted_tables_are_an_error_not_a_hang(tmp_path, monkeypatch):
+    monkeypatch.setattr(q, "MAX_MISSES_IN_A_ROW", 30)
     key = ("a", "b")
     pair = q.make_pair("k", ("t", {"k": key, "x": ("u", "v")}, {"n": (1, 3), "l": (1, 3)}),
                        ("o", {"y": ("w", "z")}, {"m": (1, 3), "h": (1, 3)}))
