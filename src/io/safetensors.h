@@ -20,7 +20,6 @@ namespace metal_lora::io {
 inline constexpr uint64_t kSafetensorsMaxHeaderBytes = uint64_t{16} << 20;
 inline constexpr uint64_t kSafetensorsMaxTensors = 131072;
 inline constexpr uint64_t kSafetensorsMaxDims = 8;
-inline constexpr uint64_t kTensorNameMaxBytes = 256;
 
 /// One validated safetensors file. Tensors are in the order of their data. Copies share the
 /// mapping.
@@ -70,14 +69,18 @@ class SafetensorsFolder {
   TensorIndex index_;
 };
 
-/// The index must name plain files of the folder, and each tensor must be in the file that it says;
-/// a tensor of a shard that the index does not list is refused as well. not_found when the folder
-/// has neither file.
+/// The index must name plain files of the folder, each tensor must be in the file that it says, and
+/// no name may be in two files. Tensors of a shard that the index does not list are there too, as
+/// in transformers. not_found when the folder has neither file.
 Result<SafetensorsFolder> read_safetensors_folder(const std::string& folder);
 
+class FileCalls;
+
 struct SafetensorsWriteOptions {
-  bool refuse_non_finite =
-      true;  ///< fail on NaN or ±Inf in a float tensor (reads all data once more)
+  /// Fail on NaN or ±Inf in a float tensor; reads all data once more.
+  bool refuse_non_finite = true;
+  /// The system calls to make; null for the system's own. Tests inject faults here.
+  FileCalls* calls = nullptr;
 };
 
 /// Writes atomically (see AtomicFile): on failure the previous file is unchanged. The bytes depend

@@ -80,6 +80,9 @@ struct TensorInfo {
   bool is_aligned() const;
 };
 
+/// A tensor name of any format is at most this long.
+inline constexpr uint64_t kTensorNameMaxBytes = 256;
+
 /// Elements, or invalid when the product leaves 64 bits.
 CheckedSize count_elements(std::span<const uint64_t> shape);
 
