@@ -85,7 +85,7 @@ void read_patterns(const JsonObject& root, std::string_view text, AdapterConfig&
     const JsonObject patterns = unwrap(root.get_object(key));
     for (const std::string& pattern : keys_in_order(text, key)) {
       ModulePattern compiled(
-          pattern, fmt::format("{}, {}.{}", root.path(), key, io::quoted(pattern)));
+          pattern, fmt::format("{}, {}.{}", root.path(), key, io::quote_text(pattern)));
       if (key == "rank_pattern") {
         config.rank_pattern.emplace_back(std::move(compiled), checked_rank(patterns, pattern));
       } else {

@@ -54,7 +54,7 @@ std::string_view without_suffix(std::string_view rest) {
   io::Failure failure;
   failure.code = code;
   failure.path = where;
-  failure.field = io::quoted(name, 256);
+  failure.field = io::quote_text(name, 256);
   failure.expected = "a factor A or B of a LoRA module";
   failure.got = std::move(got);
   io::throw_failure(failure);
