@@ -155,59 +155,87 @@ inline float load_scalar(DType dtype, const void* data, size_t at) {
 
 // ---- affine weights ----------------------------------------------------------------------------
 
-/// count ≤ 32 columns of one group as f32.
+/// Columns [column, column + count), count ≤ 32, of one group as f32.
 inline void affine_piece(
     const AffineRow& row, uint32_t column, uint32_t count, float scale, float bias, float* out) {
-  uint32_t i = 0;
-  if (row.bits == 4) {
-    const uint32_t* words = row.words + column / 8;
-#if defined(__AVX512F__)
-    // Sixteen levels fit one register: a permutation looks the weights up (it reads only the low
-    // four bits of each index, so the shifted words need no mask).
-    const __m512 level = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 table = _mm512_fmadd_ps(level, _mm512_set1_ps(scale), _mm512_set1_ps(bias));
-    const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-    for (; i + 16 <= count; i += 16) {
-      const __m512i both = _mm512_inserti64x4(
-          _mm512_set1_epi32(static_cast<int>(words[i / 8])),
-          _mm256_set1_epi32(static_cast<int>(words[i / 8 + 1])),
-          1);
-      _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(_mm512_srlv_epi32(both, shift), table));
-    }
-#elif defined(__AVX2__)
-    const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-    for (; i + 8 <= count; i += 8) {
-      const __m256i word = _mm256_set1_epi32(static_cast<int>(words[i / 8]));
-      const __m256i q = _mm256_and_si256(_mm256_srlv_epi32(word, shift), _mm256_set1_epi32(15));
-      _mm256_storeu_ps(
-          out + i,
-          _mm256_fmadd_ps(_mm256_cvtepi32_ps(q), _mm256_set1_ps(scale), _mm256_set1_ps(bias)));
-    }
-#endif
-    for (; i < count; ++i) {
-      const uint32_t q = (words[i / 8] >> (4 * (i % 8))) & 15u;
-      out[i] = __builtin_fmaf(static_cast<float>(q), scale, bias);
-    }
-    return;
+  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(row.words);
+  for (uint32_t i = 0; i < count; ++i) {
+    const uint32_t at = column + i;
+    const uint32_t q = row.bits == 8 ? bytes[at] : (bytes[at / 2] >> (4 * (at % 2))) & 15u;
+    out[i] = __builtin_fmaf(static_cast<float>(q), scale, bias);
   }
-  const uint8_t* bytes = reinterpret_cast<const uint8_t*>(row.words) + column;
-  for (; i < count; ++i) out[i] = __builtin_fmaf(static_cast<float>(bytes[i]), scale, bias);
 }
+
+#if defined(__AVX512F__)
+
+/// Sixteen weights. int4: sixteen levels fit one register, so a permutation looks the weights up
+/// (it reads only the low four bits of each index: the shifted words need no mask).
+inline __m512 sixteen(const uint32_t* words, uint32_t bits, __m512 scale, __m512 bias, __m512 table) {
+  if (bits == 8) {
+    const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(words));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(q)), scale, bias);
+  }
+  const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  const __m512i both = _mm512_inserti64x4(
+      _mm512_set1_epi32(static_cast<int>(words[0])),
+      _mm256_set1_epi32(static_cast<int>(words[1])), 1);
+  return _mm512_permutexvar_ps(_mm512_srlv_epi32(both, shift), table);
+}
+
+inline void affine_32(const AffineRow& row, uint32_t column, float scale, float bias, Element* out) {
+  const __m512 level = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512 s = _mm512_set1_ps(scale), b = _mm512_set1_ps(bias);
+  const __m512 table = _mm512_fmadd_ps(level, s, b);
+  const uint32_t* words = row.words + column * row.bits / 32;
+  const __m512 low = sixteen(words, row.bits, s, b, table);
+  const __m512 high = sixteen(words + row.bits / 2, row.bits, s, b, table);
+#if METAL_LORA_BF16
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+  _mm512_storeu_ps(out, low);
+  _mm512_storeu_ps(out + 16, high);
+#endif
+}
+
+#elif defined(__AVX2__)
+
+inline void affine_32(const AffineRow& row, uint32_t column, float scale, float bias, float* out) {
+  const __m256 s = _mm256_set1_ps(scale), b = _mm256_set1_ps(bias);
+  const uint32_t* words = row.words + column * row.bits / 32;
+  for (uint32_t i = 0; i < 32; i += 8) {
+    __m256i q;
+    if (row.bits == 8) {
+      q = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(words + i / 4)));
+    } else {
+      const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+      const __m256i word = _mm256_set1_epi32(static_cast<int>(words[i / 8]));
+      q = _mm256_and_si256(_mm256_srlv_epi32(word, shift), _mm256_set1_epi32(15));
+    }
+    _mm256_storeu_ps(out + i, _mm256_fmadd_ps(_mm256_cvtepi32_ps(q), s, b));
+  }
+}
+
+#else
+
+inline void affine_32(const AffineRow& row, uint32_t column, float scale, float bias, float* out) {
+  affine_piece(row, column, 32, scale, bias, out);
+}
+
+#endif
 
 void load_affine(const AffineRow& row, uint32_t column0, uint32_t count, void* out) {
   Element* target = static_cast<Element*>(out);
   for (uint32_t i = 0; i < count; i += 32) {
-    const uint32_t column = column0 + i, n = smaller(32, count - i);
-    const uint32_t group = column / row.group_size;
+    const uint32_t column = column0 + i, group = column / row.group_size;
     const float scale = load_scalar(row.scales_dtype, row.scales, group);
     const float bias = load_scalar(row.scales_dtype, row.biases, group);
-#if METAL_LORA_BF16
+    if (count - i >= 32) {
+      affine_32(row, column, scale, bias, target + i);
+      continue;
+    }
     alignas(64) float wide[32];
-    affine_piece(row, column, n, scale, bias, wide);
-    store(DType::bf16, wide, n, target + i);
-#else
-    affine_piece(row, column, n, scale, bias, target + i);
-#endif
+    affine_piece(row, column, count - i, scale, bias, wide);
+    load(DType::f32, wide, count - i, target + i);
   }
 }
 
@@ -335,22 +363,32 @@ void pack_transposed(
 
 #endif
 
+/// One step of pack_straight; `next` is the odd row of a bf16 pair, or null at an odd k's end.
+inline void straight_step(
+    const Element* __restrict row, const Element* __restrict next, uint32_t columns, uint32_t* out) {
+#if METAL_LORA_BF16
+  if (next) {
+    for (uint32_t i = 0; i < columns; ++i) out[i] = row[i] | uint32_t{next[i]} << 16;
+  } else {
+    for (uint32_t i = 0; i < columns; ++i) out[i] = row[i];
+  }
+#else
+  (void)next;
+  for (uint32_t i = 0; i < columns; ++i) out[i] = bits_of(row[i]);
+#endif
+}
+
 void pack_straight(
     const void* source, size_t ld, uint32_t columns, uint32_t width, uint32_t k, void* panel) {
-  const Element* in = static_cast<const Element*>(source);
-  uint32_t* __restrict out = static_cast<uint32_t*>(panel);
-  for (uint32_t p = 0; p < k; p += kElementsPerStep, out += width) {
-    const Element* __restrict row = in + p * ld;
-#if METAL_LORA_BF16
-    if (p + 1 < k) {
-      const Element* __restrict next = row + ld;
-      for (uint32_t i = 0; i < columns; ++i) out[i] = row[i] | uint32_t{next[i]} << 16;
+  const Element* row = static_cast<const Element*>(source);
+  uint32_t* out = static_cast<uint32_t*>(panel);
+  for (uint32_t p = 0; p < k; p += kElementsPerStep, row += kElementsPerStep * ld, out += width) {
+    const Element* next = kElementsPerStep == 2 && p + 1 < k ? row + ld : nullptr;
+    if (columns == kPanelColumns && (next || kElementsPerStep == 1)) {
+      straight_step(row, next, kPanelColumns, out);  // a constant count: whole vectors
     } else {
-      for (uint32_t i = 0; i < columns; ++i) out[i] = row[i];
+      straight_step(row, next, columns, out);
     }
-#else
-    __builtin_memcpy(out, row, columns * sizeof(float));
-#endif
     for (uint32_t i = columns; i < width; ++i) out[i] = 0;
   }
 }
