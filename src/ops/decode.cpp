@@ -7,7 +7,6 @@
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
-#include "kernels/cpu/gemm.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
 #include "src/ops/weight_view.h"
@@ -135,8 +134,11 @@ void DecodePlan::run(
   norm.dtype = DType::f32;
   float* last = x.data() + static_cast<size_t>(m - rows) * dims;
   cpu::add_rms_norm_forward(norm, last, nullptr, final_norm_.data<float>(), nullptr, last);
-  cpu::gemm_weight(
-      norm.rows, {last, DType::f32, dims}, weight_view(head_), 0, head_.params().n, 0.0f, logits, head_.params().n);
+  // f32 hidden states: logits keep the digits that a 16-bit product would round away.
+  cpu::LoraBranch head;
+  head.weight = weight_view(head_);
+  head.y = logits;
+  cpu::lora_linear_forward(norm.rows, dims, DType::f32, last, &head, 1);
 }
 
 std::pair<mx::array, mx::array> decode_step(
@@ -174,22 +176,7 @@ std::pair<mx::array, mx::array> decode_step(
 }
 
 mx::array logits(const mx::array& x, const Weight& head) {
-  constexpr const char* kOp = "logits";
-  check_shape(kOp, "x", x, {-1, head.in_features()});
-  const DType dtype = to_kernel(x.dtype());
-  const auto rows = static_cast<uint32_t>(x.shape(0));
-  return launch(
-      {.kernel = kOp,
-       .inputs = {x},
-       .outputs = {{{x.shape(0), head.out_features()}, mx::float32}},
-       .cpu =
-           [=](const KernelArgs& args) {
-             const auto& p = head.params();
-             cpu::gemm_weight(
-                 rows, {args.in[0], dtype, p.k}, weight_view(head), 0, p.n, 0.0f, static_cast<float*>(args.out[0]), p.n);
-           },
-       .vjp = {},
-       .reference = {}})[0];
+  return lora_linear(mx::astype(x, mx::float32), LoraLinear{head, std::nullopt, std::nullopt});
 }
 
 }  // namespace metal_lora::ops
