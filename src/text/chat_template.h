@@ -28,7 +28,7 @@ struct RenderLimits {
   size_t output_bytes = 64 << 20;
   size_t memory_bytes = 256 << 20;  ///< bytes of all strings and containers ever made
   uint64_t steps = 20'000'000;      ///< expressions and statements evaluated
-  size_t depth = 128;               ///< nesting of expressions, blocks and macro calls
+  size_t depth = 256;               ///< nesting of expressions, blocks and macro calls
 };
 
 /// A calendar moment for strftime_now; the caller passes it, so that rendering is repeatable.

@@ -291,7 +291,7 @@ Step PreTokenizer::digits_step(bool individual) {
 
 Step PreTokenizer::byte_level_step(bool add_prefix_space, bool use_regex) {
   Step step{Kind::byte_level};
-  step.replacement = " ";
+  step.replacement.push_back(' ');  // g++ 12 misreads the assignment of a literal here
   step.prepend = add_prefix_space ? Prepend::always : Prepend::never;
   step.split = use_regex;
   if (use_regex) step.pattern.regex.emplace(kGpt2Expression);
