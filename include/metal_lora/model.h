@@ -88,7 +88,7 @@ struct LoadOptions {
   int quantize_bits = 0;       ///< 0: keep what the file stores; 4 or 8: quantise dense linears
   int quantize_group = 64;
   bool dequantize = false;     ///< make every weight dense in `dtype`
-  std::function<void(double)> progress;  ///< 0 … 1
+  std::function<void(double)> progress = {};  ///< 0 … 1
 };
 
 class Model;
