@@ -35,8 +35,8 @@ struct Scratch {
 
 // Softmax of each row; losses[i] of the block's row i; with `gradient`, logits become dlogits.
 // Where x is bf16 the gradient is kept in bf16, so that the product back through W runs on bf16 dot
-// products. Its rounding (2^-9 of each element, independent signs) moves dx by about 2^-9 of
-// sqrt(Σ (p_v·w_v)²), below the 2^-9 of |dx| with which dx itself is stored unless the terms
+// products. Its rounding (2^-8 of each element, independent signs) moves dx by about 2^-8 of
+// sqrt(Σ (p_v·w_v)²), below the 2^-8 of |dx| with which dx itself is stored unless the terms
 // cancel; p keeps f32's range, so nothing underflows.
 void softmax_rows(
     const LinearCrossEntropyParams& p,
