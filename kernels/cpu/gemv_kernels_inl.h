@@ -209,10 +209,11 @@ struct AffineRows {
   V16 first(size_t, size_t, size_t) const { return zero(); }  // groups are multiples of 32
 };
 
-/// acc of R rows from `row` and M tokens; rows past the last repeat it.
+/// Lanes of the sums of R rows from `row` and M tokens, to dots[t·16 + r]; rows past the last
+/// repeat it.
 template <class Rows, int R, int M>
 inline void dense_tile(
-    const Rows& w, uint32_t row, uint32_t last_row, const float* x, uint32_t k, float* acc) {
+    const Rows& w, uint32_t row, uint32_t last_row, const float* x, uint32_t k, V16* dots) {
   V16 dot[M][R];
   size_t rows[R];
   for (int r = 0; r < R; ++r) rows[r] = row + r < last_row ? row + r : last_row;
@@ -237,31 +238,40 @@ inline void dense_tile(
     }
   }
   for (int t = 0; t < M; ++t) {
-    for (int r = 0; r < R; ++r) acc[t * kPanelRows + r] = horizontal_sum(dot[t][r]);
+    for (int r = 0; r < R; ++r) dots[t * kPanelRows + r] = dot[t][r];
   }
 }
+
+/// One token leaves room for twice the rows: as many independent sums as the multiplier's latency
+/// asks for.
+template <int M>
+inline constexpr int kTileRows = M == 1 ? 2 * kDenseRows : kDenseRows;
 
 template <class Rows>
 void dense_panel(
     const WeightView& w, const GemvInput& in, uint32_t row0, uint32_t rows, float* acc) {
   const Rows reader(w);
-  for (uint32_t r = 0; r < rows; r += kDenseRows) {
-    for_token_tiles(in.m, [&]<int M>(uint32_t t0) {
-      dense_tile<Rows, kDenseRows, M>(
+  for_token_tiles(in.m, [&]<int M>(uint32_t t0) {
+    V16 dots[M * kPanelRows];
+    for (uint32_t r = 0; r < kPanelRows; r += kTileRows<M>) {
+      dense_tile<Rows, kTileRows<M>, M>(
           reader,
-          row0 + r,
+          row0 + (r < rows ? r : rows - 1),
           row0 + rows - 1,
           in.f32 + size_t{t0} * in.k,
           in.k,
-          acc + size_t{t0} * kPanelRows + r);
-    });
-  }
+          dots + r);
+    }
+    for (uint32_t t = 0; t < M; ++t) {
+      store(acc + (t0 + t) * kPanelRows, sum_each(dots + t * kPanelRows));
+    }
+  });
 }
 
 #if defined(METAL_LORA_HAS_BF16_DOT)
 template <int R, int M>
 inline void bf16_tile(
-    const uint16_t* w, uint32_t row, uint32_t last_row, const uint16_t* x, uint32_t k, float* acc) {
+    const uint16_t* w, uint32_t row, uint32_t last_row, const uint16_t* x, uint32_t k, V16* dots) {
   V16 dot[M][R];
   const uint16_t* rows[R];
   for (int r = 0; r < R; ++r) {
@@ -288,23 +298,27 @@ inline void bf16_tile(
     }
   }
   for (int t = 0; t < M; ++t) {
-    for (int r = 0; r < R; ++r) acc[t * kPanelRows + r] = horizontal_sum(dot[t][r]);
+    for (int r = 0; r < R; ++r) dots[t * kPanelRows + r] = dot[t][r];
   }
 }
 
 inline void bf16_panel(
     const WeightView& w, const GemvInput& in, uint32_t row0, uint32_t rows, float* acc) {
-  for (uint32_t r = 0; r < rows; r += kDenseRows) {
-    for_token_tiles(in.m, [&]<int M>(uint32_t t0) {
-      bf16_tile<kDenseRows, M>(
+  for_token_tiles(in.m, [&]<int M>(uint32_t t0) {
+    V16 dots[M * kPanelRows];
+    for (uint32_t r = 0; r < kPanelRows; r += kTileRows<M>) {
+      bf16_tile<kTileRows<M>, M>(
           static_cast<const uint16_t*>(w.data),
-          row0 + r,
+          row0 + (r < rows ? r : rows - 1),
           row0 + rows - 1,
           in.bf16 + size_t{t0} * in.k,
           in.k,
-          acc + size_t{t0} * kPanelRows + r);
-    });
-  }
+          dots + r);
+    }
+    for (uint32_t t = 0; t < M; ++t) {
+      store(acc + (t0 + t) * kPanelRows, sum_each(dots + t * kPanelRows));
+    }
+  });
 }
 #endif
 
@@ -363,8 +377,26 @@ void expand_rows(
   }
 }
 
+#if defined(METAL_LORA_HAS_NARROW_ROWS)
+template <int kRank>
+inline void expand_narrow(
+    const LoraView& lora, uint32_t m, const float* u, uint32_t row0, float* acc) {
+  const uint16_t* b = static_cast<const uint16_t*>(lora.b) + size_t{row0} * kRank;
+  const V16 scale = broadcast(lora.params.scale);
+  for (uint32_t t = 0; t < m; ++t, u += kRank, acc += kPanelRows) {
+    store(acc, fma(scale, narrow_rows_dot<kRank>(b, u), load(acc)));
+  }
+}
+#endif
+
 inline void expand(
     const LoraView& lora, uint32_t m, const float* u, uint32_t row0, uint32_t rows, float* acc) {
+#if defined(METAL_LORA_HAS_NARROW_ROWS)
+  if (lora.params.dtype == DType::bf16 && rows == kPanelRows) {
+    if (lora.params.rank == 16) return expand_narrow<16>(lora, m, u, row0, acc);
+    if (lora.params.rank == 8) return expand_narrow<8>(lora, m, u, row0, acc);
+  }
+#endif
   WeightView b;
   b.params.k = lora.params.rank;
   b.data = lora.b;

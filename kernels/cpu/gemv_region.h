@@ -80,6 +80,14 @@ inline uint32_t rows_of(const GemvLinear& l, uint32_t panel) {
   return left < kPanelRows ? left : kPanelRows;
 }
 
+/// Asks for the rows of B that a range of panels will need once its base sums are done.
+inline void prefetch_expand(const GemvLinear& l, PanelRange range) {
+  const size_t row_bytes = l.lora.params.rank * dtype_bytes(l.lora.params.dtype);
+  const auto* const b = static_cast<const char*>(l.lora.b) + range.begin * kPanelRows * row_bytes;
+  const size_t bytes = (range.end - range.begin) * kPanelRows * row_bytes;
+  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(b + at, 0, 3);
+}
+
 /// acc[(panel - begin)·m·16 …] = the base's sums of a range of panels.
 inline void run_base(
     const GemvKernels& kernels,
@@ -87,6 +95,7 @@ inline void run_base(
     const GemvInput& in,
     PanelRange range,
     float* acc) {
+  if (l.lora.params.rank > 0) prefetch_expand(l, range);
   for (uint32_t p = range.begin; p < range.end; ++p, acc += in.m * kPanelRows) {
     kernels.panel(l.weight, in, p * kPanelRows, rows_of(l, p), acc);
   }
