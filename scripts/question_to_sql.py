@@ -26,10 +26,12 @@ import re
 import sqlite3
 import sys
 
-DATABASE_NAME = "questions.sqlite"
+from sql_judge import (
+    CATEGORIES, DATABASE_NAME, Database, accuracy_by_category, category_of, judge_files,
+    read_jsonl, same_result,
+)
+
 FACT_ROWS = 48
-# Bounds on one answer: far above what any question needs (under 1e4 steps and 50 rows).
-MAX_STEPS, STEPS_PER_CHECK, MAX_ROWS, MAX_TEXT = 2_000_000, 10_000, 10_000, 100_000
 MAX_MISSES_IN_A_ROW = 2000  # then the tables have no more questions to give
 MAX_QUESTIONS = 100_000
 EXIT_BAD_INPUT, EXIT_NOT_FOUND = 2, 3
@@ -101,7 +103,7 @@ TRAINED = (
           "genre": ("crime", "poetry", "science", "travel")},
          {"pages": (80, 900), "year": (1900, 2024)}),
         ("authors", {"country": ("Italy", "France", "Chile")},
-         {"novels": (1, 60), "prizes": (1, 60)}),
+         {"works": (1, 60), "prizes": (1, 60)}),
     ),
     make_pair(
         "airline",
@@ -116,7 +118,7 @@ TRAINED = (
     make_pair(
         "team",
         ("players",
-         {"player": ("Bo", "Cleo", "Dani", "Enzo", "Gus", "Hugo"),
+         {"player": ("Boris", "Cleo", "Dani", "Enzo", "Gus", "Hugo"),
           "team": ("Reds", "Blues", "Hawks", "Lions", "Storm", "Comets"),
           "position": ("keeper", "winger", "striker", "captain")},
          {"goals": (0, 80), "matches": (1, 120)}),
@@ -133,7 +135,7 @@ UNSEEN = (
           "style": ("modern", "baroque", "brick", "timber")},
          {"area": (30, 400), "rent": (300, 3000)}),
         ("districts", {"mayor": ("Novak", "Okafor", "Sato")},
-         {"parks": (1, 60), "residents": (500, 9900)}),
+         {"shops": (1, 60), "residents": (500, 9900)}),
     ),
 )
 
@@ -179,17 +181,17 @@ class Condition:
     sql: str
 
 
-TEXT_WORDS = ("with {c} {v}", "whose {c} is {v}", "where the {c} is {v}")
+TEXT_WORDS = ("with {c} {v}", "whose {c} is {v}")
 NUMBER_WORDS = {
-    ">": ("with {c} over {v}", "whose {c} is greater than {v}", "with {c} above {v}"),
-    "<": ("with {c} under {v}", "whose {c} is less than {v}", "with {c} below {v}"),
-    ">=": ("with {c} of at least {v}", "whose {c} is {v} or more"),
-    "<=": ("with {c} of at most {v}", "whose {c} is {v} or less"),
+    ">": ("with {c} over {v}", "whose {c} is over {v}"),
+    "<": ("with {c} under {v}", "whose {c} is under {v}"),
+    ">=": ("with {c} of at least {v}", "whose {c} is at least {v}"),
+    "<=": ("with {c} of at most {v}", "whose {c} is at most {v}"),
 }
-JOINED_TEXT_WORDS = ("whose {k} has {c} {v}", "with a {k} that has {c} {v}")
+JOINED_TEXT_WORDS = ("whose {k} has {c} {v}", "where the {k} has {c} {v}")
 JOINED_NUMBER_WORDS = {
-    ">": ("whose {k} has {c} over {v}", "with a {k} that has {c} above {v}"),
-    "<": ("whose {k} has {c} under {v}", "with a {k} that has {c} below {v}"),
+    ">": ("whose {k} has {c} over {v}", "where the {k} has {c} over {v}"),
+    "<": ("whose {k} has {c} under {v}", "where the {k} has {c} under {v}"),
 }
 
 
@@ -217,7 +219,7 @@ def pick_conditions(rng, table, weights, skip):
         column, condition = pick_condition(rng, table, "", TEXT_WORDS, NUMBER_WORDS, used)
         used.append(column)
         conditions.append(condition)
-    word = rng.choice(("and", "and", "or"))
+    word = rng.choice(("and", "and", "and", "or"))
     return conditions, word
 
 
@@ -269,15 +271,14 @@ def ask_group(rng, table):
 
 def ask_order(rng, table):
     target, column = rng.choice(list(table.texts)), rng.choice(list(table.numbers))
-    word, other, direction = rng.choice((("highest", "lowest", " DESC"), ("lowest", "highest", "")))
-    top = rng.randint(2, 5)
+    word, direction = rng.choice((("highest", "DESC"), ("lowest", "ASC")))
     words, limit = rng.choice((
-        (f"List the {target} of {{t}}{{w}}, {word} {column} first.", ""),
-        (f"Show the {target} of {{t}}{{w}}, from {word} to {other} {column}.", ""),
+        (f"List the {target} of {{t}}{{w}} sorted by {column}, {word} first.", ""),
+        (f"Show the {target} of {{t}}{{w}} ordered by {column}, {word} first.", ""),
         (f"Which {target} has the {word} {column} among {{t}}{{w}}?", " LIMIT 1"),
-        (f"Which {top} {{t}}{{w}} have the {word} {column}? Show the {target}.", f" LIMIT {top}"),
+        (f"Name the {target} with the {word} {column} among {{t}}{{w}}.", " LIMIT 1"),
     ))
-    return words, target, f" ORDER BY {column}{direction}{limit}"
+    return words, target, f" ORDER BY {column} {direction}{limit}"
 
 
 # kind: how often, and the odds of 0, 1, 2 conditions
@@ -296,7 +297,7 @@ JOIN_SHARE, DISTRACTOR_SHARE = 0.2, 0.25
 def make_prompt(rng, tables, question):
     schemas = [table.schema() for table in tables]
     rng.shuffle(schemas)
-    return "\n".join([*schemas, question, "SQL:"])
+    return "\n".join([*schemas, question])
 
 
 def draw_join(rng, pair):
@@ -357,138 +358,6 @@ def draw_questions(rng, database, pairs, count, taken_prompts, taken_sql):
     return questions
 
 
-def category_of(sql):
-    """The row of the accuracy table that a reference answer belongs to."""
-    marks = (("JOIN", "join"), ("GROUP BY", "grouping"), ("ORDER BY", "ordering"),
-             (" AND ", "two conditions"), (" OR ", "two conditions"), ("COUNT(", "counts"),
-             ("AVG(", "averages"), ("MAX(", "extremes"), ("MIN(", "extremes"))
-    return next((category for mark, category in marks if mark in sql), "lists")
-
-
-CATEGORIES = ("counts", "averages", "extremes", "lists", "two conditions", "grouping", "ordering", "join")
-
-
-# --- judging --------------------------------------------------------------------------------
-
-
-class AnswerError(Exception):
-    """An answer that is not one SELECT that runs within the bounds."""
-
-
-class Database:
-    """Runs untrusted SQL: read-only, SELECT alone, bounded in steps, rows and sizes."""
-
-    FUNCTIONS = frozenset(
-        "abs avg coalesce count ifnull length like lower max min round substr sum total upper".split()
-    )
-
-    def __init__(self, path):
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"no database at {path}")
-        uri = pathlib.Path(path).absolute().as_uri() + "?mode=ro"
-        self.connection_ = sqlite3.connect(uri, uri=True, isolation_level=None)
-        self.connection_.set_authorizer(self.authorize_)
-        self.connection_.set_progress_handler(self.count_steps_, STEPS_PER_CHECK)
-        if hasattr(self.connection_, "setlimit"):  # Python 3.11
-            self.connection_.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_TEXT)
-            self.connection_.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, MAX_TEXT)
-        self.steps_ = 0
-
-    def authorize_(self, action, _first, second, *_rest):
-        if action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ):
-            return sqlite3.SQLITE_OK
-        if action == sqlite3.SQLITE_FUNCTION and second.lower() in self.FUNCTIONS:
-            return sqlite3.SQLITE_OK
-        return sqlite3.SQLITE_DENY
-
-    def count_steps_(self):
-        self.steps_ += STEPS_PER_CHECK
-        return self.steps_ > MAX_STEPS
-
-    def run(self, sql):
-        """Rows of one SELECT statement; anything else raises AnswerError."""
-        self.steps_ = 0
-        try:
-            cursor = self.connection_.execute(sql)
-            rows = cursor.fetchmany(MAX_ROWS + 1)
-            cursor.close()
-        except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError) as error:
-            raise AnswerError(str(error)) from error
-        if cursor.description is None:
-            raise AnswerError("not a SELECT")
-        if len(rows) > MAX_ROWS:
-            raise AnswerError("too many rows")
-        return rows
-
-
-def normalise(row):
-    # SQLite adds in f64: 9 digits separate any two averages here and forgive the order of adding.
-    return tuple(f"{v:.9g}" if isinstance(v, (int, float)) else repr(v) for v in row)
-
-
-def same_result(expected, actual, sql):
-    """Equal rows, as a multiset; in the same order where the question asks for one."""
-    expected, actual = [normalise(r) for r in expected], [normalise(r) for r in actual]
-    if "ORDER BY" in sql:
-        return expected == actual
-    return collections.Counter(expected) == collections.Counter(actual)
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    prompt: str
-    expected: str
-    answer: str
-    is_right: bool
-    reason: str
-
-
-def judge(database, row, answer):
-    expected_sql, answer = row["completion"].strip(), answer.strip()
-    expected = database.run(expected_sql)
-    try:
-        is_right = same_result(expected, database.run(answer), expected_sql)
-        reason = "" if is_right else "other result"
-    except AnswerError as error:
-        is_right, reason = False, str(error)
-    return Verdict(row["prompt"], expected_sql, answer, is_right, reason)
-
-
-def read_jsonl(path, fields):
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                missing = [f for f in fields if not isinstance(row[f], str)]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: needs {fields} as text: {error!r}") from error
-            if missing:
-                raise ValueError(f"{path}:{number}: {missing} must be text")
-            rows.append(row)
-    return rows
-
-
-def judge_files(data_path, answers_path, database_path=None):
-    data = read_jsonl(data_path, ("prompt", "completion"))
-    answers = read_jsonl(answers_path, ("text",))
-    if len(data) != len(answers):
-        raise ValueError(f"{answers_path} must have {len(data)} answers but has {len(answers)}")
-    database = Database(database_path or pathlib.Path(data_path).parent / DATABASE_NAME)
-    return [judge(database, row, answer["text"]) for row, answer in zip(data, answers)]
-
-
-def accuracy_by_category(verdicts):
-    """{category: (right, asked)} in the order of CATEGORIES, then "all"."""
-    totals = {}
-    for category in CATEGORIES:
-        group = [v for v in verdicts if category_of(v.expected) == category]
-        if group:
-            totals[category] = (sum(v.is_right for v in group), len(group))
-    totals["all"] = (sum(v.is_right for v in verdicts), len(verdicts))
-    return totals
-
-
 # --- command line ---------------------------------------------------------------------------
 
 
@@ -497,7 +366,7 @@ def write_jsonl(path, questions):
     partial = path.with_name(path.name + ".part")
     with open(partial, "w", encoding="utf-8") as file:
         for question in questions:
-            row = {"prompt": question.prompt, "completion": " " + question.sql}
+            row = {"prompt": question.prompt, "completion": question.sql}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     os.replace(partial, path)
 
@@ -567,7 +436,7 @@ def show(options):
              if i < len(by_category[c])]
     width = max(map(len, labels), default=0)
     for index in turns[: options.limit]:
-        print(f"  {columns[0][index].prompt.splitlines()[-2]}")
+        print(f"  {columns[0][index].prompt.splitlines()[-1]}")
         for label, verdicts in zip(labels, columns):
             verdict = verdicts[index]
             mark = "right" if verdict.is_right else "wrong"

@@ -10,6 +10,7 @@ import sqlite3
 
 import pytest
 import question_to_sql as q
+import sql_judge
 
 NAMES = ("train", "valid", "test", "unseen")
 SIZES = ["--train", "300", "--valid", "24", "--test", "48", "--unseen", "24"]
@@ -27,11 +28,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def database(data):
-    return q.Database(data / q.DATABASE_NAME)
+    return sql_judge.Database(data / sql_judge.DATABASE_NAME)
 
 
 def rows_of(data, name):
-    return q.read_jsonl(data / f"{name}.jsonl", ("prompt", "completion"))
+    return sql_judge.read_jsonl(data / f"{name}.jsonl", ("prompt", "completion"))
 
 
 def tables_of(rows):
@@ -45,7 +46,7 @@ def write_answers(path, answers):
 
 def test_same_seed_gives_the_same_bytes(data, tmp_path):
     again = generate(tmp_path / "again")
-    names = [*(f"{n}.jsonl" for n in NAMES), q.DATABASE_NAME]
+    names = [*(f"{n}.jsonl" for n in NAMES), sql_judge.DATABASE_NAME]
     assert filecmp.cmpfiles(data, again, names, shallow=False) == (names, [], [])
 
 
@@ -90,12 +91,12 @@ def test_ten_tables_are_trained_on_and_two_are_not(data):
 
 @pytest.mark.parametrize("name", ["train", "test"])
 def test_every_category_is_asked(data, name):
-    found = {q.category_of(row["completion"]) for row in rows_of(data, name)}
-    assert found == set(q.CATEGORIES)
+    found = {sql_judge.category_of(row["completion"]) for row in rows_of(data, name)}
+    assert found == set(sql_judge.CATEGORIES)
 
 
 def test_joins_are_asked_of_unseen_tables_too(data):
-    assert "join" in {q.category_of(row["completion"]) for row in rows_of(data, "unseen")}
+    assert "join" in {sql_judge.category_of(row["completion"]) for row in rows_of(data, "unseen")}
 
 
 def test_prompts_show_the_tables_that_the_answer_needs(data):
@@ -109,7 +110,7 @@ def test_reference_answers_are_right_and_not_empty(data, database):
     for name in NAMES:
         for row in rows_of(data, name):
             assert database.run(row["completion"])
-            assert q.judge(database, row, row["completion"]).is_right
+            assert sql_judge.judge(database, row, row["completion"]).is_right
 
 
 def test_dropping_any_condition_makes_an_answer_wrong(data, database):
@@ -124,13 +125,13 @@ def test_dropping_any_condition_makes_an_answer_wrong(data, database):
         for dropped in range(len(parts)):
             kept = word.join(p for i, p in enumerate(parts) if i != dropped)
             weaker = sql.replace(match[0], f" WHERE {kept}" if kept else "")
-            assert not q.judge(database, row, weaker).is_right, (sql, weaker)
+            assert not sql_judge.judge(database, row, weaker).is_right, (sql, weaker)
             checked += 1
     assert checked >= 20
 
 
 def test_number_columns_have_no_ties(data):
-    connection = sqlite3.connect(data / q.DATABASE_NAME)
+    connection = sqlite3.connect(data / sql_judge.DATABASE_NAME)
     for pair in q.TRAINED + q.UNSEEN:
         for table in (pair.many, pair.one):
             for column in table.numbers:
@@ -155,7 +156,7 @@ def test_exhausted_tables_are_an_error_not_a_hang(tmp_path, monkeypatch):
     connection.commit()
     connection.close()
     with pytest.raises(ValueError, match="ask for fewer"):
-        q.draw_questions(random.Random(0), q.Database(tmp_path / "db"), [pair], 100_000, set(), set())
+        q.draw_questions(random.Random(0), sql_judge.Database(tmp_path / "db"), [pair], 100_000, set(), set())
 
 
 @pytest.mark.parametrize("count", ["-1", "100001", "many"])
@@ -167,9 +168,9 @@ def test_sizes_out_of_range_are_refused(tmp_path, count):
 
 # --- judging --------------------------------------------------------------------------------
 
-COUNT_ROW = {"prompt": "", "completion": " SELECT COUNT(*) FROM orders"}
-ORDER_ROW = {"prompt": "", "completion": " SELECT customer FROM orders ORDER BY total DESC LIMIT 3"}
-LIST_ROW = {"prompt": "", "completion": " SELECT customer, total FROM orders WHERE total > 300"}
+COUNT_ROW = {"prompt": "", "completion": "SELECT COUNT(*) FROM orders"}
+ORDER_ROW = {"prompt": "", "completion": "SELECT customer FROM orders ORDER BY total DESC LIMIT 3"}
+LIST_ROW = {"prompt": "", "completion": "SELECT customer, total FROM orders WHERE total > 300"}
 
 
 @pytest.mark.parametrize(
@@ -191,11 +192,11 @@ LIST_ROW = {"prompt": "", "completion": " SELECT customer, total FROM orders WHE
         (LIST_ROW, "SELECT total, customer FROM orders WHERE total > 300", False),
         (LIST_ROW, "SELECT DISTINCT customer, 1 FROM orders", False),
         (ORDER_ROW, "SELECT customer FROM (SELECT * FROM orders ORDER BY total DESC) LIMIT 3", True),
-        (ORDER_ROW, "SELECT customer FROM orders ORDER BY total LIMIT 3", False),
+        (ORDER_ROW, "SELECT customer FROM orders ORDER BY total ASC LIMIT 3", False),
     ],
 )
 def test_execution_decides(database, row, answer, is_right):
-    assert q.judge(database, row, answer).is_right == is_right
+    assert sql_judge.judge(database, row, answer).is_right == is_right
 
 
 @pytest.mark.parametrize(
@@ -222,12 +223,12 @@ def test_execution_decides(database, row, answer, is_right):
     ],
 )
 def test_hostile_answers_are_wrong_and_harmless(data, database, answer):
-    before = (data / q.DATABASE_NAME).read_bytes()
-    verdict = q.judge(database, COUNT_ROW, answer)
+    before = (data / sql_judge.DATABASE_NAME).read_bytes()
+    verdict = sql_judge.judge(database, COUNT_ROW, answer)
     assert not verdict.is_right and verdict.reason
-    assert (data / q.DATABASE_NAME).read_bytes() == before
+    assert (data / sql_judge.DATABASE_NAME).read_bytes() == before
     # The connection still serves the next answer.
-    assert q.judge(database, COUNT_ROW, "SELECT COUNT(*) FROM orders").is_right
+    assert sql_judge.judge(database, COUNT_ROW, "SELECT COUNT(*) FROM orders").is_right
 
 
 def test_score_counts_by_category(data, tmp_path, capsys):
@@ -257,7 +258,7 @@ def test_show_takes_one_question_of_each_category(data, tmp_path, capsys):
     assert q.main(["show", "--data", str(data / "test.jsonl"), "--answers", str(path),
                    "--limit", "8"]) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if "  right  " in line]
-    assert {q.category_of(line) for line in shown} == set(q.CATEGORIES)
+    assert {sql_judge.category_of(line) for line in shown} == set(sql_judge.CATEGORIES)
 
 
 def test_prompts_hold_no_answers(data, capsys):
