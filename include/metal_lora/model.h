@@ -27,10 +27,10 @@ struct ModelConfig {
   int vocab_size = 0, max_position_embeddings = 0;
   float rms_norm_eps = 1e-5f;
   bool tie_word_embeddings = false;
-  int sliding_window = 0;                   ///< tokens; 0 = none
-  std::vector<bool> layer_uses_window;      ///< per layer (Qwen2's max_window_layers)
-  std::vector<float> inv_freq;              ///< [head_dim/2], rope scaling applied
-  float rope_factor = 1.0f;                 ///< attention factor on cos and sin
+  int sliding_window = 0;               ///< tokens; 0 = none
+  std::vector<bool> layer_uses_window;  ///< per layer (Qwen2's max_window_layers)
+  std::vector<float> inv_freq;          ///< [head_dim/2], rope scaling applied
+  float rope_factor = 1.0f;             ///< attention factor on cos and sin
   std::vector<int32_t> eos_token_ids;
   std::optional<int32_t> bos_token_id, pad_token_id;
 };
@@ -84,10 +84,12 @@ struct LinearInfo {
 std::vector<LinearInfo> adaptable_linears(const ModelConfig& config);
 
 struct LoadOptions {
-  mlx::core::Dtype dtype = mlx::core::bfloat16;  ///< of activations (and of dense weights that a file stores quantised in a form we do not multiply)
-  int quantize_bits = 0;       ///< 0: keep what the file stores; 4 or 8: quantise dense linears
+  mlx::core::Dtype dtype =
+      mlx::core::bfloat16;  ///< of activations (and of dense weights that a file stores quantised
+                            ///< in a form we do not multiply)
+  int quantize_bits = 0;    ///< 0: keep what the file stores; 4 or 8: quantise dense linears
   int quantize_group = 64;
-  bool dequantize = false;     ///< make every weight dense in `dtype`
+  bool dequantize = false;                    ///< make every weight dense in `dtype`
   std::function<void(double)> progress = {};  ///< 0 … 1
 };
 
@@ -121,10 +123,11 @@ class KVCache {
 
 class Model {
  public:
-  /// A GGUF file or a Hugging Face folder (config.json + *.safetensors). Weights are validated, then
-  /// mapped or packed; nothing in the files is trusted. Errors: not_found, invalid_input naming
-  /// file and field, unsupported naming what is.
-  static std::shared_ptr<const Model> load(const std::filesystem::path& path, const LoadOptions& options = {});
+  /// A GGUF file or a Hugging Face folder (config.json + *.safetensors). Weights are validated,
+  /// then mapped or packed; nothing in the files is trusted. Errors: not_found, invalid_input
+  /// naming file and field, unsupported naming what is.
+  static std::shared_ptr<const Model> load(
+      const std::filesystem::path& path, const LoadOptions& options = {});
 
   const ModelConfig& config() const { return config_; }
   mlx::core::Dtype dtype() const { return dtype_; }
@@ -147,7 +150,10 @@ class Model {
   /// Runs tokens (int32) through the cache and returns the logits f32 [rows, vocab] of the last
   /// `rows` of them. One to eight tokens take the decode path. Evaluated on return.
   mlx::core::array decode(
-      std::span<const int32_t> tokens, KVCache& cache, const AdapterWeights& adapter, int rows = 1) const;
+      std::span<const int32_t> tokens,
+      KVCache& cache,
+      const AdapterWeights& adapter,
+      int rows = 1) const;
 
   /// Σ weights·loss of a packed stream (f32 scalar); see ops::linear_cross_entropy.
   mlx::core::array loss(
@@ -182,7 +188,10 @@ class Model {
       const AdapterWeights& adapter,
       const Attend& attend) const;
   mlx::core::array prefill(
-      std::span<const int32_t> tokens, KVCache& cache, const AdapterWeights& adapter, int rows) const;
+      std::span<const int32_t> tokens,
+      KVCache& cache,
+      const AdapterWeights& adapter,
+      int rows) const;
   std::shared_ptr<const ops::DecodePlan> make_plan(const AdapterWeights& adapter) const;
   LoraLinear with_adapter(int layer, Slot slot, const AdapterWeights& adapter) const;
   float attention_scale() const;

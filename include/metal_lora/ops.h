@@ -3,7 +3,8 @@
 //
 // The operations of a LoRA model as MLX arrays: lazy, differentiable where said, dispatched by the
 // launch layer. Activations are f32, f16 or bf16; sums are f32. Shapes are checked at the call and
-// wrong ones throw Error "[op] x must be …, but is …". Thread-safe as MLX is: one graph, one thread.
+// wrong ones throw Error "[op] x must be …, but is …". Thread-safe as MLX is: one graph, one
+// thread.
 #pragma once
 
 #include <memory>
@@ -36,28 +37,28 @@ struct LoraLinear {
 
 namespace ops {
 
-/// y = x·Wᵀ + bias + scale·(drop(x)·Aᵀ)·Bᵀ for each linear; all share x [tokens, in] (q, k, v; gate,
-/// up), which is read and converted once. Returns [tokens, out] in x's dtype for each.
+/// y = x·Wᵀ + bias + scale·(drop(x)·Aᵀ)·Bᵀ for each linear; all share x [tokens, in] (q, k, v;
+/// gate, up), which is read and converted once. Returns [tokens, out] in x's dtype for each.
 /// Differentiable in x, A, B. dA, dB have A's dtype.
 std::vector<mlx::core::array> lora_linear(
     const mlx::core::array& x, std::span<const LoraLinear> linears);
 mlx::core::array lora_linear(const mlx::core::array& x, const LoraLinear& linear);
 
-/// Rows of `table` [vocab, dims] (+ adapter: A [rank, vocab], B [dims, rank]) for ids int32 [tokens];
-/// result [tokens, dims] of `dtype`. ids must be in range (checked when the kernel runs).
+/// Rows of `table` [vocab, dims] (+ adapter: A [rank, vocab], B [dims, rank]) for ids int32
+/// [tokens]; result [tokens, dims] of `dtype`. ids must be in range (checked when the kernel runs).
 /// Differentiable in A and B.
 mlx::core::array lora_embedding(
     const mlx::core::array& ids, const LoraLinear& table, mlx::core::Dtype dtype);
 
 /// The tokens of a batch laid end to end ("packed"): no padding, no leaking between segments.
 struct Segments {
-  mlx::core::array positions;       ///< int32 [tokens], from 0 in each segment
-  mlx::core::array segment_start;   ///< int32 [tokens], index of the segment's first token
+  mlx::core::array positions;      ///< int32 [tokens], from 0 in each segment
+  mlx::core::array segment_start;  ///< int32 [tokens], index of the segment's first token
 };
 
-/// Causal grouped-query attention: q [tokens, q_heads, head_dim], k, v [tokens, kv_heads, head_dim];
-/// token i sees tokens segment_start[i] … i, at most `window` of them (0: all). Flash-style, no
-/// [tokens, tokens] matrix. Differentiable in q, k, v.
+/// Causal grouped-query attention: q [tokens, q_heads, head_dim], k, v [tokens, kv_heads,
+/// head_dim]; token i sees tokens segment_start[i] … i, at most `window` of them (0: all).
+/// Flash-style, no [tokens, tokens] matrix. Differentiable in q, k, v.
 mlx::core::array attention(
     const mlx::core::array& q,
     const mlx::core::array& k,
@@ -68,7 +69,8 @@ mlx::core::array attention(
 
 /// Writes k, v [tokens, kv_heads, head_dim] into a layer of the cache [layers, 2, capacity,
 /// kv_heads, head_dim] at `position`, then attends over its first position + tokens entries.
-/// Returns {out, cache}; the cache's buffer is reused when the caller lets go of it. Inference only.
+/// Returns {out, cache}; the cache's buffer is reused when the caller lets go of it. Inference
+/// only.
 std::pair<mlx::core::array, mlx::core::array> cached_attention(
     const mlx::core::array& q,
     const mlx::core::array& k,
@@ -97,9 +99,10 @@ mlx::core::array rope(const mlx::core::array& x, const mlx::core::array& table);
 /// silu(gate)·up. Differentiable in both.
 mlx::core::array swiglu(const mlx::core::array& gate, const mlx::core::array& up);
 
-/// Σ_t weights[t]·(−log softmax(x_t·Wᵀ)[targets[t]]), f32 scalar, without the [tokens, vocab] logits.
-/// x [tokens, dims], targets int32 [tokens], weights f32 [tokens]; tokens of weight 0 cost nothing.
-/// Differentiable in x (the gradient is made in the same pass; pass needs_grad = false to skip it).
+/// Σ_t weights[t]·(−log softmax(x_t·Wᵀ)[targets[t]]), f32 scalar, without the [tokens, vocab]
+/// logits. x [tokens, dims], targets int32 [tokens], weights f32 [tokens]; tokens of weight 0 cost
+/// nothing. Differentiable in x (the gradient is made in the same pass; pass needs_grad = false to
+/// skip it).
 mlx::core::array linear_cross_entropy(
     const mlx::core::array& x,
     const Weight& head,
@@ -113,7 +116,7 @@ mlx::core::array token_losses(
 struct AdamWOutput {
   mlx::core::array param, m, v;  ///< f32 [count]
   mlx::core::array grad_norm;    ///< f32 scalar, before clipping
-  mlx::core::array skipped;      ///< int32 scalar: 1 when a gradient was not finite, nothing changed
+  mlx::core::array skipped;  ///< int32 scalar: 1 when a gradient was not finite, nothing changed
 };
 /// One AdamW step over one flat f32 buffer, in place where the caller lets go of the inputs.
 AdamWOutput adamw(

@@ -12,9 +12,9 @@
 
 namespace metal_lora {
 
-/// A frozen base weight W [out, in]: an immutable handle, cheap to copy, thread-safe. It never takes
-/// part in differentiation, so it rides beside the graph instead of being an input of each node;
-/// its bytes may lie in a mapped file.
+/// A frozen base weight W [out, in]: an immutable handle, cheap to copy, thread-safe. It never
+/// takes part in differentiation, so it rides beside the graph instead of being an input of each
+/// node; its bytes may lie in a mapped file.
 class Weight {
  public:
   Weight() = default;

@@ -12,7 +12,8 @@ namespace {
 
 Backend choose() {
   const char* wanted = std::getenv("METAL_LORA_BACKEND");
-  if (wanted == nullptr || *wanted == '\0' || std::string_view(wanted) == "cpu") return Backend::cpu;
+  if (wanted == nullptr || *wanted == '\0' || std::string_view(wanted) == "cpu")
+    return Backend::cpu;
   for (auto other : {Backend::metal, Backend::cuda, Backend::emulator}) {
     if (backend_name(other) == wanted) {
       throw Error(
@@ -35,10 +36,14 @@ Backend active_backend() {
 
 std::string_view backend_name(Backend backend) {
   switch (backend) {
-    case Backend::cpu: return "cpu";
-    case Backend::metal: return "metal";
-    case Backend::cuda: return "cuda";
-    case Backend::emulator: return "emulator";
+    case Backend::cpu:
+      return "cpu";
+    case Backend::metal:
+      return "metal";
+    case Backend::cuda:
+      return "cuda";
+    case Backend::emulator:
+      return "emulator";
   }
   return "unknown";
 }

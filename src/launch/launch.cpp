@@ -24,7 +24,8 @@ namespace {
 
 /// Outputs at least this large make eval wait for the kernel. MLX allocates outputs as it walks the
 /// graph, ahead of the kernels: waiting frees each input before the next output is allocated (a
-/// training step's peak is then its live set), and costs a thread hop (~5 µs) that such kernels hide.
+/// training step's peak is then its live set), and costs a thread hop (~5 µs) that such kernels
+/// hide.
 constexpr size_t kWaitForOutputBytes = 256 * 1024;
 
 void copy_strided(const mx::array& src, size_t dim, const char* from, char*& to) {
@@ -68,7 +69,7 @@ class KernelPrimitive : public mx::Primitive {
     }
     for (const auto& input : inputs) bind_input(input, *task);
     auto& encoder = mx::cpu::get_command_encoder(stream());
-    if (output_bytes < kWaitForOutputBytes) {
+    if (output_bytes < kWaitForOutputBytes && !launch_->may_throw) {
       encoder.dispatch([task] { task->run(); });
       return;
     }
@@ -143,7 +144,8 @@ class KernelPrimitive : public mx::Primitive {
     }
   };
 
-  static void bind_output(const Arrays& inputs, mx::array& output, const OutputSpec& spec, Task& task) {
+  static void bind_output(
+      const Arrays& inputs, mx::array& output, const OutputSpec& spec, Task& task) {
     if (spec.in_place_of >= 0) {
       const auto& input = inputs[spec.in_place_of];
       if (input.is_donatable() && input.flags().row_contiguous &&
@@ -156,7 +158,8 @@ class KernelPrimitive : public mx::Primitive {
     output.set_data(mx::allocator::malloc(output.nbytes()));
     task.out.push_back(output.data<void>());
     if (spec.in_place_of >= 0) {
-      task.copies.push_back({task.out.back(), static_cast<size_t>(spec.in_place_of), output.nbytes()});
+      task.copies.push_back(
+          {task.out.back(), static_cast<size_t>(spec.in_place_of), output.nbytes()});
     }
   }
 
@@ -168,8 +171,7 @@ class KernelPrimitive : public mx::Primitive {
   }
 
   [[noreturn]] void refuse(const char* what) const {
-    throw Error(
-        ErrorCode::unsupported, std::string("[") + launch_->kernel + "] has no " + what);
+    throw Error(ErrorCode::unsupported, std::string("[") + launch_->kernel + "] has no " + what);
   }
 
   std::shared_ptr<const Launch> launch_;

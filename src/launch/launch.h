@@ -15,7 +15,8 @@
 
 namespace metal_lora {
 
-/// What a CPU kernel's entry gets: row-contiguous inputs and freshly allocated (or donated) outputs.
+/// What a CPU kernel's entry gets: row-contiguous inputs and freshly allocated (or donated)
+/// outputs.
 struct KernelArgs {
   std::span<const void* const> in;
   std::span<void* const> out;
@@ -31,16 +32,21 @@ using Arrays = std::vector<mlx::core::array>;
 
 struct Launch {
   const char* kernel;  ///< the name that all backends share
-  Arrays inputs;
-  std::vector<OutputSpec> outputs;
+  Arrays inputs = {};
+  std::vector<OutputSpec> outputs = {};
   /// Runs on the stream's thread; parameters and base weights are captured by value (handles).
-  std::function<void(const KernelArgs&)> cpu;
+  std::function<void(const KernelArgs&)> cpu = {};
   /// Gradients of inputs[argnums…]; empty: the op is not differentiable and says so.
   std::function<Arrays(
-      const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs)>
-      vjp;
+      const Arrays& primals,
+      const Arrays& cotangents,
+      const std::vector<int>& argnums,
+      const Arrays& outputs)>
+      vjp = {};
   /// The same outputs in plain MLX, for jvp and vmap; empty: these say by name that there is none.
-  std::function<Arrays(const Arrays&)> reference;
+  std::function<Arrays(const Arrays&)> reference = {};
+  /// The kernel checks what its inputs hold and may throw: eval then waits for it and rethrows.
+  bool may_throw = false;
 };
 
 /// Lazy outputs of one kernel dispatch. Inputs need not be contiguous or evaluated.

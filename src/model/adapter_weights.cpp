@@ -17,13 +17,18 @@ constexpr const char* kEmbeddingPath = "model.embed_tokens";
 std::pair<int, int> slot_features(const ModelConfig& c, Slot slot) {
   const int q = c.num_attention_heads * c.head_dim, kv = c.num_key_value_heads * c.head_dim;
   switch (slot) {
-    case Slot::q_proj: return {q, c.hidden_size};
+    case Slot::q_proj:
+      return {q, c.hidden_size};
     case Slot::k_proj:
-    case Slot::v_proj: return {kv, c.hidden_size};
-    case Slot::o_proj: return {c.hidden_size, q};
+    case Slot::v_proj:
+      return {kv, c.hidden_size};
+    case Slot::o_proj:
+      return {c.hidden_size, q};
     case Slot::gate_proj:
-    case Slot::up_proj: return {c.intermediate_size, c.hidden_size};
-    case Slot::down_proj: return {c.hidden_size, c.intermediate_size};
+    case Slot::up_proj:
+      return {c.intermediate_size, c.hidden_size};
+    case Slot::down_proj:
+      return {c.hidden_size, c.intermediate_size};
   }
   throw Error(ErrorCode::internal, "[slot] unknown");
 }
@@ -99,10 +104,13 @@ AdapterWeights::AdapterWeights(const ModelConfig& config, std::vector<AdapterMod
     state.index[at] = static_cast<int>(i);
     // The embedding's A is [rank, vocab], B [dims, rank]: a linear from vocab to dims.
     const bool embedding = path == kEmbeddingPath;
-    const auto [out, in] = embedding ? std::pair(config.hidden_size, config.vocab_size)
-                                     : slot_features(config, static_cast<Slot>(at % kSlotsPerLayer));
+    const auto [out, in] = embedding
+                               ? std::pair(config.hidden_size, config.vocab_size)
+                               : slot_features(config, static_cast<Slot>(at % kSlotsPerLayer));
     const int rank = lora.a.ndim() == 2 ? lora.a.shape(0) : 0;
-    if (rank < 1 || rank > 1024) ops::refuse("adapter", path + ".A", fmt::format("(rank ≤ 1024, {})", in), ops::shape_text(lora.a));
+    if (rank < 1 || rank > 1024)
+      ops::refuse(
+          "adapter", path + ".A", fmt::format("(rank ≤ 1024, {})", in), ops::shape_text(lora.a));
     ops::check_shape(path.c_str(), "A", lora.a, {rank, in});
     ops::check_shape(path.c_str(), "B", lora.b, {out, rank});
   }
@@ -117,7 +125,8 @@ const std::vector<AdapterModule>& AdapterWeights::modules() const {
 
 const Lora* AdapterWeights::find(int layer, Slot slot) const {
   if (!state_) return nullptr;
-  const int i = state_->index[static_cast<size_t>(layer) * kSlotsPerLayer + static_cast<size_t>(slot)];
+  const int i =
+      state_->index[static_cast<size_t>(layer) * kSlotsPerLayer + static_cast<size_t>(slot)];
   return i < 0 ? nullptr : &state_->modules[i].lora;
 }
 
@@ -137,13 +146,18 @@ std::vector<mx::array> AdapterWeights::parameters() const {
 
 AdapterWeights AdapterWeights::with_parameters(std::span<const mx::array> parameters) const {
   if (parameters.size() != 2 * modules().size()) {
-    ops::refuse("adapter", "parameters", fmt::format("{} arrays", 2 * modules().size()), std::to_string(parameters.size()));
+    ops::refuse(
+        "adapter",
+        "parameters",
+        fmt::format("{} arrays", 2 * modules().size()),
+        std::to_string(parameters.size()));
   }
   if (!state_) return {};
   auto state = std::make_shared<State>(*state_);
   for (size_t i = 0; i < state->modules.size(); ++i) {
     auto& lora = state->modules[i].lora;
-    if (parameters[2 * i].shape() != lora.a.shape() || parameters[2 * i + 1].shape() != lora.b.shape()) {
+    if (parameters[2 * i].shape() != lora.a.shape() ||
+        parameters[2 * i + 1].shape() != lora.b.shape()) {
       ops::refuse(
           "adapter",
           state->modules[i].path,

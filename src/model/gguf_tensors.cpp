@@ -41,7 +41,8 @@ std::string gguf_name(const std::string& name) {
     const auto end = stem.find('.', kPrefix.size());
     for (const auto& [hf, gguf] : kLayerNames) {
       if (stem.substr(end + 1) == hf) {
-        return fmt::format("blk.{}.{}{}", stem.substr(kPrefix.size(), end - kPrefix.size()), gguf, kind);
+        return fmt::format(
+            "blk.{}.{}{}", stem.substr(kPrefix.size(), end - kPrefix.size()), gguf, kind);
       }
     }
   }
@@ -50,16 +51,22 @@ std::string gguf_name(const std::string& name) {
 
 class GgufTensors : public TensorSource {
  public:
-  GgufTensors(io::GgufFile file, const ModelConfig& config) : file_(std::move(file)), config_(config) {}
+  GgufTensors(io::GgufFile file, const ModelConfig& config)
+      : file_(std::move(file)), config_(config) {}
 
-  bool has(const std::string& name) const override { return file_.find(gguf_name(name)) != nullptr; }
+  bool has(const std::string& name) const override {
+    return file_.find(gguf_name(name)) != nullptr;
+  }
 
   Weight weight(const std::string& name, int out, int in, mx::Dtype dense_dtype) override {
     const auto* tensor = find(name);
     if (tensor == nullptr) {
-      throw Error(ErrorCode::invalid_input, fmt::format("[{}] has no tensor {}", file_.path(), gguf_name(name)));
+      throw Error(
+          ErrorCode::invalid_input,
+          fmt::format("[{}] has no tensor {}", file_.path(), gguf_name(name)));
     }
-    return tensor_weight(*tensor, file_.path() + ": " + tensor->name, out, in, dense_dtype, heads(name));
+    return tensor_weight(
+        *tensor, file_.path() + ": " + tensor->name, out, in, dense_dtype, heads(name));
   }
 
   std::optional<mx::array> vector(const std::string& name, int size) override {
@@ -72,7 +79,8 @@ class GgufTensors : public TensorSource {
     std::vector<std::string> names;
     for (const auto& tensor : file_.tensors()) {
       // Llama 3's frequency factors are read with the configuration.
-      if (!used_.contains(tensor.name) && tensor.name != "rope_freqs.weight") names.push_back(tensor.name);
+      if (!used_.contains(tensor.name) && tensor.name != "rope_freqs.weight")
+        names.push_back(tensor.name);
     }
     return names;
   }
@@ -84,7 +92,8 @@ class GgufTensors : public TensorSource {
     return tensor;
   }
 
-  /// llama.cpp stores q and k of `llama` with interleaved rope pairs; norms of single heads are not.
+  /// llama.cpp stores q and k of `llama` with interleaved rope pairs; norms of single heads are
+  /// not.
   int heads(const std::string& name) const {
     if (config_.architecture != "llama") return 0;
     if (name.find(".q_proj.") != std::string::npos) return config_.num_attention_heads;

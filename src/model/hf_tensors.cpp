@@ -29,12 +29,14 @@ MlxQuantization read_quantization(const io::Json& json, const std::string& path)
   result.group_size = static_cast<int>(io::unwrap(q.get_int("group_size", 1, 1024)));
   result.bits = static_cast<int>(io::unwrap(q.get_int("bits", 1, 16)));
   const auto mode = io::unwrap(q.get_string_or("mode", "affine"));
-  const bool known_group = result.group_size == 32 || result.group_size == 64 || result.group_size == 128;
+  const bool known_group =
+      result.group_size == 32 || result.group_size == 64 || result.group_size == 128;
   if ((result.bits != 4 && result.bits != 8) || !known_group || mode != "affine") {
     throw Error(
         ErrorCode::unsupported,
         fmt::format(
-            "[{}: quantization] must be affine, 4 or 8 bits in groups of 32, 64 or 128 but is {}, {} bits, {}",
+            "[{}: quantization] must be affine, 4 or 8 bits in groups of 32, 64 or 128 but is {}, "
+            "{} bits, {}",
             path,
             mode,
             result.bits,
@@ -52,7 +54,8 @@ class HfTensors : public TensorSource {
 
   Weight weight(const std::string& name, int out, int in, mx::Dtype dense_dtype) override {
     const auto& tensor = require(name);
-    if (tensor.type == io::TensorType::u32 && quantization_.bits != 0) return affine(name, tensor, out, in);
+    if (tensor.type == io::TensorType::u32 && quantization_.bits != 0)
+      return affine(name, tensor, out, in);
     return tensor_weight(tensor, label(tensor), out, in, dense_dtype);
   }
 
@@ -66,7 +69,8 @@ class HfTensors : public TensorSource {
     std::vector<std::string> names;
     for (const auto& tensor : folder_.tensors()) {
       // Old checkpoints store the rope table; it follows from the configuration.
-      if (!used_.contains(tensor.name) && !tensor.name.ends_with("rotary_emb.inv_freq")) names.push_back(tensor.name);
+      if (!used_.contains(tensor.name) && !tensor.name.ends_with("rotary_emb.inv_freq"))
+        names.push_back(tensor.name);
     }
     return names;
   }
@@ -83,7 +87,8 @@ class HfTensors : public TensorSource {
   const io::TensorInfo& require(const std::string& name) {
     const auto* tensor = find(name);
     if (tensor == nullptr) {
-      throw Error(ErrorCode::invalid_input, fmt::format("[{}] has no tensor {}", folder_.path(), name));
+      throw Error(
+          ErrorCode::invalid_input, fmt::format("[{}] has no tensor {}", folder_.path(), name));
     }
     return *tensor;
   }
@@ -103,20 +108,31 @@ class HfTensors : public TensorSource {
     check(scales, {rows, columns / p.group_size});
     check(biases, scales.shape);
     if (columns % p.group_size != 0 || biases.type != scales.type) {
-      throw Error(ErrorCode::invalid_input, fmt::format("[{}] scales and biases do not match", label(q)));
+      throw Error(
+          ErrorCode::invalid_input, fmt::format("[{}] scales and biases do not match", label(q)));
     }
     switch (scales.type) {
-      case io::TensorType::f32: p.scales_dtype = DType::f32; break;
-      case io::TensorType::f16: p.scales_dtype = DType::f16; break;
-      case io::TensorType::bf16: p.scales_dtype = DType::bf16; break;
+      case io::TensorType::f32:
+        p.scales_dtype = DType::f32;
+        break;
+      case io::TensorType::f16:
+        p.scales_dtype = DType::f16;
+        break;
+      case io::TensorType::bf16:
+        p.scales_dtype = DType::bf16;
+        break;
       default:
         throw Error(
             ErrorCode::unsupported,
-            fmt::format("[{}] of type {} is not supported", label(scales), io::tensor_type_name(scales.type)));
+            fmt::format(
+                "[{}] of type {} is not supported",
+                label(scales),
+                io::tensor_type_name(scales.type)));
     }
     auto bytes = std::make_shared<std::vector<std::byte>>();
     bytes->reserve(q.nbytes + scales.nbytes + biases.nbytes);
-    for (const auto* t : {&q, &scales, &biases}) bytes->insert(bytes->end(), t->data, t->data + t->nbytes);
+    for (const auto* t : {&q, &scales, &biases})
+      bytes->insert(bytes->end(), t->data, t->data + t->nbytes);
     const auto* data = bytes->data();
     return Weight::view(p, bytes, data, data + q.nbytes, data + q.nbytes + scales.nbytes);
   }
@@ -125,7 +141,11 @@ class HfTensors : public TensorSource {
     if (t.shape == expected) return;
     throw Error(
         ErrorCode::invalid_input,
-        fmt::format("[{}] must be {} but is {}", label(t), io::format_shape(expected), io::format_shape(t.shape)));
+        fmt::format(
+            "[{}] must be {} but is {}",
+            label(t),
+            io::format_shape(expected),
+            io::format_shape(t.shape)));
   }
 
   io::SafetensorsFolder folder_;
@@ -137,7 +157,8 @@ class HfTensors : public TensorSource {
 
 std::unique_ptr<TensorSource> open_hf_tensors(const std::string& folder, const io::Json& config) {
   return std::make_unique<HfTensors>(
-      io::unwrap(io::read_safetensors_folder(folder)), read_quantization(config, folder + "/config.json"));
+      io::unwrap(io::read_safetensors_folder(folder)),
+      read_quantization(config, folder + "/config.json"));
 }
 
 }  // namespace metal_lora

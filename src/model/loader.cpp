@@ -29,10 +29,12 @@ class ModelLoader {
 
   std::shared_ptr<const Model> load(TensorSource& source) {
     const auto& c = config();
-    model_->embedding_ = weight(source, "model.embed_tokens.weight", c.vocab_size, c.hidden_size, c.tie_word_embeddings);
+    model_->embedding_ = weight(
+        source, "model.embed_tokens.weight", c.vocab_size, c.hidden_size, c.tie_word_embeddings);
     // Like transformers: a tied model's own head, if the file has one, is not used.
-    model_->head_ = c.tie_word_embeddings ? model_->embedding_
-                                          : weight(source, "lm_head.weight", c.vocab_size, c.hidden_size, true);
+    model_->head_ = c.tie_word_embeddings
+                        ? model_->embedding_
+                        : weight(source, "lm_head.weight", c.vocab_size, c.hidden_size, true);
     if (c.tie_word_embeddings && source.has("lm_head.weight")) {
       weight(source, "lm_head.weight", c.vocab_size, c.hidden_size, false);
     }
@@ -55,17 +57,22 @@ class ModelLoader {
   }
 
  private:
-  Weight weight(TensorSource& source, const std::string& name, int out, int in, bool multiplied) const {
+  Weight weight(
+      TensorSource& source, const std::string& name, int out, int in, bool multiplied) const {
     auto w = source.weight(name, out, in, options_.dtype);
-    if (options_.dequantize && w.is_quantized()) w = Weight::dense(mx::astype(w.dequantized(), options_.dtype));
-    if (options_.quantize_bits != 0) w = w.quantized(options_.quantize_bits, options_.quantize_group);
+    if (options_.dequantize && w.is_quantized())
+      w = Weight::dense(mx::astype(w.dequantized(), options_.dtype));
+    if (options_.quantize_bits != 0)
+      w = w.quantized(options_.quantize_bits, options_.quantize_group);
     return multiplied ? w.prepared() : w;
   }
 
   mx::array norm(TensorSource& source, const std::string& name, int size) const {
     auto v = source.vector(name, size);
     if (!v) {
-      throw Error(ErrorCode::invalid_input, fmt::format("[{}] has no tensor {}", model_->path_.string(), name));
+      throw Error(
+          ErrorCode::invalid_input,
+          fmt::format("[{}] has no tensor {}", model_->path_.string(), name));
     }
     return *v;
   }
@@ -77,7 +84,8 @@ class ModelLoader {
     const auto linears = adaptable_linears(c);
     for (int slot = 0; slot < kSlotsPerLayer; ++slot) {
       const auto& info = linears[static_cast<size_t>(index) * kSlotsPerLayer + slot];
-      layer.linears[slot].weight = weight(source, info.path + ".weight", info.out_features, info.in_features, true);
+      layer.linears[slot].weight =
+          weight(source, info.path + ".weight", info.out_features, info.in_features, true);
       layer.linears[slot].bias = source.vector(info.path + ".bias", info.out_features);
     }
     layer.input_norm = norm(source, prefix + "input_layernorm.weight", c.hidden_size);
@@ -100,8 +108,10 @@ namespace {
 void apply_rope_factors(const io::GgufFile& file, ModelConfig& config) {
   const auto* tensor = file.find("rope_freqs.weight");
   if (tensor == nullptr) return;
-  const auto factors = tensor_vector(*tensor, file.path() + ": rope_freqs.weight", config.head_dim / 2);
-  for (size_t i = 0; i < config.inv_freq.size(); ++i) config.inv_freq[i] /= factors.data<float>()[i];
+  const auto factors =
+      tensor_vector(*tensor, file.path() + ": rope_freqs.weight", config.head_dim / 2);
+  for (size_t i = 0; i < config.inv_freq.size(); ++i)
+    config.inv_freq[i] /= factors.data<float>()[i];
   validate_config(config, file.path());
 }
 
@@ -125,12 +135,14 @@ void read_generation_config(const std::filesystem::path& folder, ModelConfig& co
 
 }  // namespace
 
-std::shared_ptr<const Model> Model::load(const std::filesystem::path& path, const LoadOptions& options) {
+std::shared_ptr<const Model> Model::load(
+    const std::filesystem::path& path, const LoadOptions& options) {
   if (!std::filesystem::exists(path)) {
     throw Error(
         ErrorCode::not_found,
         fmt::format("[model] {} does not exist", path.string()),
-        "a .gguf file or a Hugging Face folder; `scripts/get-model --list` shows what can be fetched");
+        "a .gguf file or a Hugging Face folder; `scripts/get-model --list` shows what can be "
+        "fetched");
   }
   if (std::filesystem::is_directory(path)) {
     const auto config_path = (path / "config.json").string();

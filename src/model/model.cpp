@@ -45,7 +45,8 @@ KVCache& KVCache::operator=(KVCache&&) noexcept = default;
 void KVCache::truncate(int length) {
   if (length < 0 || length > length_) {
     throw Error(
-        ErrorCode::internal, fmt::format("[cache] length must be 0 … {} but is {}", length_, length));
+        ErrorCode::internal,
+        fmt::format("[cache] length must be 0 … {} but is {}", length_, length));
   }
   length_ = length;
 }
@@ -54,7 +55,8 @@ void KVCache::reserve(int tokens) {
   if (tokens > max_length_) {
     throw Error(
         ErrorCode::invalid_input,
-        fmt::format("[context] the model sees at most {} tokens but {} are needed", max_length_, tokens),
+        fmt::format(
+            "[context] the model sees at most {} tokens but {} are needed", max_length_, tokens),
         "shorten the prompt or lower --max-tokens");
   }
   const int capacity = data_.shape(2);
@@ -67,7 +69,9 @@ void KVCache::reserve(int tokens) {
   data_.eval();
 }
 
-size_t KVCache::nbytes() const { return data_.nbytes(); }
+size_t KVCache::nbytes() const {
+  return data_.nbytes();
+}
 
 size_t Model::weight_bytes() const {
   size_t bytes = embedding_.nbytes();
@@ -146,15 +150,20 @@ std::pair<mx::array, mx::array> Model::layer_forward(
 }
 
 mx::array Model::hidden(
-    const mx::array& tokens, const ops::Segments& segments, const AdapterWeights& adapter, bool checkpoint) const {
+    const mx::array& tokens,
+    const ops::Segments& segments,
+    const AdapterWeights& adapter,
+    bool checkpoint) const {
   LoraLinear embedding{embedding_, std::nullopt, std::nullopt};
   if (const auto* lora = adapter.find_embedding()) embedding.lora = *lora;
   auto residual = ops::lora_embedding(tokens, embedding, dtype_);
-  auto table = ops::rope_table(segments.positions, float_array(config_.inv_freq), config_.rope_factor);
+  auto table =
+      ops::rope_table(segments.positions, float_array(config_.inv_freq), config_.rope_factor);
 
   std::optional<mx::array> update;
   for (int i = 0; i < config_.num_hidden_layers; ++i) {
-    const Attend attend = [&, window = layers_[i].window](const auto& q, const auto& k, const auto& v) {
+    const Attend attend = [&, window = layers_[i].window](
+                              const auto& q, const auto& k, const auto& v) {
       return ops::attention(q, k, v, segments.segment_start, attention_scale(), window);
     };
     if (!checkpoint || !update) {
@@ -176,8 +185,9 @@ mx::array Model::hidden(
       inputs.push_back(parameters[2 * m]);
       inputs.push_back(parameters[2 * m + 1]);
     }
-    auto layer = mx::checkpoint(
-        [this, i, table, segments, window = layers_[i].window, trained, adapter](const std::vector<mx::array>& in) {
+    auto layer =
+        mx::checkpoint([this, i, table, segments, window = layers_[i].window, trained, adapter](
+                           const std::vector<mx::array>& in) {
           auto values = adapter.parameters();
           for (size_t t = 0; t < trained.size(); ++t) {
             values[2 * trained[t]] = in[2 + 2 * t];
@@ -186,7 +196,8 @@ mx::array Model::hidden(
           const Attend attend = [&](const auto& q, const auto& k, const auto& v) {
             return ops::attention(q, k, v, segments.segment_start, attention_scale(), window);
           };
-          auto [h, u] = layer_forward(i, in[0], &in[1], table, adapter.with_parameters(values), attend);
+          auto [h, u] =
+              layer_forward(i, in[0], &in[1], table, adapter.with_parameters(values), attend);
           return std::vector<mx::array>{h, u};
         });
     auto out = layer(inputs);
@@ -210,14 +221,18 @@ mx::array Model::loss(
 }
 
 mx::array Model::prefill(
-    std::span<const int32_t> tokens, KVCache& cache, const AdapterWeights& adapter, int rows) const {
+    std::span<const int32_t> tokens,
+    KVCache& cache,
+    const AdapterWeights& adapter,
+    int rows) const {
   const int count = static_cast<int>(tokens.size());
   std::vector<int32_t> positions(tokens.size());
   std::iota(positions.begin(), positions.end(), cache.length_);
   LoraLinear embedding{embedding_, std::nullopt, std::nullopt};
   if (const auto* lora = adapter.find_embedding()) embedding.lora = *lora;
   auto residual = ops::lora_embedding(int_array(tokens), embedding, dtype_);
-  auto table = ops::rope_table(int_array(positions), float_array(config_.inv_freq), config_.rope_factor);
+  auto table =
+      ops::rope_table(int_array(positions), float_array(config_.inv_freq), config_.rope_factor);
 
   // The only reference to the cache's array goes through the chain of layers, so that each writes
   // in place. A failure on the way leaves the cache empty-handed: generations do not outlive one.
@@ -239,10 +254,11 @@ mx::array Model::prefill(
   auto first = mx::Shape{count - rows, 0};
   auto last = mx::Shape{count, config_.hidden_size};
   residual = mx::slice(residual, first, last);
-  auto normed = update ? ops::add_rms_norm(
-                             mx::slice(*update, first, last), residual, *final_norm_, config_.rms_norm_eps)
-                             .second
-                       : ops::rms_norm(residual, *final_norm_, config_.rms_norm_eps);
+  auto normed =
+      update ? ops::add_rms_norm(
+                   mx::slice(*update, first, last), residual, *final_norm_, config_.rms_norm_eps)
+                   .second
+             : ops::rms_norm(residual, *final_norm_, config_.rms_norm_eps);
   return ops::logits(normed, head_);
 }
 
@@ -282,7 +298,10 @@ std::shared_ptr<const ops::DecodePlan> Model::make_plan(const AdapterWeights& ad
 }
 
 mx::array Model::decode(
-    std::span<const int32_t> tokens, KVCache& cache, const AdapterWeights& adapter, int rows) const {
+    std::span<const int32_t> tokens,
+    KVCache& cache,
+    const AdapterWeights& adapter,
+    int rows) const {
   const int count = static_cast<int>(tokens.size());
   if (count < 1 || rows < 1 || rows > count) {
     throw Error(

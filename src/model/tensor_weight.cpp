@@ -24,15 +24,23 @@ void check_shape(const io::TensorInfo& t, const std::string& name, std::vector<u
   if (t.shape == expected) return;
   throw Error(
       ErrorCode::invalid_input,
-      fmt::format("[{}] must be {} but is {}", name, io::format_shape(expected), io::format_shape(t.shape)));
+      fmt::format(
+          "[{}] must be {} but is {}",
+          name,
+          io::format_shape(expected),
+          io::format_shape(t.shape)));
 }
 
 std::optional<WeightFormat> plain_format(io::TensorType type) {
   switch (type) {
-    case io::TensorType::f32: return WeightFormat::f32;
-    case io::TensorType::f16: return WeightFormat::f16;
-    case io::TensorType::bf16: return WeightFormat::bf16;
-    default: return std::nullopt;
+    case io::TensorType::f32:
+      return WeightFormat::f32;
+    case io::TensorType::f16:
+      return WeightFormat::f16;
+    case io::TensorType::bf16:
+      return WeightFormat::bf16;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -41,11 +49,16 @@ std::shared_ptr<Bytes> unpermuted(const io::TensorInfo& t, int heads) {
   if (heads <= 0) return nullptr;
   auto bytes = std::make_shared<Bytes>(t.nbytes);
   io::unwrap(io::unpermute_rows(
-      t.data, t.shape[0], t.nbytes / std::max<uint64_t>(t.shape[0], 1), static_cast<uint64_t>(heads), bytes->data()));
+      t.data,
+      t.shape[0],
+      t.nbytes / std::max<uint64_t>(t.shape[0], 1),
+      static_cast<uint64_t>(heads),
+      bytes->data()));
   return bytes;
 }
 
-Weight affine_weight(const io::TensorInfo& t, const std::byte* source, const io::AffineSpec& spec, WeightParams p) {
+Weight affine_weight(
+    const io::TensorInfo& t, const std::byte* source, const io::AffineSpec& spec, WeightParams p) {
   p.format = spec.bits == 4 ? WeightFormat::int4 : WeightFormat::int8;
   p.group_size = static_cast<uint32_t>(spec.group_size);
   p.scales_dtype = spec.f32_scales ? DType::f32 : DType::f16;
@@ -64,9 +77,11 @@ Weight affine_weight(const io::TensorInfo& t, const std::byte* source, const io:
   return Weight::view(p, bytes, data, data + data_bytes, data + data_bytes + scale_bytes);
 }
 
-Weight dequantized_weight(const io::TensorInfo& t, const std::byte* source, const WeightParams& p, mx::Dtype dtype) {
+Weight dequantized_weight(
+    const io::TensorInfo& t, const std::byte* source, const WeightParams& p, mx::Dtype dtype) {
   auto buffer = mx::allocator::malloc(static_cast<size_t>(p.n) * p.k * sizeof(float));
-  io::dequantize_blocks(t.type, source, t.element_count(), static_cast<float*>(buffer.buffer().raw_ptr()));
+  io::dequantize_blocks(
+      t.type, source, t.element_count(), static_cast<float*>(buffer.buffer().raw_ptr()));
   mx::array dense(std::move(buffer), {static_cast<int>(p.n), static_cast<int>(p.k)}, mx::float32);
   return Weight::dense(mx::astype(dense, dtype));
 }
@@ -74,7 +89,12 @@ Weight dequantized_weight(const io::TensorInfo& t, const std::byte* source, cons
 }  // namespace
 
 Weight tensor_weight(
-    const io::TensorInfo& t, const std::string& name, int out, int in, mx::Dtype dense_dtype, int heads) {
+    const io::TensorInfo& t,
+    const std::string& name,
+    int out,
+    int in,
+    mx::Dtype dense_dtype,
+    int heads) {
   check_shape(t, name, {static_cast<uint64_t>(out), static_cast<uint64_t>(in)});
   WeightParams p;
   p.n = static_cast<uint32_t>(out);
@@ -92,7 +112,8 @@ Weight tensor_weight(
   if (!io::is_quantized(t.type)) {
     throw Error(
         ErrorCode::unsupported,
-        fmt::format("[{}] a weight of type {} is not supported", name, io::tensor_type_name(t.type)));
+        fmt::format(
+            "[{}] a weight of type {} is not supported", name, io::tensor_type_name(t.type)));
   }
   if (const auto spec = io::affine_spec(t.type)) return affine_weight(t, source, *spec, p);
   return dequantized_weight(t, source, p, dense_dtype);
@@ -103,12 +124,16 @@ mx::array tensor_vector(const io::TensorInfo& t, const std::string& name, int si
   if (!plain_format(t.type)) {
     throw Error(
         ErrorCode::unsupported,
-        fmt::format("[{}] a vector of type {} is not supported", name, io::tensor_type_name(t.type)));
+        fmt::format(
+            "[{}] a vector of type {} is not supported", name, io::tensor_type_name(t.type)));
   }
   auto moved = unpermuted(t, heads);
   auto buffer = mx::allocator::malloc(static_cast<size_t>(size) * sizeof(float));
   io::dequantize_blocks(
-      t.type, moved ? moved->data() : t.data, static_cast<uint64_t>(size), static_cast<float*>(buffer.buffer().raw_ptr()));
+      t.type,
+      moved ? moved->data() : t.data,
+      static_cast<uint64_t>(size),
+      static_cast<float*>(buffer.buffer().raw_ptr()));
   return mx::array(std::move(buffer), {size}, mx::float32);
 }
 

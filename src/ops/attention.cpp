@@ -5,8 +5,8 @@
 #include <mlx/ops.h>
 
 #include "kernels/cpu/transformer_kernels.h"
-#include "src/launch/launch.h"
 #include "metal_lora/ops.h"
+#include "src/launch/launch.h"
 #include "src/ops/checks.h"
 
 namespace mx = mlx::core;
@@ -15,14 +15,23 @@ namespace metal_lora::ops {
 namespace {
 
 AttentionParams checked_params(
-    const char* op, const mx::array& q, const mx::array& k, const mx::array& v, float scale, int window) {
+    const char* op,
+    const mx::array& q,
+    const mx::array& k,
+    const mx::array& v,
+    float scale,
+    int window) {
   check_shape(op, "q", q, {-1, -1, -1});
   check_shape(op, "k", k, {-1, -1, q.shape(2)});
   check_shape(op, "v", v, {k.shape(0), k.shape(1), k.shape(2)});
   check_dtype(op, "k", k, q.dtype());
   check_dtype(op, "v", v, q.dtype());
   if (k.shape(1) == 0 || q.shape(1) % k.shape(1) != 0) {
-    refuse(op, "q_heads", fmt::format("a multiple of kv_heads {}", k.shape(1)), std::to_string(q.shape(1)));
+    refuse(
+        op,
+        "q_heads",
+        fmt::format("a multiple of kv_heads {}", k.shape(1)),
+        std::to_string(q.shape(1)));
   }
   if (window < 0) refuse(op, "window", "0 or more", std::to_string(window));
   AttentionParams p;
@@ -39,10 +48,13 @@ AttentionParams checked_params(
   return p;
 }
 
-const int32_t* ints(const void* p) { return static_cast<const int32_t*>(p); }
+const int32_t* ints(const void* p) {
+  return static_cast<const int32_t*>(p);
+}
 
 /// q, k, v, segment_start -> their gradients, from out, logsumexp and dout.
-Arrays backward(const AttentionParams& p, const Arrays& primals, const mx::array& dout, const Arrays& outputs) {
+Arrays backward(
+    const AttentionParams& p, const Arrays& primals, const mx::array& dout, const Arrays& outputs) {
   return launch(
       {.kernel = "attention_backward",
        .inputs = {primals[0], primals[1], primals[2], primals[3], outputs[0], outputs[1], dout},
@@ -50,23 +62,20 @@ Arrays backward(const AttentionParams& p, const Arrays& primals, const mx::array
            {{primals[0].shape(), primals[0].dtype()},
             {primals[1].shape(), primals[1].dtype()},
             {primals[2].shape(), primals[2].dtype()}},
-       .cpu =
-           [p](const KernelArgs& args) {
-             cpu::attention_backward(
-                 p,
-                 args.in[0],
-                 args.in[1],
-                 args.in[2],
-                 ints(args.in[3]),
-                 args.in[4],
-                 static_cast<const float*>(args.in[5]),
-                 args.in[6],
-                 args.out[0],
-                 args.out[1],
-                 args.out[2]);
-           },
-       .vjp = {},
-       .reference = {}});
+       .cpu = [p](const KernelArgs& args) {
+         cpu::attention_backward(
+             p,
+             args.in[0],
+             args.in[1],
+             args.in[2],
+             ints(args.in[3]),
+             args.in[4],
+             static_cast<const float*>(args.in[5]),
+             args.in[6],
+             args.out[0],
+             args.out[1],
+             args.out[2]);
+       }});
 }
 
 }  // namespace
@@ -99,11 +108,15 @@ mx::array attention(
                  static_cast<float*>(args.out[1]));
            },
        .vjp =
-           [p](const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
+           [p](const Arrays& primals,
+               const Arrays& cotangents,
+               const std::vector<int>& argnums,
+               const Arrays& outputs) {
              auto grads = backward(p, primals, cotangents[0], outputs);
              Arrays result;
              for (int i : argnums) {
-               if (i > 2) refuse("attention", "the differentiated input", "q, k or v", "segment_start");
+               if (i > 2)
+                 refuse("attention", "the differentiated input", "q, k or v", "segment_start");
                result.push_back(grads[i]);
              }
              return result;
@@ -130,9 +143,14 @@ std::pair<mx::array, mx::array> cached_attention(
   check_dtype(kOp, "cache", cache, q.dtype());
   const int tokens = q.shape(0), capacity = cache.shape(2);
   if (k.shape(0) != tokens) refuse(kOp, "k", "as many tokens as q", shape_text(k));
-  if (layer < 0 || layer >= cache.shape(0)) refuse(kOp, "layer", "in the cache", std::to_string(layer));
+  if (layer < 0 || layer >= cache.shape(0))
+    refuse(kOp, "layer", "in the cache", std::to_string(layer));
   if (position < 0 || position + tokens > capacity) {
-    refuse(kOp, "position + tokens", fmt::format("at most {}", capacity), std::to_string(position + tokens));
+    refuse(
+        kOp,
+        "position + tokens",
+        fmt::format("at most {}", capacity),
+        std::to_string(position + tokens));
   }
   p.kv_offset = static_cast<uint32_t>(position);
   p.kv_tokens = static_cast<uint32_t>(position + tokens);
@@ -142,16 +160,13 @@ std::pair<mx::array, mx::array> cached_attention(
       {.kernel = kOp,
        .inputs = {q, k, v, cache},
        .outputs = {{q.shape(), q.dtype()}, {cache.shape(), cache.dtype(), 3}},
-       .cpu =
-           [=](const KernelArgs& args) {
-             auto* keys = static_cast<std::byte*>(args.out[1]) + 2 * half_bytes * layer;
-             auto* values = keys + half_bytes;
-             std::memcpy(keys + token_bytes * position, args.in[1], token_bytes * tokens);
-             std::memcpy(values + token_bytes * position, args.in[2], token_bytes * tokens);
-             cpu::attention_forward(p, args.in[0], keys, values, nullptr, args.out[0], nullptr);
-           },
-       .vjp = {},
-       .reference = {}});
+       .cpu = [=](const KernelArgs& args) {
+         auto* keys = static_cast<std::byte*>(args.out[1]) + 2 * half_bytes * layer;
+         auto* values = keys + half_bytes;
+         std::memcpy(keys + token_bytes * position, args.in[1], token_bytes * tokens);
+         std::memcpy(values + token_bytes * position, args.in[2], token_bytes * tokens);
+         cpu::attention_forward(p, args.in[0], keys, values, nullptr, args.out[0], nullptr);
+       }});
   return {outputs[0], outputs[1]};
 }
 

@@ -17,20 +17,34 @@ namespace metal_lora::ops {
 inline const char* dtype_name(mlx::core::Dtype dtype) {
   using namespace mlx::core;
   switch (dtype.val()) {
-    case Dtype::Val::bool_: return "bool";
-    case Dtype::Val::uint8: return "uint8";
-    case Dtype::Val::uint16: return "uint16";
-    case Dtype::Val::uint32: return "uint32";
-    case Dtype::Val::uint64: return "uint64";
-    case Dtype::Val::int8: return "int8";
-    case Dtype::Val::int16: return "int16";
-    case Dtype::Val::int32: return "int32";
-    case Dtype::Val::int64: return "int64";
-    case Dtype::Val::float16: return "float16";
-    case Dtype::Val::float32: return "float32";
-    case Dtype::Val::float64: return "float64";
-    case Dtype::Val::bfloat16: return "bfloat16";
-    case Dtype::Val::complex64: return "complex64";
+    case Dtype::Val::bool_:
+      return "bool";
+    case Dtype::Val::uint8:
+      return "uint8";
+    case Dtype::Val::uint16:
+      return "uint16";
+    case Dtype::Val::uint32:
+      return "uint32";
+    case Dtype::Val::uint64:
+      return "uint64";
+    case Dtype::Val::int8:
+      return "int8";
+    case Dtype::Val::int16:
+      return "int16";
+    case Dtype::Val::int32:
+      return "int32";
+    case Dtype::Val::int64:
+      return "int64";
+    case Dtype::Val::float16:
+      return "float16";
+    case Dtype::Val::float32:
+      return "float32";
+    case Dtype::Val::float64:
+      return "float64";
+    case Dtype::Val::bfloat16:
+      return "bfloat16";
+    case Dtype::Val::complex64:
+      return "complex64";
   }
   return "unknown";
 }
@@ -43,7 +57,8 @@ inline std::string shape_text(const mlx::core::array& a) {
 [[noreturn]] inline void refuse(
     const char* op, const std::string& what, const std::string& expected, const std::string& got) {
   throw Error(
-      ErrorCode::invalid_input, fmt::format("[{}] {} must be {} but is {}", op, what, expected, got));
+      ErrorCode::invalid_input,
+      fmt::format("[{}] {} must be {} but is {}", op, what, expected, got));
 }
 
 /// `name` must have exactly this shape; -1 stands for any extent.

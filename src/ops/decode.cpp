@@ -43,7 +43,8 @@ cpu::LinearView linear_view(const LoraLinear& linear) {
 }
 
 cpu::DecodeLayerView layer_view(DecodeLayer& layer) {
-  for (auto* linear : {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
+  for (auto* linear :
+       {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
     settle(*linear);
   }
   mx::eval(layer.input_norm, layer.post_norm);
@@ -65,7 +66,9 @@ cpu::DecodeLayerView layer_view(DecodeLayer& layer) {
   return view;
 }
 
-size_t dtype_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+size_t dtype_bytes(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
 
 }  // namespace
 
@@ -88,7 +91,12 @@ DecodePlan::DecodePlan(
 }
 
 void DecodePlan::run(
-    std::span<const int32_t> tokens, int position, int capacity, int rows, float* logits, void* cache) const {
+    std::span<const int32_t> tokens,
+    int position,
+    int capacity,
+    int rows,
+    float* logits,
+    void* cache) const {
   const auto& g = geometry_;
   const auto m = static_cast<uint32_t>(tokens.size());
   const auto dims = static_cast<uint32_t>(g.dims);
@@ -96,9 +104,15 @@ void DecodePlan::run(
   std::vector<int32_t> positions(m);
   std::iota(positions.begin(), positions.end(), position);
   cpu::rope_table(
-      m, static_cast<uint32_t>(g.head_dim), positions.data(), inv_freq_.data(), g.rope_factor, cos_sin.data());
+      m,
+      static_cast<uint32_t>(g.head_dim),
+      positions.data(),
+      inv_freq_.data(),
+      g.rope_factor,
+      cos_sin.data());
   const auto embedding = linear_view(embedding_);
-  cpu::lora_embedding_forward(m, DType::f32, tokens.data(), embedding.weight, embedding.lora, x.data());
+  cpu::lora_embedding_forward(
+      m, DType::f32, tokens.data(), embedding.weight, embedding.lora, x.data());
 
   DecodeLayerParams p;
   p.tokens = m;
@@ -112,7 +126,8 @@ void DecodePlan::run(
   p.eps = g.eps;
   p.attention_scale = g.attention_scale;
   p.dtype = g.dtype;
-  const size_t half_bytes = static_cast<size_t>(capacity) * g.kv_heads * g.head_dim * dtype_bytes(g.dtype);
+  const size_t half_bytes =
+      static_cast<size_t>(capacity) * g.kv_heads * g.head_dim * dtype_bytes(g.dtype);
   // One window for all layers in a call: runs of layers that share it go together.
   auto* keys = static_cast<std::byte*>(cache);
   std::vector<void*> k_caches, v_caches;
@@ -121,10 +136,17 @@ void DecodePlan::run(
     v_caches.push_back(keys + 2 * half_bytes * i + half_bytes);
   }
   for (size_t first = 0, last; first < views_.size(); first = last) {
-    for (last = first + 1; last < views_.size() && layers_[last].window == layers_[first].window;) ++last;
+    for (last = first + 1; last < views_.size() && layers_[last].window == layers_[first].window;)
+      ++last;
     p.window = static_cast<uint32_t>(layers_[first].window);
     cpu::decode_layers(
-        p, &views_[first], last - first, cos_sin.data(), x.data(), &k_caches[first], &v_caches[first]);
+        p,
+        &views_[first],
+        last - first,
+        cos_sin.data(),
+        x.data(),
+        &k_caches[first],
+        &v_caches[first]);
   }
 
   NormParams norm;
@@ -152,26 +174,32 @@ std::pair<mx::array, mx::array> decode_step(
   if (count < 1 || count > kDecodeMaxTokens) {
     refuse(kOp, "tokens", fmt::format("1 … {}", kDecodeMaxTokens), std::to_string(count));
   }
-  if (rows < 1 || rows > count) refuse(kOp, "rows", fmt::format("1 … {}", count), std::to_string(rows));
+  if (rows < 1 || rows > count)
+    refuse(kOp, "rows", fmt::format("1 … {}", count), std::to_string(rows));
   const auto& g = plan->geometry_;
-  check_shape(kOp, "cache", cache, {static_cast<int>(plan->layers_.size()), 2, -1, g.kv_heads, g.head_dim});
+  check_shape(
+      kOp, "cache", cache, {static_cast<int>(plan->layers_.size()), 2, -1, g.kv_heads, g.head_dim});
   check_dtype(kOp, "cache", cache, to_mlx(g.dtype));
   const int capacity = cache.shape(2);
   if (position < 0 || position + count > capacity) {
-    refuse(kOp, "position + tokens", fmt::format("at most {}", capacity), std::to_string(position + count));
+    refuse(
+        kOp,
+        "position + tokens",
+        fmt::format("at most {}", capacity),
+        std::to_string(position + count));
   }
   const int vocab = plan->head_.out_features();
   auto outputs = launch(
       {.kernel = kOp,
        .inputs = {cache},
        .outputs = {{{rows, vocab}, mx::float32}, {cache.shape(), cache.dtype(), 0}},
-       .cpu =
-           [plan, ids = std::vector<int32_t>(tokens.begin(), tokens.end()), position, capacity, rows](
-               const KernelArgs& args) {
-             plan->run(ids, position, capacity, rows, static_cast<float*>(args.out[0]), args.out[1]);
-           },
-       .vjp = {},
-       .reference = {}});
+       .cpu = [plan,
+               ids = std::vector<int32_t>(tokens.begin(), tokens.end()),
+               position,
+               capacity,
+               rows](const KernelArgs& args) {
+         plan->run(ids, position, capacity, rows, static_cast<float*>(args.out[0]), args.out[1]);
+       }});
   return {outputs[0], outputs[1]};
 }
 

@@ -40,9 +40,18 @@ class DecodePlan {
 
  private:
   friend std::pair<mlx::core::array, mlx::core::array> decode_step(
-      std::shared_ptr<const DecodePlan>, std::span<const int32_t>, const mlx::core::array&, int, int);
+      std::shared_ptr<const DecodePlan>,
+      std::span<const int32_t>,
+      const mlx::core::array&,
+      int,
+      int);
   void run(
-      std::span<const int32_t> tokens, int position, int capacity, int rows, float* logits, void* cache) const;
+      std::span<const int32_t> tokens,
+      int position,
+      int capacity,
+      int rows,
+      float* logits,
+      void* cache) const;
 
   Geometry geometry_;
   std::vector<DecodeLayer> layers_;

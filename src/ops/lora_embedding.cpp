@@ -27,7 +27,8 @@ LoraParams checked_lora(const Lora& lora, const Weight& table) {
 void check_ids(const int32_t* ids, uint32_t tokens, uint32_t vocab) {
   for (uint32_t i = 0; i < tokens; ++i) {
     if (static_cast<uint32_t>(ids[i]) >= vocab) {
-      refuse(kOp, fmt::format("ids[{}]", i), fmt::format("in [0, {})", vocab), std::to_string(ids[i]));
+      refuse(
+          kOp, fmt::format("ids[{}]", i), fmt::format("in [0, {})", vocab), std::to_string(ids[i]));
     }
   }
 }
@@ -55,30 +56,29 @@ mx::array lora_embedding(const mx::array& ids, const LoraLinear& table, mx::Dtyp
             cpu::lora_embedding_forward(
                 tokens, kernel_dtype, id, weight_view(weight), view, args.out[0]);
           },
-      .vjp = {},
-      .reference = {}};
+      .may_throw = true};
   if (table.lora) {
     forward.inputs.push_back(table.lora->a);
     forward.inputs.push_back(table.lora->b);
-    forward.vjp = [=](const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
+    forward.vjp = [=](const Arrays& primals,
+                      const Arrays& cotangents,
+                      const std::vector<int>& argnums,
+                      const Arrays&) {
       auto grads = launch(
           {.kernel = "lora_embedding_backward",
            .inputs = {primals[0], primals[1], primals[2], cotangents[0]},
            .outputs = {{primals[1].shape(), mx::float32}, {primals[2].shape(), mx::float32}},
-           .cpu =
-               [=](const KernelArgs& args) {
-                 cpu::lora_embedding_backward(
-                     tokens,
-                     kernel_dtype,
-                     static_cast<const int32_t*>(args.in[0]),
-                     weight.params(),
-                     {lora, args.in[1], args.in[2]},
-                     args.in[3],
-                     static_cast<float*>(args.out[0]),
-                     static_cast<float*>(args.out[1]));
-               },
-           .vjp = {},
-           .reference = {}});
+           .cpu = [=](const KernelArgs& args) {
+             cpu::lora_embedding_backward(
+                 tokens,
+                 kernel_dtype,
+                 static_cast<const int32_t*>(args.in[0]),
+                 weight.params(),
+                 {lora, args.in[1], args.in[2]},
+                 args.in[3],
+                 static_cast<float*>(args.out[0]),
+                 static_cast<float*>(args.out[1]));
+           }});
       Arrays result;
       for (int i : argnums) {
         if (i == 0) refuse(kOp, "the differentiated input", "A or B", "ids");

@@ -139,7 +139,7 @@ Arrays vjp(
   for (int i : argnums) needed[i] = true;
   wanted.dx = needed[0];
 
-  Launch back{.kernel = "lora_linear_backward", .inputs = {primals[0]}, .outputs = {}, .cpu = {}, .vjp = {}, .reference = {}};
+  Launch back{.kernel = "lora_linear_backward", .inputs = {primals[0]}};
   if (wanted.dx) back.outputs.push_back({primals[0].shape(), primals[0].dtype()});
   std::vector<int> gradient_of(primals.size(), -1);  // input -> output of the launch
   if (wanted.dx) gradient_of[0] = 0;
@@ -174,11 +174,16 @@ Arrays reference_group(const Group& group, const Arrays& inputs) {
       continue;
     }
     linear.lora = Lora{
-        inputs[in], inputs[in + 1], branch.lora.scale, branch.lora.dropout, branch.lora.dropout_seed};
+        inputs[in],
+        inputs[in + 1],
+        branch.lora.scale,
+        branch.lora.dropout,
+        branch.lora.dropout_seed};
     in += 2;
     result.push_back(reference::lora_linear(inputs[0], linear));
     result.push_back(mx::matmul(
-        mx::astype(inputs[0], mx::float32), mx::transpose(mx::astype(linear.lora->a, mx::float32))));
+        mx::astype(inputs[0], mx::float32),
+        mx::transpose(mx::astype(linear.lora->a, mx::float32))));
   }
   return result;
 }
@@ -187,7 +192,7 @@ Arrays reference_group(const Group& group, const Arrays& inputs) {
 
 Arrays lora_linear(const mx::array& x, std::span<const LoraLinear> linears) {
   auto group = std::make_shared<const Group>(checked_group(x, linears));
-  Launch forward{.kernel = kOp, .inputs = {x}, .outputs = {}, .cpu = {}, .vjp = {}, .reference = {}};
+  Launch forward{.kernel = kOp, .inputs = {x}};
   std::vector<size_t> y_index;
   for (size_t i = 0; i < linears.size(); ++i) {
     y_index.push_back(forward.outputs.size());
@@ -198,9 +203,11 @@ Arrays lora_linear(const mx::array& x, std::span<const LoraLinear> linears) {
     forward.outputs.push_back({{x.shape(0), linears[i].lora->a.shape(0)}, mx::float32});
   }
   forward.cpu = [group](const KernelArgs& args) { forward_cpu(*group, args); };
-  forward.vjp = [group](const auto& primals, const auto& cotangents, const auto& argnums, const auto& outputs) {
-    return vjp(group, primals, cotangents, argnums, outputs);
-  };
+  forward.vjp =
+      [group](
+          const auto& primals, const auto& cotangents, const auto& argnums, const auto& outputs) {
+        return vjp(group, primals, cotangents, argnums, outputs);
+      };
   forward.reference = [group](const Arrays& inputs) { return reference_group(*group, inputs); };
   auto outputs = launch(std::move(forward));
   Arrays ys;

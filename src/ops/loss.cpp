@@ -26,10 +26,18 @@ LinearCrossEntropyParams checked_params(
 }
 
 /// Of tokens that count: the kernel indexes the logits with them.
-void check_targets(const char* op, const LinearCrossEntropyParams& p, const int32_t* targets, const float* weights) {
+void check_targets(
+    const char* op,
+    const LinearCrossEntropyParams& p,
+    const int32_t* targets,
+    const float* weights) {
   for (uint32_t i = 0; i < p.tokens; ++i) {
     if (weights[i] != 0.0f && static_cast<uint32_t>(targets[i]) >= p.vocab) {
-      refuse(op, fmt::format("targets[{}]", i), fmt::format("in [0, {})", p.vocab), std::to_string(targets[i]));
+      refuse(
+          op,
+          fmt::format("targets[{}]", i),
+          fmt::format("in [0, {})", p.vocab),
+          std::to_string(targets[i]));
     }
   }
 }
@@ -37,7 +45,11 @@ void check_targets(const char* op, const LinearCrossEntropyParams& p, const int3
 }  // namespace
 
 mx::array linear_cross_entropy(
-    const mx::array& x, const Weight& head, const mx::array& targets, const mx::array& weights, bool needs_grad) {
+    const mx::array& x,
+    const Weight& head,
+    const mx::array& targets,
+    const mx::array& weights,
+    bool needs_grad) {
   constexpr const char* kOp = "linear_cross_entropy";
   const auto p = checked_params(kOp, x, head, targets);
   check_shape(kOp, "weights", weights, {x.shape(0)});
@@ -61,16 +73,19 @@ mx::array linear_cross_entropy(
                 needs_grad ? args.out[1] : nullptr,
                 nullptr);
           },
-      .vjp = {},
       .reference =
           [head, needs_grad](const Arrays& in) {
             Arrays out{reference::linear_cross_entropy(in[0], head, in[1], in[2])};
             if (needs_grad) out.push_back(mx::zeros_like(in[0]));
             return out;
-          }};
+          },
+      .may_throw = true};
   if (needs_grad) {
     forward.outputs.push_back({x.shape(), x.dtype()});
-    forward.vjp = [](const Arrays&, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
+    forward.vjp = [](const Arrays&,
+                     const Arrays& cotangents,
+                     const std::vector<int>& argnums,
+                     const Arrays& outputs) {
       Arrays result;
       for (int i : argnums) {
         if (i != 0) refuse("linear_cross_entropy", "the differentiated input", "x", "another");
@@ -105,12 +120,15 @@ mx::array token_losses(const mx::array& x, const Weight& head, const mx::array& 
                  nullptr,
                  static_cast<float*>(args.out[0]));
            },
-       .vjp = {},
-       .reference = {}})[0];
+       .may_throw = true})[0];
 }
 
 AdamWOutput adamw(
-    const mx::array& param, const mx::array& grad, const mx::array& m, const mx::array& v, AdamWParams params) {
+    const mx::array& param,
+    const mx::array& grad,
+    const mx::array& m,
+    const mx::array& v,
+    AdamWParams params) {
   constexpr const char* kOp = "adamw";
   check_shape(kOp, "param", param, {-1});
   const auto check_buffer = [&](const char* name, const mx::array& a) {
@@ -131,19 +149,16 @@ AdamWOutput adamw(
             {v.shape(), mx::float32, 3},
             {{}, mx::float32},
             {{}, mx::int32}},
-       .cpu =
-           [params](const KernelArgs& args) {
-             const auto result = cpu::adamw(
-                 params,
-                 static_cast<float*>(args.out[0]),
-                 static_cast<const float*>(args.in[1]),
-                 static_cast<float*>(args.out[1]),
-                 static_cast<float*>(args.out[2]));
-             *static_cast<float*>(args.out[3]) = result.grad_norm;
-             *static_cast<int32_t*>(args.out[4]) = result.skipped ? 1 : 0;
-           },
-       .vjp = {},
-       .reference = {}});
+       .cpu = [params](const KernelArgs& args) {
+         const auto result = cpu::adamw(
+             params,
+             static_cast<float*>(args.out[0]),
+             static_cast<const float*>(args.in[1]),
+             static_cast<float*>(args.out[1]),
+             static_cast<float*>(args.out[2]));
+         *static_cast<float*>(args.out[3]) = result.grad_norm;
+         *static_cast<int32_t*>(args.out[4]) = result.skipped ? 1 : 0;
+       }});
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 

@@ -16,7 +16,9 @@ namespace mx = mlx::core;
 namespace metal_lora::ops::reference {
 namespace {
 
-mx::array f32(const mx::array& a) { return mx::astype(a, mx::float32); }
+mx::array f32(const mx::array& a) {
+  return mx::astype(a, mx::float32);
+}
 
 }  // namespace
 
@@ -57,8 +59,8 @@ mx::array attention(
   auto heads_first = [](const mx::array& a) { return mx::transpose(f32(a), {1, 0, 2}); };
   auto keys = mx::repeat(heads_first(k), repeats, 0);
   auto values = mx::repeat(heads_first(v), repeats, 0);
-  auto scores = mx::multiply(
-      mx::array(scale), mx::matmul(heads_first(q), mx::transpose(keys, {0, 2, 1})));
+  auto scores =
+      mx::multiply(mx::array(scale), mx::matmul(heads_first(q), mx::transpose(keys, {0, 2, 1})));
   auto i = mx::reshape(mx::arange(tokens, mx::int32), {tokens, 1});
   auto j = mx::reshape(mx::arange(tokens, mx::int32), {1, tokens});
   auto first = mx::reshape(segment_start, {tokens, 1});
@@ -102,23 +104,30 @@ mx::array linear_cross_entropy(
 }
 
 AdamWOutput adamw(
-    const mx::array& param, const mx::array& grad, const mx::array& m, const mx::array& v, AdamWParams p) {
+    const mx::array& param,
+    const mx::array& grad,
+    const mx::array& m,
+    const mx::array& v,
+    AdamWParams p) {
   auto scalar = [](double value) { return mx::array(static_cast<float>(value)); };
   auto g = mx::multiply(grad, scalar(p.grad_scale));
   auto norm = mx::sqrt(mx::sum(mx::square(g)));
   auto finite = mx::isfinite(norm);
   if (p.clip_norm > 0.0f) {
-    auto factor = mx::minimum(scalar(1.0), mx::divide(scalar(p.clip_norm), mx::add(norm, scalar(1e-6))));
+    auto factor =
+        mx::minimum(scalar(1.0), mx::divide(scalar(p.clip_norm), mx::add(norm, scalar(1e-6))));
     g = mx::multiply(g, factor);
   }
   auto m1 = mx::add(mx::multiply(scalar(p.beta1), m), mx::multiply(scalar(1.0 - p.beta1), g));
-  auto v1 = mx::add(mx::multiply(scalar(p.beta2), v), mx::multiply(scalar(1.0 - p.beta2), mx::square(g)));
+  auto v1 =
+      mx::add(mx::multiply(scalar(p.beta2), v), mx::multiply(scalar(1.0 - p.beta2), mx::square(g)));
   const double step = static_cast<double>(p.step);
   const double c1 = p.bias_correction ? 1.0 - std::pow(static_cast<double>(p.beta1), step) : 1.0;
   const double c2 = p.bias_correction ? 1.0 - std::pow(static_cast<double>(p.beta2), step) : 1.0;
   auto update = mx::divide(
       mx::divide(m1, scalar(c1)), mx::add(mx::sqrt(mx::divide(v1, scalar(c2))), scalar(p.eps)));
-  auto decayed = mx::multiply(param, scalar(1.0 - static_cast<double>(p.learning_rate) * p.weight_decay));
+  auto decayed =
+      mx::multiply(param, scalar(1.0 - static_cast<double>(p.learning_rate) * p.weight_decay));
   auto param1 = mx::subtract(decayed, mx::multiply(scalar(p.learning_rate), update));
   return {
       mx::where(finite, param1, param),

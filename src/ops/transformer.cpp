@@ -5,8 +5,8 @@
 #include <mlx/ops.h>
 
 #include "kernels/cpu/transformer_kernels.h"
-#include "src/launch/launch.h"
 #include "metal_lora/ops.h"
+#include "src/launch/launch.h"
 #include "src/ops/checks.h"
 
 namespace mx = mlx::core;
@@ -38,19 +38,16 @@ Arrays norm_backward(
       .kernel = "add_rms_norm_backward",
       .inputs = {h, weight, dy},
       .outputs = {{h.shape(), h.dtype()}},
-      .cpu =
-          [p, has_dh = dh != nullptr, needs_weight](const KernelArgs& args) {
-            cpu::add_rms_norm_backward(
-                p,
-                args.in[0],
-                args.in[1],
-                args.in[2],
-                has_dh ? args.in[3] : nullptr,
-                args.out[0],
-                needs_weight ? static_cast<float*>(args.out[1]) : nullptr);
-          },
-      .vjp = {},
-      .reference = {}};
+      .cpu = [p, has_dh = dh != nullptr, needs_weight](const KernelArgs& args) {
+        cpu::add_rms_norm_backward(
+            p,
+            args.in[0],
+            args.in[1],
+            args.in[2],
+            has_dh ? args.in[3] : nullptr,
+            args.out[0],
+            needs_weight ? static_cast<float*>(args.out[1]) : nullptr);
+      }};
   if (dh != nullptr) back.inputs.push_back(*dh);
   if (needs_weight) back.outputs.push_back({weight.shape(), mx::float32});
   return launch(std::move(back));
@@ -76,7 +73,11 @@ mx::array rope_launch(const mx::array& x, const mx::array& table, bool inverse) 
              cpu::rope(p, args.in[0], static_cast<const float*>(args.in[1]), args.out[0]);
            },
        .vjp =
-           [inverse](const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
+           [inverse](
+               const Arrays& primals,
+               const Arrays& cotangents,
+               const std::vector<int>& argnums,
+               const Arrays&) {
              if (contains(argnums, 1)) refuse("rope", "the differentiated input", "x", "table");
              return Arrays{rope_launch(cotangents[0], primals[1], !inverse)};
            },
@@ -104,14 +105,18 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
              cpu::add_rms_norm_forward(p, args.in[0], nullptr, args.in[1], nullptr, args.out[0]);
            },
        .vjp =
-           [p](const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
+           [p](const Arrays& primals,
+               const Arrays& cotangents,
+               const std::vector<int>& argnums,
+               const Arrays&) {
              auto grads = norm_backward(
                  p, primals[0], primals[1], cotangents[0], nullptr, contains(argnums, 1));
              Arrays result;
              for (int i : argnums) result.push_back(mx::astype(grads[i], primals[i].dtype()));
              return result;
            },
-       .reference = [eps](const Arrays& in) { return Arrays{reference::rms_norm(in[0], in[1], eps)}; }})[0];
+       .reference =
+           [eps](const Arrays& in) { return Arrays{reference::rms_norm(in[0], in[1], eps)}; }})[0];
 }
 
 std::pair<mx::array, mx::array> add_rms_norm(
@@ -130,7 +135,10 @@ std::pair<mx::array, mx::array> add_rms_norm(
                  p, args.in[0], args.in[1], args.in[2], args.out[0], args.out[1]);
            },
        .vjp =
-           [p](const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays& outputs) {
+           [p](const Arrays& primals,
+               const Arrays& cotangents,
+               const std::vector<int>& argnums,
+               const Arrays& outputs) {
              auto grads = norm_backward(
                  p, outputs[0], primals[2], cotangents[1], &cotangents[0], contains(argnums, 2));
              Arrays result;
@@ -158,18 +166,15 @@ mx::array rope_table(const mx::array& positions, const mx::array& inv_freq, floa
       {.kernel = kOp,
        .inputs = {positions, inv_freq},
        .outputs = {{{tokens, head_dim}, mx::float32}},
-       .cpu =
-           [=](const KernelArgs& args) {
-             cpu::rope_table(
-                 static_cast<uint32_t>(tokens),
-                 static_cast<uint32_t>(head_dim),
-                 static_cast<const int32_t*>(args.in[0]),
-                 static_cast<const float*>(args.in[1]),
-                 factor,
-                 static_cast<float*>(args.out[0]));
-           },
-       .vjp = {},
-       .reference = {}})[0];
+       .cpu = [=](const KernelArgs& args) {
+         cpu::rope_table(
+             static_cast<uint32_t>(tokens),
+             static_cast<uint32_t>(head_dim),
+             static_cast<const int32_t*>(args.in[0]),
+             static_cast<const float*>(args.in[1]),
+             factor,
+             static_cast<float*>(args.out[0]));
+       }})[0];
 }
 
 mx::array rope(const mx::array& x, const mx::array& table) {
@@ -196,19 +201,20 @@ mx::array swiglu(const mx::array& gate, const mx::array& up) {
              cpu::swiglu_forward(count, dtype, args.in[0], args.in[1], args.out[0]);
            },
        .vjp =
-           [=](const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums, const Arrays&) {
+           [=](const Arrays& primals,
+               const Arrays& cotangents,
+               const std::vector<int>& argnums,
+               const Arrays&) {
              auto grads = launch(
                  {.kernel = "swiglu_backward",
                   .inputs = {primals[0], primals[1], cotangents[0]},
                   .outputs =
-                      {{primals[0].shape(), primals[0].dtype()}, {primals[1].shape(), primals[1].dtype()}},
-                  .cpu =
-                      [=](const KernelArgs& args) {
-                        cpu::swiglu_backward(
-                            count, dtype, args.in[0], args.in[1], args.in[2], args.out[0], args.out[1]);
-                      },
-                  .vjp = {},
-                  .reference = {}});
+                      {{primals[0].shape(), primals[0].dtype()},
+                       {primals[1].shape(), primals[1].dtype()}},
+                  .cpu = [=](const KernelArgs& args) {
+                    cpu::swiglu_backward(
+                        count, dtype, args.in[0], args.in[1], args.in[2], args.out[0], args.out[1]);
+                  }});
              Arrays result;
              for (int i : argnums) result.push_back(grads[i]);
              return result;

@@ -17,21 +17,26 @@ namespace mx = mlx::core;
 namespace metal_lora {
 namespace {
 
-size_t dtype_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+size_t dtype_bytes(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
 
 std::shared_ptr<std::byte[]> allocate(size_t bytes) {
   constexpr size_t kAlignment = 64;
   auto* p = static_cast<std::byte*>(
       std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
   if (p == nullptr && bytes > 0) {
-    throw Error(
-        ErrorCode::does_not_fit, fmt::format("[weight] cannot allocate {} bytes", bytes));
+    throw Error(ErrorCode::does_not_fit, fmt::format("[weight] cannot allocate {} bytes", bytes));
   }
   return {p, [](std::byte* q) { std::free(q); }};
 }
 
-bool is_affine(const WeightParams& p) { return p.format >= WeightFormat::int4; }
-int bits_of(const WeightParams& p) { return p.format == WeightFormat::int4 ? 4 : 8; }
+bool is_affine(const WeightParams& p) {
+  return p.format >= WeightFormat::int4;
+}
+int bits_of(const WeightParams& p) {
+  return p.format == WeightFormat::int4 ? 4 : 8;
+}
 
 size_t row_major_data_bytes(const WeightParams& p) {
   const size_t count = static_cast<size_t>(p.n) * p.k;
@@ -40,14 +45,19 @@ size_t row_major_data_bytes(const WeightParams& p) {
 }
 
 size_t scales_bytes(const WeightParams& p) {
-  return is_affine(p) ? static_cast<size_t>(p.n) * (p.k / p.group_size) * dtype_bytes(p.scales_dtype) : 0;
+  return is_affine(p)
+             ? static_cast<size_t>(p.n) * (p.k / p.group_size) * dtype_bytes(p.scales_dtype)
+             : 0;
 }
 
 WeightFormat dense_format(mx::Dtype dtype) {
   switch (to_kernel(dtype)) {
-    case DType::f32: return WeightFormat::f32;
-    case DType::f16: return WeightFormat::f16;
-    case DType::bf16: return WeightFormat::bf16;
+    case DType::f32:
+      return WeightFormat::f32;
+    case DType::f16:
+      return WeightFormat::f16;
+    case DType::bf16:
+      return WeightFormat::bf16;
   }
   return WeightFormat::f32;
 }
@@ -56,9 +66,12 @@ WeightFormat dense_format(mx::Dtype dtype) {
 
 mx::Dtype to_mlx(DType dtype) {
   switch (dtype) {
-    case DType::f32: return mx::float32;
-    case DType::f16: return mx::float16;
-    case DType::bf16: return mx::bfloat16;
+    case DType::f32:
+      return mx::float32;
+    case DType::f16:
+      return mx::float16;
+    case DType::bf16:
+      return mx::bfloat16;
   }
   throw Error(ErrorCode::internal, "[to_mlx] unknown dtype");
 }
@@ -84,7 +97,11 @@ Weight Weight::dense(const mx::array& w) {
 }
 
 Weight Weight::affine(
-    const mx::array& q, const mx::array& scales, const mx::array& biases, int group_size, int bits) {
+    const mx::array& q,
+    const mx::array& scales,
+    const mx::array& biases,
+    int group_size,
+    int bits) {
   constexpr const char* kOp = "Weight::affine";
   if (bits != 4 && bits != 8) ops::refuse(kOp, "bits", "4 or 8", std::to_string(bits));
   if (group_size != 32 && group_size != 64 && group_size != 128) {
@@ -106,8 +123,7 @@ Weight Weight::affine(
   p.format = bits == 4 ? WeightFormat::int4 : WeightFormat::int8;
   p.group_size = static_cast<uint32_t>(group_size);
   p.scales_dtype = to_kernel(scales.dtype());
-  return view(
-      p, kept, (*kept)[0].data<void>(), (*kept)[1].data<void>(), (*kept)[2].data<void>());
+  return view(p, kept, (*kept)[0].data<void>(), (*kept)[1].data<void>(), (*kept)[2].data<void>());
 }
 
 Weight Weight::view(
@@ -153,7 +169,11 @@ Weight Weight::quantized(int bits, int group_size) const {
 
 mx::array Weight::rows(uint32_t begin, uint32_t end) const {
   if (begin > end || end > params_.n) {
-    ops::refuse("Weight::rows", "range", fmt::format("within 0 … {}", params_.n), fmt::format("{} … {}", begin, end));
+    ops::refuse(
+        "Weight::rows",
+        "range",
+        fmt::format("within 0 … {}", params_.n),
+        fmt::format("{} … {}", begin, end));
   }
   const mx::Shape shape{static_cast<int>(end - begin), in_features()};
   auto buffer = mx::allocator::malloc(static_cast<size_t>(end - begin) * params_.k * sizeof(float));
@@ -162,7 +182,9 @@ mx::array Weight::rows(uint32_t begin, uint32_t end) const {
   return mx::array(std::move(buffer), shape, mx::float32);
 }
 
-mx::array Weight::dequantized() const { return rows(0, params_.n); }
+mx::array Weight::dequantized() const {
+  return rows(0, params_.n);
+}
 
 size_t Weight::nbytes() const {
   if (params_.layout == WeightLayout::cpu_packed) return cpu::packed_weight_bytes(params_);

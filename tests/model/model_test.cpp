@@ -62,7 +62,8 @@ Golden read_golden(const fs::path& folder) {
           mx::float32)};
 }
 
-mx::array all_logits(const Model& model, const std::vector<int32_t>& tokens, const AdapterWeights& adapter = {}) {
+mx::array all_logits(
+    const Model& model, const std::vector<int32_t>& tokens, const AdapterWeights& adapter = {}) {
   auto hidden = model.hidden(ints(tokens), segments_of({static_cast<int>(tokens.size())}), adapter);
   return ops::reference::lora_linear(
       mx::astype(hidden, mx::float32), LoraLinear{model.head(), std::nullopt, std::nullopt});
@@ -105,7 +106,8 @@ TEST_P(Family, DecodingTokenByTokenEqualsTheWholeSequence) {
       std::vector<mx::array> parts;
       for (size_t at = 0; at < golden.tokens.size(); at += step) {
         const auto count = std::min<size_t>(step, golden.tokens.size() - at);
-        parts.push_back(model->decode(std::span(golden.tokens).subspan(at, count), cache, adapter, static_cast<int>(count)));
+        parts.push_back(model->decode(
+            std::span(golden.tokens).subspan(at, count), cache, adapter, static_cast<int>(count)));
       }
       expect_close(mx::concatenate(parts, 0), whole, kF32Tolerance, "decode");
       EXPECT_EQ(cache.length(), static_cast<int>(golden.tokens.size()));
@@ -156,7 +158,13 @@ TEST(Model, CheckpointingChangesNoGradient) {
   const auto gradients = [&](bool checkpoint) {
     auto loss = [&](const std::vector<mx::array>& p) {
       return model->loss(
-          ints(tokens), segments_of({7}), ints(targets), mx::ones({7}), adapter.with_parameters(p), true, checkpoint);
+          ints(tokens),
+          segments_of({7}),
+          ints(targets),
+          mx::ones({7}),
+          adapter.with_parameters(p),
+          true,
+          checkpoint);
     };
     const auto parameters = adapter.parameters();
     std::vector<int> argnums(parameters.size());
@@ -177,7 +185,13 @@ TEST(Model, GradientsMatchCentralDifferences) {
   const auto adapter = random_adapter(model->config(), 2);
   const std::vector<int32_t> tokens{1, 17, 60, 3, 3, 42, 8}, targets{17, 60, 3, 3, 42, 8, 2};
   auto loss = [&](const std::vector<mx::array>& p) {
-    return model->loss(ints(tokens), segments_of({7}), ints(targets), mx::ones({7}), adapter.with_parameters(p), true);
+    return model->loss(
+        ints(tokens),
+        segments_of({7}),
+        ints(targets),
+        mx::ones({7}),
+        adapter.with_parameters(p),
+        true);
   };
   auto parameters = adapter.parameters();
   std::vector<int> argnums(parameters.size());
@@ -208,7 +222,8 @@ TEST(Model, TruncatedCacheGoesOnAsIfTheRestHadNotBeen) {
   model->decode(wrong, cache, {});
   cache.truncate(5);
   model->decode(prompt, clean, {});
-  EXPECT_TRUE(mx::array_equal(model->decode(right, cache, {}), model->decode(right, clean, {})).item<bool>());
+  EXPECT_TRUE(mx::array_equal(model->decode(right, cache, {}), model->decode(right, clean, {}))
+                  .item<bool>());
 }
 
 TEST(Model, ContextLengthIsALimit) {

@@ -16,7 +16,8 @@ struct Case {
 /// output. Errors add as a random walk over `in` terms of size ~1; 8 standard deviations.
 double tolerance(const Case& c) {
   const double u = unit_roundoff(c.dtype);
-  return 2.0 * u + 8.0 * std::sqrt(static_cast<double>(c.in) + 1.0) * (u == unit_roundoff(mx::float32) ? u : u / 2.0) ;
+  return 2.0 * u + 8.0 * std::sqrt(static_cast<double>(c.in) + 1.0) *
+                       (u == unit_roundoff(mx::float32) ? u : u / 2.0);
 }
 
 Lora make_lora(const Case& c, uint64_t seed) {
@@ -28,9 +29,11 @@ class LoraLinearOp : public ::testing::TestWithParam<Case> {};
 TEST_P(LoraLinearOp, MatchesPlainMlx) {
   const auto c = GetParam();
   auto x = normal({c.tokens, c.in}, 1, c.dtype);
-  LoraLinear linear{Weight::dense(normal({c.out, c.in}, 2, c.dtype)), make_lora(c, 3), normal({c.out}, 5)};
+  LoraLinear linear{
+      Weight::dense(normal({c.out, c.in}, 2, c.dtype)), make_lora(c, 3), normal({c.out}, 5)};
   linear.lora->a = mx::multiply(linear.lora->a, mx::array(1.0f / std::sqrt(c.in + 1.0f)));
-  expect_close(ops::lora_linear(x, linear), ops::reference::lora_linear(x, linear), tolerance(c), "y");
+  expect_close(
+      ops::lora_linear(x, linear), ops::reference::lora_linear(x, linear), tolerance(c), "y");
 }
 
 TEST_P(LoraLinearOp, GradientsMatchPlainMlx) {
@@ -83,7 +86,9 @@ TEST(LoraLinear, QuantisedBaseEqualsItsDequantisedSelf) {
 TEST(LoraLinear, SharedInputEqualsSeparateCalls) {
   auto x = normal({33, 64}, 1);
   const LoraLinear linears[] = {
-      {Weight::dense(normal({96, 64}, 2)), Lora{normal({4, 64}, 3), normal({96, 4}, 4), 2.0f}, std::nullopt},
+      {Weight::dense(normal({96, 64}, 2)),
+       Lora{normal({4, 64}, 3), normal({96, 4}, 4), 2.0f},
+       std::nullopt},
       {Weight::dense(normal({32, 64}, 5)), std::nullopt, normal({32}, 6)}};
   auto together = ops::lora_linear(x, linears);
   for (int i : {0, 1}) {
@@ -96,11 +101,15 @@ TEST(LoraLinear, ReadsStridedInput) {
   auto x = mx::transpose(wide);  // [33, 64], not row-contiguous
   LoraLinear linear{Weight::dense(normal({16, 64}, 2)), std::nullopt, std::nullopt};
   auto copy = mx::contiguous(x);
-  EXPECT_TRUE(mx::array_equal(ops::lora_linear(x, linear), ops::lora_linear(copy, linear)).item<bool>());
+  EXPECT_TRUE(
+      mx::array_equal(ops::lora_linear(x, linear), ops::lora_linear(copy, linear)).item<bool>());
 }
 
 TEST(LoraLinear, WrongShapesAreNamed) {
-  LoraLinear linear{Weight::dense(normal({16, 64}, 2)), Lora{normal({4, 63}, 3), normal({16, 4}, 4)}, std::nullopt};
+  LoraLinear linear{
+      Weight::dense(normal({16, 64}, 2)),
+      Lora{normal({4, 63}, 3), normal({16, 4}, 4)},
+      std::nullopt};
   try {
     ops::lora_linear(normal({2, 64}, 1), linear);
     FAIL() << "accepted";
@@ -108,19 +117,33 @@ TEST(LoraLinear, WrongShapesAreNamed) {
     EXPECT_EQ(e.code(), ErrorCode::invalid_input);
     EXPECT_STREQ(e.what(), "[lora_linear] A must be (any, 64) but is (4, 63)");
   }
-  EXPECT_THROW(ops::lora_linear(normal({2, 65}, 1), LoraLinear{linear.weight, std::nullopt, std::nullopt}), Error);
-  EXPECT_THROW(ops::lora_linear(mx::zeros({2, 64}, mx::int32), LoraLinear{linear.weight, std::nullopt, std::nullopt}), Error);
+  EXPECT_THROW(
+      ops::lora_linear(normal({2, 65}, 1), LoraLinear{linear.weight, std::nullopt, std::nullopt}),
+      Error);
+  EXPECT_THROW(
+      ops::lora_linear(
+          mx::zeros({2, 64}, mx::int32), LoraLinear{linear.weight, std::nullopt, std::nullopt}),
+      Error);
 }
 
 TEST(LoraLinear, JvpAndVmapFallBackToPlainMlx) {
   LoraLinear linear{Weight::dense(normal({16, 8}, 2)), std::nullopt, std::nullopt};
-  auto f = [&](const std::vector<mx::array>& in) { return std::vector<mx::array>{ops::lora_linear(in[0], linear)}; };
+  auto f = [&](const std::vector<mx::array>& in) {
+    return std::vector<mx::array>{ops::lora_linear(in[0], linear)};
+  };
   auto x = normal({3, 8}, 1), t = normal({3, 8}, 9);
   auto tangent = mx::jvp(f, {x}, {t}).second[0];
   expect_close(tangent, ops::reference::lora_linear(t, linear), 1e-5, "jvp");
   auto batch = normal({5, 3, 8}, 10);
   auto mapped = mx::vmap(f, std::vector<int>{0})({batch})[0];
-  expect_close(mx::slice(mapped, {2, 0, 0}, {3, 3, 16}), mx::reshape(ops::reference::lora_linear(mx::squeeze(mx::slice(batch, {2, 0, 0}, {3, 3, 8}), 0), linear), {1, 3, 16}), 1e-5, "vmap");
+  expect_close(
+      mx::slice(mapped, {2, 0, 0}, {3, 3, 16}),
+      mx::reshape(
+          ops::reference::lora_linear(
+              mx::squeeze(mx::slice(batch, {2, 0, 0}, {3, 3, 8}), 0), linear),
+          {1, 3, 16}),
+      1e-5,
+      "vmap");
 }
 
 TEST(LoraLinear, DropoutIsUnbiasedAndTheSameInBothDirections) {

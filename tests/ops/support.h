@@ -26,7 +26,8 @@ inline double unit_roundoff(mx::Dtype dtype) {
 }
 
 /// max |a - b| ≤ tolerance·max(1, max |b|), and both have one shape and dtype.
-inline void expect_close(const mx::array& a, const mx::array& b, double tolerance, const char* what) {
+inline void expect_close(
+    const mx::array& a, const mx::array& b, double tolerance, const char* what) {
   ASSERT_EQ(a.shape(), b.shape()) << what;
   ASSERT_EQ(a.dtype(), b.dtype()) << what;
   if (a.size() == 0) return;
@@ -41,7 +42,10 @@ using Function = std::function<std::vector<mx::array>(const std::vector<mx::arra
 
 /// The gradients of Σ outputs·weights by the op's own vjp, and by MLX's of the plain version.
 inline void expect_same_gradients(
-    const Function& op, const Function& reference, const std::vector<mx::array>& inputs, double tolerance) {
+    const Function& op,
+    const Function& reference,
+    const std::vector<mx::array>& inputs,
+    double tolerance) {
   auto outputs = op(inputs);
   std::vector<mx::array> cotangents;
   for (size_t i = 0; i < outputs.size(); ++i) {

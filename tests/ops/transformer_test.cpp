@@ -9,7 +9,8 @@ namespace {
 /// Both sides compute in f32 and round to the dtype once; the gradient of a 16-bit op sums rounded
 /// cotangents, whose errors grow with the square root of the number of terms.
 double tolerance(mx::Dtype dtype, int terms) {
-  return (dtype == mx::float32 ? 32.0 : 4.0) * unit_roundoff(dtype) * std::sqrt(static_cast<double>(terms));
+  return (dtype == mx::float32 ? 32.0 : 4.0) * unit_roundoff(dtype) *
+         std::sqrt(static_cast<double>(terms));
 }
 
 mx::array ints(std::vector<int32_t> values) {
@@ -21,7 +22,9 @@ class TransformerOp : public ::testing::TestWithParam<mx::Dtype> {};
 TEST_P(TransformerOp, RmsNorm) {
   const auto dtype = GetParam();
   auto x = normal({5, 577}, 1, dtype), w = normal({577}, 2);
-  auto op = [](const std::vector<mx::array>& in) { return std::vector<mx::array>{ops::rms_norm(in[0], in[1], 1e-5f)}; };
+  auto op = [](const std::vector<mx::array>& in) {
+    return std::vector<mx::array>{ops::rms_norm(in[0], in[1], 1e-5f)};
+  };
   auto plain = [](const std::vector<mx::array>& in) {
     return std::vector<mx::array>{ops::reference::rms_norm(in[0], in[1], 1e-5f)};
   };
@@ -39,7 +42,8 @@ TEST_P(TransformerOp, AddRmsNorm) {
     auto h = mx::add(in[0], in[1]);
     return std::vector<mx::array>{h, ops::reference::rms_norm(h, in[2], 1e-5f)};
   };
-  std::vector<mx::array> inputs{normal({9, 64}, 1, dtype), normal({9, 64}, 2, dtype), normal({64}, 3)};
+  std::vector<mx::array> inputs{
+      normal({9, 64}, 1, dtype), normal({9, 64}, 2, dtype), normal({64}, 3)};
   auto a = op(inputs), b = plain(inputs);
   expect_close(a[0], b[0], tolerance(dtype, 1), "h");
   expect_close(a[1], b[1], tolerance(dtype, 4), "y");
@@ -54,7 +58,9 @@ TEST_P(TransformerOp, RopeTurnsAndTurnsBack) {
   auto table = ops::rope_table(
       ints({0, 1, 2, 3, 4, 5, 0, 1, 2, 8000, 8191}), mx::array(inv_freq.data(), {32}, mx::float32));
   expect_close(ops::rope(x, table), ops::reference::rope(x, table), tolerance(dtype, 2), "y");
-  auto op = [&](const std::vector<mx::array>& in) { return std::vector<mx::array>{ops::rope(in[0], table)}; };
+  auto op = [&](const std::vector<mx::array>& in) {
+    return std::vector<mx::array>{ops::rope(in[0], table)};
+  };
   auto plain = [&](const std::vector<mx::array>& in) {
     return std::vector<mx::array>{ops::reference::rope(in[0], table)};
   };
@@ -63,9 +69,14 @@ TEST_P(TransformerOp, RopeTurnsAndTurnsBack) {
 
 TEST_P(TransformerOp, SwiGlu) {
   const auto dtype = GetParam();
-  std::vector<mx::array> inputs{mx::multiply(normal({7, 33}, 1, dtype), mx::array(4.0f, dtype)), normal({7, 33}, 2, dtype)};
-  auto op = [](const std::vector<mx::array>& in) { return std::vector<mx::array>{ops::swiglu(in[0], in[1])}; };
-  auto plain = [](const std::vector<mx::array>& in) { return std::vector<mx::array>{ops::reference::swiglu(in[0], in[1])}; };
+  std::vector<mx::array> inputs{
+      mx::multiply(normal({7, 33}, 1, dtype), mx::array(4.0f, dtype)), normal({7, 33}, 2, dtype)};
+  auto op = [](const std::vector<mx::array>& in) {
+    return std::vector<mx::array>{ops::swiglu(in[0], in[1])};
+  };
+  auto plain = [](const std::vector<mx::array>& in) {
+    return std::vector<mx::array>{ops::reference::swiglu(in[0], in[1])};
+  };
   expect_close(op(inputs)[0], plain(inputs)[0], tolerance(dtype, 4), "y");
   expect_same_gradients(op, plain, inputs, tolerance(dtype, 4));
 }
@@ -78,13 +89,17 @@ TEST_P(TransformerOp, Attention) {
   for (int window : {0, 8}) {
     const auto segment_start = ints(starts);
     auto op = [&](const std::vector<mx::array>& in) {
-      return std::vector<mx::array>{ops::attention(in[0], in[1], in[2], segment_start, 0.125f, window)};
+      return std::vector<mx::array>{
+          ops::attention(in[0], in[1], in[2], segment_start, 0.125f, window)};
     };
     auto plain = [&](const std::vector<mx::array>& in) {
-      return std::vector<mx::array>{ops::reference::attention(in[0], in[1], in[2], segment_start, 0.125f, window)};
+      return std::vector<mx::array>{
+          ops::reference::attention(in[0], in[1], in[2], segment_start, 0.125f, window)};
     };
     std::vector<mx::array> inputs{
-        normal({tokens, 6, 64}, 1, dtype), normal({tokens, 2, 64}, 2, dtype), normal({tokens, 2, 64}, 3, dtype)};
+        normal({tokens, 6, 64}, 1, dtype),
+        normal({tokens, 2, 64}, 2, dtype),
+        normal({tokens, 2, 64}, 3, dtype)};
     expect_close(op(inputs)[0], plain(inputs)[0], tolerance(dtype, 4), "out");
     expect_same_gradients(op, plain, inputs, tolerance(dtype, 3 * tokens));
   }
@@ -93,7 +108,8 @@ TEST_P(TransformerOp, Attention) {
 TEST_P(TransformerOp, CachedAttentionEqualsUncached) {
   const auto dtype = GetParam();
   const int tokens = 21, first = 13;
-  auto q = normal({tokens, 4, 32}, 1, dtype), k = normal({tokens, 2, 32}, 2, dtype), v = normal({tokens, 2, 32}, 3, dtype);
+  auto q = normal({tokens, 4, 32}, 1, dtype), k = normal({tokens, 2, 32}, 2, dtype),
+       v = normal({tokens, 2, 32}, 3, dtype);
   auto whole = ops::attention(q, k, v, ints(std::vector<int32_t>(tokens, 0)), 0.2f);
   auto cache = mx::zeros({3, 2, 40, 2, 32}, dtype);
   auto part = [&](const mx::array& a, int begin, int end) {
@@ -109,11 +125,13 @@ TEST_P(TransformerOp, CachedAttentionEqualsUncached) {
   }
   expect_close(mx::concatenate(outs, 0), whole, tolerance(dtype, 4), "out");
   // Layers 0 and 2 are untouched, and so is the caller's own array.
-  EXPECT_EQ(mx::sum(mx::abs(mx::slice(chain, {0, 0, 0, 0, 0}, {1, 2, 40, 2, 32}))).item<float>(), 0.0f);
+  EXPECT_EQ(
+      mx::sum(mx::abs(mx::slice(chain, {0, 0, 0, 0, 0}, {1, 2, 40, 2, 32}))).item<float>(), 0.0f);
   EXPECT_EQ(mx::sum(mx::abs(cache)).item<float>(), 0.0f);
 }
 
-INSTANTIATE_TEST_SUITE_P(Dtypes, TransformerOp, ::testing::Values(mx::float32, mx::bfloat16, mx::float16));
+INSTANTIATE_TEST_SUITE_P(
+    Dtypes, TransformerOp, ::testing::Values(mx::float32, mx::bfloat16, mx::float16));
 
 TEST(LinearCrossEntropy, MatchesPlainMlx) {
   const int tokens = 23, dims = 48, vocab = 301;
@@ -137,7 +155,8 @@ TEST(LinearCrossEntropy, MatchesPlainMlx) {
   expect_close(op({x})[0], plain({x})[0], tolerance(mx::float32, dims), "loss");
   expect_same_gradients(op, plain, {x}, tolerance(mx::float32, vocab));
   auto each = ops::token_losses(x, head, safe);
-  expect_close(mx::sum(mx::multiply(each, w)), plain({x})[0], tolerance(mx::float32, dims), "token losses");
+  expect_close(
+      mx::sum(mx::multiply(each, w)), plain({x})[0], tolerance(mx::float32, dims), "token losses");
 }
 
 TEST(LinearCrossEntropy, RefusesTargetsOutsideTheVocabulary) {
@@ -151,11 +170,13 @@ TEST(LoraEmbedding, MatchesPlainMlxWithGradients) {
   auto ids = ints({0, 49, 7, 7, 3});
   auto with = [&](auto&& apply) {
     return [&, apply](const std::vector<mx::array>& in) {
-      return std::vector<mx::array>{apply(ids, LoraLinear{table, Lora{in[0], in[1], 0.5f}, std::nullopt}, mx::float32)};
+      return std::vector<mx::array>{
+          apply(ids, LoraLinear{table, Lora{in[0], in[1], 0.5f}, std::nullopt}, mx::float32)};
     };
   };
   auto op = with([](const auto& i, const auto& t, auto d) { return ops::lora_embedding(i, t, d); });
-  auto plain = with([](const auto& i, const auto& t, auto d) { return ops::reference::lora_embedding(i, t, d); });
+  auto plain = with(
+      [](const auto& i, const auto& t, auto d) { return ops::reference::lora_embedding(i, t, d); });
   std::vector<mx::array> inputs{normal({3, 50}, 2), normal({24, 3}, 3)};
   expect_close(op(inputs)[0], plain(inputs)[0], tolerance(mx::float32, 4), "rows");
   expect_same_gradients(op, plain, inputs, tolerance(mx::float32, 24));
@@ -191,7 +212,8 @@ TEST(AdamW, FollowsPlainMlxForFiftySteps) {
 
 TEST(AdamW, ANonFiniteGradientChangesNothing) {
   auto p = normal({8}, 1), m = normal({8}, 2), v = mx::abs(normal({8}, 3));
-  auto g = mx::array({0.0f, 1.0f, std::numeric_limits<float>::quiet_NaN(), 0.0f, 0.0f, 0.0f, 0.0f, 0.0f});
+  auto g = mx::array(
+      {0.0f, 1.0f, std::numeric_limits<float>::quiet_NaN(), 0.0f, 0.0f, 0.0f, 0.0f, 0.0f});
   auto out = ops::adamw(p, g, m, v, AdamWParams{});
   EXPECT_EQ(out.skipped.item<int32_t>(), 1);
   EXPECT_TRUE(mx::array_equal(out.param, p).item<bool>());
