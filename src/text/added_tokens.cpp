@@ -57,13 +57,13 @@ int32_t AddedTokens::Trie::longest(std::string_view text, size_t pos, size_t& en
 AddedTokens::AddedTokens(std::vector<AddedToken> tokens, const Normalizer& normalizer)
     : tokens_(std::move(tokens)) {
   for (size_t i = 0; i < tokens_.size(); ++i) {
+    tokens_[i].decoded = tokens_[i].content;
     if (!tokens_[i].normalized) {
       raw_.add(tokens_[i].content, static_cast<int32_t>(i));
       continue;
     }
-    std::string content = tokens_[i].content;
-    normalizer.apply(content);
-    normalized_.add(content, static_cast<int32_t>(i));
+    normalizer.apply(tokens_[i].decoded);
+    normalized_.add(tokens_[i].decoded, static_cast<int32_t>(i));
   }
 }
 

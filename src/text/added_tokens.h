@@ -22,6 +22,7 @@ struct AddedToken {
   bool rstrip = false;       ///< takes the white space after it
   bool normalized = false;   ///< looked for in the normalised text
   bool special = false;
+  std::string decoded;  ///< what decoding writes: as it was sought, hence normalised if so
 };
 
 /// A stretch of text: an added token, or text between (id < 0).

@@ -118,7 +118,7 @@ void TokenizerModel::finish() {
 
 const std::string* TokenizerModel::spelling(int32_t id) const {
   if (const auto it = added_by_id.find(id); it != added_by_id.end()) {
-    return &added.tokens()[it->second].content;
+    return &added.tokens()[it->second].decoded;
   }
   return bpe.has(id) ? &bpe.tokens()[id] : nullptr;
 }

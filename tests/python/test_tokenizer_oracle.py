@@ -98,7 +98,7 @@ def assert_same(reference, model, count=None, add_special=False):
             bad.append(("ids", text, ids, answer["ids"]))
         elif answer["decoded"] != decoded:
             bad.append(("decoded", text, decoded, answer["decoded"]))
-        elif answer["streamed"] != decoded:
+        elif answer["streamed"] != decoded and "\ufffd" not in decoded:  # see StreamingDecoder
             bad.append(("streamed", text, decoded, answer["streamed"]))
     assert not bad, f"{len(bad)} of {len(texts)} differ, first: " + ascii(bad[:3])[:3000]
 
