@@ -458,7 +458,7 @@ def make_parser():
     command = commands.add_parser("generate", help="write the data set and its database")
     command.add_argument("--out", required=True, help="folder to write to")
     command.add_argument("--seed", type=int, default=1)
-    for name, count in (("train", 960), ("valid", 48), ("test", 96), ("unseen", 48)):
+    for name, count in (("train", 800), ("valid", 48), ("test", 96), ("unseen", 48)):
         command.add_argument(f"--{name}", type=size, default=count, help=f"questions (default {count})")
     command.set_defaults(run=generate)
     command = commands.add_parser("prompts", help="the questions without their answers, as JSONL")
