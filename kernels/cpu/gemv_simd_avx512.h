@@ -94,21 +94,32 @@ inline V16 sum_each(const V16* a) {
   return {_mm512_shuffle_f32x4(sums, sums, 0xd8)};
 }
 
+/// Lanes that narrow_rows_dot needs: u's even and odd columns once per row of a register, and
+/// where its reduction leaves each row.
+template <int kRank>
+struct NarrowRowsOrder {
+  alignas(64) int32_t even[16] = {}, odd[16] = {}, row[16] = {};
+  constexpr NarrowRowsOrder() {
+    for (int i = 0; i < 16; ++i) {
+      even[i] = 2 * (i % (kRank / 2));
+      odd[i] = even[i] + 1;
+      row[i] = kRank == 16 ? (i / 8 * 2 + i % 2) * 4 + i % 8 / 2 : i % 4 * 4 + i / 4;
+    }
+  }
+};
+template <int kRank>
+inline constexpr NarrowRowsOrder<kRank> kNarrowRowsOrder;
+
 /// Lane r: Σ_j b[r·kRank + j]·u[j] for 16 rows of bf16, kRank 8 or 16. A register holds 4 or 2
 /// whole rows; even and odd columns become f32 by a shift and a mask, so 16 rows cost 61
 /// instructions at rank 16 where a register per row costs 110.
 template <int kRank>
 inline V16 narrow_rows_dot(const uint16_t* b, const float* u) {
-  constexpr int kPairs = kRank / 2, kVectors = kRank / 2;
-  alignas(64) int32_t even_at[16], odd_at[16], row_at[16];
-  for (int i = 0; i < 16; ++i) {
-    even_at[i] = 2 * (i % kPairs);
-    odd_at[i] = even_at[i] + 1;
-    row_at[i] = kRank == 16 ? (i / 8 * 2 + i % 2) * 4 + i % 8 / 2 : i % 4 * 4 + i / 4;
-  }
+  constexpr int kVectors = kRank / 2;
+  constexpr const NarrowRowsOrder<kRank>& kOrder = kNarrowRowsOrder<kRank>;
   const __m512 uv = _mm512_maskz_loadu_ps(first_lanes(kRank), u);
-  const __m512 u_even = _mm512_permutexvar_ps(_mm512_load_si512(even_at), uv);
-  const __m512 u_odd = _mm512_permutexvar_ps(_mm512_load_si512(odd_at), uv);
+  const __m512 u_even = _mm512_permutexvar_ps(_mm512_load_si512(kOrder.even), uv);
+  const __m512 u_odd = _mm512_permutexvar_ps(_mm512_load_si512(kOrder.odd), uv);
   __m512 dot[kVectors];
   for (int i = 0; i < kVectors; ++i) {
     const __m512i pair = _mm512_loadu_si512(b + 32 * i);
@@ -130,7 +141,7 @@ inline V16 narrow_rows_dot(const uint16_t* b, const float* u) {
     d[i] = _mm512_add_ps(_mm512_unpacklo_ps(c[i], c[i + 2]), _mm512_unpackhi_ps(c[i], c[i + 2]));
   }
   const __m512 sums = _mm512_add_ps(_mm512_unpacklo_ps(d[0], d[1]), _mm512_unpackhi_ps(d[0], d[1]));
-  return {_mm512_permutexvar_ps(_mm512_load_si512(row_at), sums)};
+  return {_mm512_permutexvar_ps(_mm512_load_si512(kOrder.row), sums)};
 }
 #define METAL_LORA_HAS_NARROW_ROWS 1
 

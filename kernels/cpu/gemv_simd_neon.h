@@ -116,9 +116,13 @@ inline I16 load_int(const void* p) {
 }
 template <int kBits>
 inline I16 shift_right(const I16& a) {
-  I16 r;
-  for (int i = 0; i < 4; ++i) r.v[i] = vshrq_n_u32(a.v[i], kBits);
-  return r;
+  if constexpr (kBits == 0) {  // the instruction shifts by 1 … 32
+    return a;
+  } else {
+    I16 r;
+    for (int i = 0; i < 4; ++i) r.v[i] = vshrq_n_u32(a.v[i], kBits);
+    return r;
+  }
 }
 inline V16 low_bits(const I16& a, uint32_t mask) {
   return quarters([&](int i) { return vcvtq_f32_u32(vandq_u32(a.v[i], vdupq_n_u32(mask))); });
