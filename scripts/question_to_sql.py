@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 # Copyright © 2026 The MetalLoRA authors.
 # SPDX-License-Identifier: MIT
 """Questions in English, their SQL, and the database in which answers are judged.
