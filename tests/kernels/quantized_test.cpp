@@ -200,8 +200,12 @@ TEST_F(Quantized, ScalarConversionsRoundToNearestEven) {
   for (uint32_t h = 0; h < 0x10000; ++h) {  // every 16-bit value comes back
     const auto bits = static_cast<uint16_t>(h);
     const float half = float_of_half(bits), brain = float_of_bf16(bits);
-    if (half == half) ASSERT_EQ(half_of_float(half), bits);
-    if (brain == brain) ASSERT_EQ(bf16_of_float(brain), bits);
+    if (!std::isnan(half)) {
+      ASSERT_EQ(half_of_float(half), bits);
+    }
+    if (!std::isnan(brain)) {
+      ASSERT_EQ(bf16_of_float(brain), bits);
+    }
   }
   EXPECT_EQ(half_of_float(1.0f + 0x1p-11f), 0x3c00);             // tie to even, down
   EXPECT_EQ(half_of_float(1.0f + 0x1p-10f + 0x1p-11f), 0x3c02);  // tie to even, up
