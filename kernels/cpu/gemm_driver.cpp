@@ -16,13 +16,17 @@ namespace {
 constexpr uint32_t kTaskColumns = 128;      // at most; wide tasks read more of each row of W …
 constexpr uint32_t kSmallTaskColumns = 64;  // … narrow ones make enough tasks of a small product
 constexpr uint32_t kSmallProduct = 1024;    // columns below which tasks are narrow
-constexpr uint32_t kTaskRows = 1024;    // a weight block is packed once for so many tokens
-constexpr uint32_t kMinTaskRows = 128;  // below, packing it again costs more than an idle core
-constexpr uint32_t kCutSteps = 32;      // k cuts fall on multiples of 32 steps (whole words, aligned)
+constexpr uint32_t kTaskRows = 1024;        // a weight block is packed once for so many tokens
+constexpr uint32_t kMinTaskRows = 128;      // below, packing it again costs more than an idle core
+constexpr uint32_t kCutSteps = 32;  // k cuts fall on multiples of 32 steps (whole words, aligned)
 
-constexpr uint32_t ceil_div(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }
+constexpr uint32_t ceil_div(uint32_t a, uint32_t b) {
+  return a / b + (a % b != 0);
+}
 
-size_t bytes_per_element(Compute compute) { return compute == Compute::bf16 ? 2 : 4; }
+size_t bytes_per_element(Compute compute) {
+  return compute == Compute::bf16 ? 2 : 4;
+}
 
 // ---- the B side --------------------------------------------------------------------------------
 
@@ -140,12 +144,14 @@ void pack_columns_packed(
     const size_t step = steps_of(kernels.compute, k - k0);
     for (uint32_t c0 = n0; c0 < n1; c0 += kTaskColumns) {
       const uint32_t c1 = std::min(n1, c0 + kTaskColumns);
-      kernels.load_packed_across(
-          *b.weight, (b.row0 + k) / kPanelColumns, c0, c1, block.data());
+      kernels.load_packed_across(*b.weight, (b.row0 + k) / kPanelColumns, c0, c1, block.data());
       for (uint32_t c = c0; c < c1; c += kPanelColumns) {
         kernels.pack_transposed(
-            block.data() + (c - c0) * kPanelColumns * size, kPanelColumns,
-            std::min(kPanelColumns, c1 - c), kPanelColumns, rows,
+            block.data() + (c - c0) * kPanelColumns * size,
+            kPanelColumns,
+            std::min(kPanelColumns, c1 - c),
+            kPanelColumns,
+            rows,
             panels + ((c - n0) / kPanelColumns * size_t{steps} + step) * kPanelColumns);
       }
     }
@@ -251,7 +257,8 @@ void pack_across_k(
       }
       for (uint32_t j = 0; j < columns; j += kPanelColumns) {
         uint32_t* out = panels + (size_t{(c0 - n0 + j) / kPanelColumns} * steps +
-                                  steps_of(kernels.compute, k - k0)) * kPanelColumns;
+                                  steps_of(kernels.compute, k - k0)) *
+                                     kPanelColumns;
         kernels.pack_straight(
             source + j * size, ld, std::min(kPanelColumns, columns - j), kPanelColumns, rows, out);
       }
@@ -296,7 +303,8 @@ std::vector<Block> blocks_of(const GemmKernels& kernels, const Product& product)
   return blocks;
 }
 
-// ---- a task: some rows of kTaskColumns columns ------------------------------------------------
+// ---- a task: some rows of a few panels of columns
+// ------------------------------------------------
 
 struct Plan {
   const GemmKernels* kernels;
@@ -306,17 +314,29 @@ struct Plan {
 };
 
 void write_row(
-    const GemmKernels& kernels, const Output& out, size_t row, uint32_t n, uint32_t n0,
-    uint32_t count, const float* sums) {
+    const GemmKernels& kernels,
+    const Output& out,
+    size_t row,
+    uint32_t n,
+    uint32_t n0,
+    uint32_t count,
+    const float* sums) {
   if (out.y) {
     const size_t size = out.dtype == DType::f32 ? 4 : 2, at = (row * n + n0) * size;
     kernels.finish_row(
-        out.dtype, sums, count, out.bias ? out.bias + n0 : nullptr,
+        out.dtype,
+        sums,
+        count,
+        out.bias ? out.bias + n0 : nullptr,
         out.residual ? static_cast<const char*>(out.residual) + at : nullptr,
         static_cast<char*>(out.y) + at);
     return;
   }
   float* c = out.c + row * out.row_stride + n0 * out.column_stride;
+  if (out.column_stride == 1 && out.beta == 0.0f) {  // the common case, in whole vectors
+    for (uint32_t j = 0; j < count; ++j) c[j] = out.alpha * sums[j];
+    return;
+  }
   for (uint32_t j = 0; j < count; ++j, c += out.column_stride) {
     *c = out.beta == 0.0f ? out.alpha * sums[j] : out.alpha * sums[j] + out.beta * *c;
   }
@@ -340,8 +360,7 @@ class Task {
     // One block needs no C block: each tile is finished while it is in the first-level cache.
     const bool one = count == 1 && !plan_.blocks[0].masked;
     ld_ = plan_.columns;
-    c_ = one ? nullptr : scratch.c_block.floats(
-        size_t{panel1_ - panel0_} * rows_.height * ld_);
+    c_ = one ? nullptr : scratch.c_block.floats(size_t{panel1_ - panel0_} * rows_.height * ld_);
     for (size_t b = 0; b < count; ++b) {
       pack(plan_.blocks[b]);
       for (uint32_t panel = panel0_; panel < panel1_; ++panel) {
@@ -352,8 +371,7 @@ class Task {
 
  private:
   void pack(const Block& block) {
-    b_ = static_cast<uint32_t*>(
-        thread_scratch().b_panels.bytes(size_t{block.steps} * ld_ * 4));
+    b_ = static_cast<uint32_t*>(thread_scratch().b_panels.bytes(size_t{block.steps} * ld_ * 4));
     uint32_t* out = b_;
     for (const Piece& piece : block.pieces) {
       const Columns& b = product_.segments[piece.segment].b;
@@ -388,8 +406,8 @@ class Task {
     const uint32_t* b = b_;
     for (const Piece& piece : block.pieces) {
       const uint32_t steps = steps_of(kernels_.compute, piece.k1 - piece.k0);
-      const uint32_t a_step = product_.segments[piece.segment].a_step +
-                              steps_of(kernels_.compute, piece.k0);
+      const uint32_t a_step =
+          product_.segments[piece.segment].a_step + steps_of(kernels_.compute, piece.k0);
       runs[count++] = {
           product_.a.at(panel, a_step), b + size_t{p} * steps * kPanelColumns, steps, steps};
       b += size_t{steps} * ld_;
@@ -417,7 +435,12 @@ class Task {
     const std::array<float, kTaskColumns> zeros{};
     for (uint32_t i = panel0_ * rows_.height; i < std::min(rows_.m, panel1_ * rows_.height); ++i) {
       write_row(
-          kernels_, product_.out, size_t{product_.row0} + i, product_.n, n0_, n1_ - n0_,
+          kernels_,
+          product_.out,
+          size_t{product_.row0} + i,
+          product_.n,
+          n0_,
+          n1_ - n0_,
           zeros.data());
     }
   }
@@ -432,7 +455,9 @@ class Task {
   float* c_ = nullptr;
 };
 
-uint32_t task_columns(uint32_t n) { return n < kSmallProduct ? kSmallTaskColumns : kTaskColumns; }
+uint32_t task_columns(uint32_t n) {
+  return n < kSmallProduct ? kSmallTaskColumns : kTaskColumns;
+}
 
 uint32_t panels_per_task(const GemmKernels& kernels, std::span<const Product> products) {
   // Enough tasks that a late thread finds some left, but no more than pays for packing.
@@ -451,12 +476,14 @@ uint32_t panels_per_task(const GemmKernels& kernels, std::span<const Product> pr
 
 }  // namespace
 
-void Scratch::Free::operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
+void Scratch::Free::operator()(void* p) const {
+  ::operator delete (p, std::align_val_t{64});
+}
 
 void* Scratch::bytes(size_t count) {
   if (count > size_) {
     data_.reset();
-    data_.reset(::operator new(count, std::align_val_t{64}));
+    data_.reset(::operator new (count, std::align_val_t{64}));
     size_ = count;
   }
   return data_.get();
@@ -467,7 +494,9 @@ ThreadScratch& thread_scratch() {
   return scratch;
 }
 
-bool has_bf16_multiply() { return active_isa() == Isa::avx512_bf16; }
+bool has_bf16_multiply() {
+  return active_isa() == Isa::avx512_bf16;
+}
 
 const GemmKernels& gemm_kernels(Compute compute) {
   const GemmKernels* kernels = nullptr;
@@ -475,10 +504,17 @@ const GemmKernels& gemm_kernels(Compute compute) {
     case Isa::avx512_bf16:
       kernels = compute == Compute::bf16 ? gemm_kernels_avx512_bf16() : gemm_kernels_avx512();
       break;
-    case Isa::avx512: kernels = gemm_kernels_avx512(); break;
-    case Isa::avx2: kernels = gemm_kernels_avx2(); break;
-    case Isa::neon: kernels = gemm_kernels_neon(); break;
-    case Isa::scalar: break;
+    case Isa::avx512:
+      kernels = gemm_kernels_avx512();
+      break;
+    case Isa::avx2:
+      kernels = gemm_kernels_avx2();
+      break;
+    case Isa::neon:
+      kernels = gemm_kernels_neon();
+      break;
+    case Isa::scalar:
+      break;
   }
   return kernels ? *kernels : *gemm_kernels_scalar();
 }
@@ -523,7 +559,8 @@ void pack_row_panel(
       kernels.pack_straight(strip.data(), 16, rows, height, count, to);
     } else {
       for (uint32_t i = 0; i < rows; ++i) {
-        kernels.load(a.dtype, element_at(a, first + i, k0), count, strip.data() + i * kStrip * size);
+        kernels.load(
+            a.dtype, element_at(a, first + i, k0), count, strip.data() + i * kStrip * size);
       }
       kernels.pack_transposed(strip.data(), kStrip, rows, height, count, to);
     }
@@ -551,8 +588,13 @@ void run_products(const GemmKernels& kernels, std::span<const Product> products)
     if (product.n == 0 || product.a.rows.m == 0) continue;
     const uint32_t columns = task_columns(product.n);
     plans.push_back(
-        {&kernels, &product, blocks_of(kernels, product), columns, ceil_div(product.n, columns),
-         ceil_div(product.a.rows.count, per_task), per_task});
+        {&kernels,
+         &product,
+         blocks_of(kernels, product),
+         columns,
+         ceil_div(product.n, columns),
+         ceil_div(product.a.rows.count, per_task),
+         per_task});
     first_task.push_back(tasks);
     tasks += size_t{plans.back().column_tasks} * plans.back().row_tasks;
   }

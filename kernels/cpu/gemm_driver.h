@@ -49,7 +49,10 @@ struct RowPanels {
   RowPanels() = default;
   RowPanels(uint32_t rows, uint32_t max_rows)
       : m(rows),
-        height(rows == 0 ? 1 : (rows + (rows + max_rows - 1) / max_rows - 1) / ((rows + max_rows - 1) / max_rows)),
+        height(
+            rows == 0 ? 1
+                      : (rows + (rows + max_rows - 1) / max_rows - 1) /
+                            ((rows + max_rows - 1) / max_rows)),
         count((rows + height - 1) / height) {}
   uint32_t rows_of(uint32_t panel) const {
     return m - panel * height < height ? m - panel * height : height;
@@ -73,14 +76,14 @@ struct Columns {
   const WeightView* weight = nullptr;  ///< if set, dense is unused
   uint32_t row0 = 0;                   ///< first stored row that counts
   bool along_k = true;
-  const DropMask* drop = nullptr;      ///< dense [k = tokens, n] only: values are dropped as read
+  const DropMask* drop = nullptr;  ///< dense [k = tokens, n] only: values are dropped as read
 };
 
 struct Segment {
   uint32_t k = 0;
-  uint32_t a_step = 0;               ///< where its A starts in a packed panel
+  uint32_t a_step = 0;  ///< where its A starts in a packed panel
   Columns b;
-  const DropMask* drop = nullptr;    ///< its product is masked element by element before it is added
+  const DropMask* drop = nullptr;  ///< its product is masked element by element before it is added
 };
 
 /// What becomes of the sums.
@@ -107,7 +110,8 @@ struct Product {
 /// Runs all products as one job of the thread pool.
 void run_products(const GemmKernels& kernels, std::span<const Product> products);
 
-/// Packs op(A)'s rows [row0, row0 + a.rows.m) of the whole of k into steps [step0, …) of every panel.
+/// Packs op(A)'s rows [row0, row0 + a.rows.m) of the whole of k into steps [step0, …) of every
+/// panel.
 void pack_row_panel(
     const GemmKernels& kernels,
     const MatrixView& a,
@@ -138,8 +142,8 @@ uint32_t rows_at_a_time(uint32_t m, uint32_t panel_steps);
 
 /// This thread's buffers, by purpose: a caller's panels outlive the products that read them.
 struct ThreadScratch {
-  Scratch panels;      ///< A panels of the call
-  Scratch extra;       ///< adapter panels and f32 intermediates of the call
+  Scratch panels;  ///< A panels of the call
+  Scratch extra;   ///< adapter panels and f32 intermediates of the call
   Scratch more;
   Scratch b_panels, c_block, rows;  ///< of one task
 };

@@ -34,7 +34,9 @@ constexpr Compute kCompute = Compute::f32;
 constexpr uint32_t kElementsPerStep = 1;
 #endif
 
-inline uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+inline uint32_t smaller(uint32_t a, uint32_t b) {
+  return a < b ? a : b;
+}
 inline uint32_t bits_of(float x) {
   uint32_t u;
   __builtin_memcpy(&u, &x, 4);
@@ -48,7 +50,9 @@ inline float float_of(uint32_t u) {
 
 // ---- conversions -------------------------------------------------------------------------------
 
-inline float from_bf16(uint16_t h) { return float_of(uint32_t{h} << 16); }
+inline float from_bf16(uint16_t h) {
+  return float_of(uint32_t{h} << 16);
+}
 
 /// Nearest, ties to even; NaN stays NaN (made quiet).
 inline uint16_t to_bf16(float x) {
@@ -170,7 +174,8 @@ inline void affine_piece(
 
 /// Sixteen weights. int4: sixteen levels fit one register, so a permutation looks the weights up
 /// (it reads only the low four bits of each index: the shifted words need no mask).
-inline __m512 sixteen(const uint32_t* words, uint32_t bits, __m512 scale, __m512 bias, __m512 table) {
+inline __m512 sixteen(
+    const uint32_t* words, uint32_t bits, __m512 scale, __m512 bias, __m512 table) {
   if (bits == 8) {
     const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(words));
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(q)), scale, bias);
@@ -178,11 +183,13 @@ inline __m512 sixteen(const uint32_t* words, uint32_t bits, __m512 scale, __m512
   const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
   const __m512i both = _mm512_inserti64x4(
       _mm512_set1_epi32(static_cast<int>(words[0])),
-      _mm256_set1_epi32(static_cast<int>(words[1])), 1);
+      _mm256_set1_epi32(static_cast<int>(words[1])),
+      1);
   return _mm512_permutexvar_ps(_mm512_srlv_epi32(both, shift), table);
 }
 
-inline void affine_32(const AffineRow& row, uint32_t column, float scale, float bias, Element* out) {
+inline void affine_32(
+    const AffineRow& row, uint32_t column, float scale, float bias, Element* out) {
   const __m512 level = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512 s = _mm512_set1_ps(scale), b = _mm512_set1_ps(bias);
   const __m512 table = _mm512_fmadd_ps(level, s, b);
@@ -255,7 +262,9 @@ void load_packed_across(const WeightView& w, uint32_t panel, uint32_t k0, uint32
     const uint32_t end = smaller(k1, k + kPiece);
     METAL_LORA_SIMD_NS::dequantize_panel_f32(w, panel, k, end, wide);
     store(
-        DType::bf16, wide, size_t{end - k} * kPanelColumns,
+        DType::bf16,
+        wide,
+        size_t{end - k} * kPanelColumns,
         static_cast<uint16_t*>(out) + size_t{k - k0} * kPanelColumns);
   }
 #else
@@ -365,7 +374,10 @@ void pack_transposed(
 
 /// One step of pack_straight; `next` is the odd row of a bf16 pair, or null at an odd k's end.
 inline void straight_step(
-    const Element* __restrict row, const Element* __restrict next, uint32_t columns, uint32_t* out) {
+    const Element* __restrict row,
+    const Element* __restrict next,
+    uint32_t columns,
+    uint32_t* out) {
 #if METAL_LORA_BF16
   if (next) {
     for (uint32_t i = 0; i < columns; ++i) out[i] = row[i] | uint32_t{next[i]} << 16;
@@ -401,7 +413,9 @@ inline Vf multiply_add(Vf acc, Vf b, uint32_t a_pair) {
   return (Vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
 }
 #else
-inline Vf multiply_add(Vf acc, Vf b, uint32_t a) { return acc + b * float_of(a); }
+inline Vf multiply_add(Vf acc, Vf b, uint32_t a) {
+  return acc + b * float_of(a);
+}
 #endif
 
 template <uint32_t Rows, uint32_t Panels>

@@ -41,7 +41,9 @@ void skinny_product(
     for (uint32_t p = 0; p < panels; p += kernels.max_panels) {
       const PanelRun run = {
           a_panel + size_t{s} * height,
-          b.panels + (size_t{p} * steps + s) * kPanelColumns, steps, count};
+          b.panels + (size_t{p} * steps + s) * kPanelColumns,
+          steps,
+          count};
       const uint32_t wide = std::min(kernels.max_panels, panels - p);
       kernels.tile(height, wide, &run, 1, sums + p * kPanelColumns, ld, s != 0);
     }
@@ -68,7 +70,11 @@ void pack_scaled(
       kernels.load(DType::f32, row, count, strip.data() + i * kStrip * size);
     }
     kernels.pack_transposed(
-        strip.data(), kStrip, rows, height, count,
+        strip.data(),
+        kStrip,
+        rows,
+        height,
+        count,
         panel + size_t{steps_of(kernels.compute, c)} * height);
   }
 }

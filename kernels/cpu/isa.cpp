@@ -24,7 +24,9 @@ CpuidLeaf cpuid(uint32_t leaf, uint32_t subleaf) {
   return r;
 }
 
-constexpr bool has(uint32_t bits, int bit) { return ((bits >> bit) & 1u) != 0; }
+constexpr bool has(uint32_t bits, int bit) {
+  return ((bits >> bit) & 1u) != 0;
+}
 
 // Which register files the operating system saves on a context switch (XCR0).
 uint64_t saved_state() {
@@ -61,11 +63,15 @@ Isa detect() {
 
 #elif defined(__aarch64__)
 
-Isa detect() { return Isa::neon; }  // Advanced SIMD is part of the AArch64 baseline
+Isa detect() {
+  return Isa::neon;
+}  // Advanced SIMD is part of the AArch64 baseline
 
 #else
 
-Isa detect() { return Isa::scalar; }
+Isa detect() {
+  return Isa::scalar;
+}
 
 #endif
 
@@ -89,7 +95,9 @@ Isa detected_isa() {
   return isa;
 }
 
-Isa active_isa() { return active().load(std::memory_order_relaxed); }
+Isa active_isa() {
+  return active().load(std::memory_order_relaxed);
+}
 
 bool set_active_isa(Isa isa) {
   if (!isa_supported(isa)) return false;
@@ -106,11 +114,16 @@ bool isa_supported(Isa isa) {
 
 std::string_view isa_name(Isa isa) {
   switch (isa) {
-    case Isa::avx2: return "avx2";
-    case Isa::avx512: return "avx512";
-    case Isa::avx512_bf16: return "avx512_bf16";
-    case Isa::neon: return "neon";
-    case Isa::scalar: break;
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
+    case Isa::neon:
+      return "neon";
+    case Isa::scalar:
+      break;
   }
   return "scalar";
 }

@@ -9,7 +9,9 @@
 namespace metal_lora::cpu {
 namespace {
 
-constexpr uint32_t round_up(uint32_t a, uint32_t b) { return (a + b - 1) / b * b; }
+constexpr uint32_t round_up(uint32_t a, uint32_t b) {
+  return (a + b - 1) / b * b;
+}
 
 /// dx runs over the branches' outputs as one long k: [dy_q | v_q | dy_k | v_k | …] times
 /// [W_q ; A_q ; W_k ; A_k ; …], v = scale·(dy·B) being taken from each panel of dy as it is packed.
@@ -23,8 +25,15 @@ class TiledBackward {
       const void* x,
       std::span<const LoraBranch> branches,
       void* dx)
-      : m_(m), k_(k), dtype_(dtype), x_(x), branches_(branches), dx_(dx),
-        compute_(compute_for(dtype)), kernels_(gemm_kernels(compute_)), masks_(branches.size()),
+      : m_(m),
+        k_(k),
+        dtype_(dtype),
+        x_(x),
+        branches_(branches),
+        dx_(dx),
+        compute_(compute_for(dtype)),
+        kernels_(gemm_kernels(compute_)),
+        masks_(branches.size()),
         places_(branches.size()) {
     for (size_t b = 0; b < branches.size(); ++b) {
       const LoraParams& lora = branches[b].lora.params;
@@ -65,7 +74,8 @@ class TiledBackward {
       const LoraParams& lora = branches_[b].lora.params;
       if (lora.rank == 0) continue;
       const uint32_t n = branches_[b].weight.params.n;
-      const Columns columns = {{branches_[b].lora.b, lora.dtype, lora.rank}, nullptr, 0, false, nullptr};
+      const Columns columns = {
+          {branches_[b].lora.b, lora.dtype, lora.rank}, nullptr, 0, false, nullptr};
       places_[b].b = pack_skinny(kernels_, columns, lora.rank, n, out);
       out += skinny_words(compute_, lora.rank, n);
     }
@@ -116,11 +126,14 @@ class TiledBackward {
       const LoraBranch& branch = branches_[b];
       const LoraParams& lora = branch.lora.params;
       product.segments.push_back(
-          {branch.weight.params.n, places_[b].dy_step, {{}, &branch.weight, 0, false, nullptr},
+          {branch.weight.params.n,
+           places_[b].dy_step,
+           {{}, &branch.weight, 0, false, nullptr},
            nullptr});
       if (lora.rank == 0) continue;
       product.segments.push_back(
-          {lora.rank, places_[b].v_step,
+          {lora.rank,
+           places_[b].v_step,
            {{branch.lora.a, lora.dtype, k_}, nullptr, 0, false, nullptr},
            lora.dropout > 0.0f ? &masks_[b] : nullptr});
     }
@@ -228,9 +241,7 @@ void lora_linear_backward(
     const LoraBranch* branches,
     size_t count,
     void* dx) {
-  const auto wanted = [](const LoraBranch& b) {
-    return b.lora.params.rank != 0 && (b.da || b.db);
-  };
+  const auto wanted = [](const LoraBranch& b) { return b.lora.params.rank != 0 && (b.da || b.db); };
   if (!dx && std::none_of(branches, branches + count, wanted)) return;
   TiledBackward(m, k, dtype, x, {branches, count}, dx).run();
 }

@@ -17,6 +17,7 @@
 #include <limits>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -141,8 +142,7 @@ class ThreadPool {
   };
 
   void run_piece(size_t first, uint32_t chunks, const ChunkFn& fn) {
-    const size_t wanted = static_cast<size_t>(threads()) - 1;
-    while (workers_.size() < wanted) workers_.emplace_back([this] { work(); });
+    start_workers();
     job_ = {&fn, first, chunks};
     unfinished_.store(chunks, std::memory_order_relaxed);
     const uint64_t epoch = (offer_.load(std::memory_order_relaxed) >> 32) + 1;
@@ -155,6 +155,16 @@ class ThreadPool {
     if (spin_until([&] { return unfinished_.load(std::memory_order_acquire) == 0; })) return;
     for (uint32_t left; (left = unfinished_.load(std::memory_order_acquire)) != 0;) {
       unfinished_.wait(left, std::memory_order_acquire);
+    }
+  }
+
+  /// A process that may start no more threads computes with those it has.
+  void start_workers() {
+    const size_t wanted = static_cast<size_t>(threads()) - 1;
+    try {
+      while (workers_.size() < wanted) workers_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {
+      threads_.store(static_cast<int>(workers_.size()) + 1, std::memory_order_relaxed);
     }
   }
 
@@ -236,8 +246,12 @@ void parallel_for(size_t chunks, ChunkFn fn) {
   pool().run(chunks, fn);
 }
 
-int thread_count() { return pool().threads(); }
+int thread_count() {
+  return pool().threads();
+}
 
-void set_thread_count(int threads) { pool().set_threads(threads); }
+void set_thread_count(int threads) {
+  pool().set_threads(threads);
+}
 
 }  // namespace metal_lora::cpu

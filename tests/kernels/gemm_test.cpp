@@ -17,8 +17,15 @@ struct Shape {
 
 // Every remainder of the tiles (14 or 6 or 2 rows, 16 and 32 columns, 2 of k), more than one block
 // of k (1536 or 768), more than one task (64 columns, 128 rows).
-constexpr Shape kShapes[] = {{1, 1, 1},   {2, 33, 31},   {9, 31, 33},   {31, 64, 160}, {33, 160, 64},
-                             {130, 33, 1}, {15, 17, 4097}, {130, 65, 1600}};
+constexpr Shape kShapes[] = {
+    {1, 1, 1},
+    {2, 33, 31},
+    {9, 31, 33},
+    {31, 64, 160},
+    {33, 160, 64},
+    {130, 33, 1},
+    {15, 17, 4097},
+    {130, 65, 1600}};
 
 /// |error| ≤ Σ|a||b|·(2·roundoff of the operands + (k + 8)·2⁻²⁴), twice that many additions where
 /// a pair of products is added at once: the standard forward bound, k chained roundings at worst.
@@ -27,8 +34,9 @@ double sum_bound(double magnitude, double operand_roundoff, size_t k) {
 }
 
 std::string trace(cpu::Isa isa, const Shape& s, DType a, DType b) {
-  return std::string(cpu::isa_name(isa)) + " m=" + std::to_string(s.m) + " n=" +
-         std::to_string(s.n) + " k=" + std::to_string(s.k) + " " + name_of(a) + "·" + name_of(b);
+  return std::string(cpu::isa_name(isa)) + " m=" + std::to_string(s.m) +
+         " n=" + std::to_string(s.n) + " k=" + std::to_string(s.k) + " " + name_of(a) + "·" +
+         name_of(b);
 }
 
 void check_gemm(const Shape& s, DType a_type, DType b_type, bool ta, bool tb, size_t pad) {
@@ -38,13 +46,26 @@ void check_gemm(const Shape& s, DType a_type, DType b_type, bool ta, bool tb, si
   const Array b = random_array(rng, b_type, ldb * (tb ? s.n : s.k));
   const Array c0 = random_array(rng, DType::f32, ldc * s.m);
   const Sums sums = multiply(
-      s.m, s.n, s.k, [&](size_t i, size_t p) { return a.values[ta ? p * lda + i : i * lda + p]; },
+      s.m,
+      s.n,
+      s.k,
+      [&](size_t i, size_t p) { return a.values[ta ? p * lda + i : i * lda + p]; },
       [&](size_t p, size_t j) { return b.values[tb ? j * ldb + p : p * ldb + j]; });
   // Both operands stored as bf16: nothing is rounded on the way to the multiplication.
   const float alpha = 0.75f, beta = -0.5f;
   std::vector<float> c(c0.values.begin(), c0.values.end());
-  cpu::gemm(s.m, s.n, s.k, alpha, {a.data(), a_type, lda}, ta, {b.data(), b_type, ldb}, tb, beta,
-            c.data(), ldc);
+  cpu::gemm(
+      s.m,
+      s.n,
+      s.k,
+      alpha,
+      {a.data(), a_type, lda},
+      ta,
+      {b.data(), b_type, ldb},
+      tb,
+      beta,
+      c.data(),
+      ldc);
   for (size_t i = 0; i < s.m; ++i) {
     for (size_t j = 0; j < ldc; ++j) {
       const double before = c0.values[i * ldc + j], got = c[i * ldc + j];
@@ -99,8 +120,18 @@ TEST(Gemm, EmptyDimensions) {
 TEST(Gemm, BetaZeroDoesNotReadC) {
   const std::vector<float> a(6, 1.0f), b(6, 2.0f);
   std::vector<float> c(4, std::numeric_limits<float>::quiet_NaN());
-  cpu::gemm(2, 2, 3, 1.0f, {a.data(), DType::f32, 3}, false, {b.data(), DType::f32, 2}, false, 0.0f,
-            c.data(), 2);
+  cpu::gemm(
+      2,
+      2,
+      3,
+      1.0f,
+      {a.data(), DType::f32, 3},
+      false,
+      {b.data(), DType::f32, 2},
+      false,
+      0.0f,
+      c.data(),
+      2);
   for (float v : c) EXPECT_EQ(v, 6.0f);
 }
 
@@ -113,11 +144,23 @@ TEST(Gemm, NonFiniteValuesStayInTheirRowAndColumn) {
       std::mt19937 rng(5);
       Array a = random_array(rng, dtype, m * k), b = random_array(rng, dtype, n * k);
       const size_t size = dtype == DType::f32 ? 4 : 2;
-      const uint32_t infinity = dtype == DType::f32 ? 0x7f800000u : dtype == DType::f16 ? 0x7c00u : 0x7f80u;
+      const uint32_t infinity = dtype == DType::f32   ? 0x7f800000u
+                                : dtype == DType::f16 ? 0x7c00u
+                                                      : 0x7f80u;
       std::memcpy(a.bytes.data() + (3 * k + 34) * size, &infinity, size);
       std::vector<float> c(m * n);
-      cpu::gemm(m, n, k, 1.0f, {a.data(), dtype, k}, false, {b.data(), dtype, k}, true, 0.0f,
-                c.data(), n);
+      cpu::gemm(
+          m,
+          n,
+          k,
+          1.0f,
+          {a.data(), dtype, k},
+          false,
+          {b.data(), dtype, k},
+          true,
+          0.0f,
+          c.data(),
+          n);
       for (size_t i = 0; i < m * n; ++i) EXPECT_EQ(std::isfinite(c[i]), i / n != 3) << i;
     }
   }
@@ -147,7 +190,10 @@ void check_weight(const WeightCase& wc, DType a_type, bool backward, uint32_t ro
   const uint32_t inner = backward ? rows : k, outer = backward ? k : rows;
   const Array a = random_array(rng, a_type, m * (inner + 3));
   const Sums sums = multiply(
-      m, outer, inner, [&](size_t i, size_t p) { return a.values[i * (inner + 3) + p]; },
+      m,
+      outer,
+      inner,
+      [&](size_t i, size_t p) { return a.values[i * (inner + 3) + p]; },
       [&](size_t p, size_t j) {
         return backward ? w.values[(row0 + p) * k + j] : w.values[(row0 + j) * k + p];
       });
@@ -155,8 +201,8 @@ void check_weight(const WeightCase& wc, DType a_type, bool backward, uint32_t ro
   const auto run = backward ? &cpu::gemm_weight_backward : &cpu::gemm_weight;
   run(m, {a.data(), a_type, inner + 3}, w.view(), row0, rows, 1.0f, c.data(), outer);
   for (size_t i = 0; i < c.size(); ++i) {
-    const double bound =
-        sum_bound(sums.magnitude[i], compute_roundoff(a_type), inner) + 0x1p-22 * (1 + std::fabs(c[i]));
+    const double bound = sum_bound(sums.magnitude[i], compute_roundoff(a_type), inner) +
+                         0x1p-22 * (1 + std::fabs(c[i]));
     ASSERT_NEAR(c[i], sums.value[i] + 1.0, bound) << i;
   }
 }
@@ -167,9 +213,10 @@ TEST(GemmWeight, EveryFormatForwardAndBackward) {
     cpu::set_active_isa(isa);
     for (const WeightCase& wc : kWeightCases) {
       for (DType a : {DType::f32, DType::f16, DType::bf16}) {
-        SCOPED_TRACE(std::string(cpu::isa_name(isa)) + " format " +
-                     std::to_string(static_cast<int>(wc.format)) + " layout " +
-                     std::to_string(static_cast<int>(wc.layout)) + " " + name_of(a));
+        SCOPED_TRACE(
+            std::string(cpu::isa_name(isa)) + " format " +
+            std::to_string(static_cast<int>(wc.format)) + " layout " +
+            std::to_string(static_cast<int>(wc.layout)) + " " + name_of(a));
         for (bool backward : {false, true}) {
           check_weight(wc, a, backward, 0, 144);
           check_weight(wc, a, backward, 48, 37);
@@ -191,8 +238,18 @@ TEST(Gemm, BitwiseIndependentOfThreadsAndOfOtherRows) {
       const Array a = random_array(rng, dtype, m * k), b = random_array(rng, dtype, n * k);
       const auto run = [&](uint32_t rows) {
         std::vector<float> c(rows * n);
-        cpu::gemm(rows, n, k, 1.0f, {a.data(), dtype, k}, false, {b.data(), dtype, k}, true, 0.0f,
-                  c.data(), n);
+        cpu::gemm(
+            rows,
+            n,
+            k,
+            1.0f,
+            {a.data(), dtype, k},
+            false,
+            {b.data(), dtype, k},
+            true,
+            0.0f,
+            c.data(),
+            n);
         return c;
       };
       cpu::set_thread_count(1);

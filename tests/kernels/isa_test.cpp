@@ -10,8 +10,8 @@
 namespace metal_lora::test {
 namespace {
 
-constexpr cpu::Isa kAll[] = {cpu::Isa::scalar, cpu::Isa::avx2, cpu::Isa::avx512,
-                             cpu::Isa::avx512_bf16, cpu::Isa::neon};
+constexpr cpu::Isa kAll[] = {
+    cpu::Isa::scalar, cpu::Isa::avx2, cpu::Isa::avx512, cpu::Isa::avx512_bf16, cpu::Isa::neon};
 
 TEST(Isa, NamesGoBothWays) {
   for (cpu::Isa isa : kAll) EXPECT_EQ(cpu::isa_from_name(cpu::isa_name(isa)), isa);
@@ -49,8 +49,7 @@ TEST(Isa, EverySupportedSetHasItsOwnProductKernels) {
   std::vector<const cpu::GemmKernels*> seen;
   for (cpu::Isa isa : machine_isas()) {
     cpu::set_active_isa(isa);
-    const cpu::Compute compute =
-        cpu::has_bf16_multiply() ? cpu::Compute::bf16 : cpu::Compute::f32;
+    const cpu::Compute compute = cpu::has_bf16_multiply() ? cpu::Compute::bf16 : cpu::Compute::f32;
     const cpu::GemmKernels* kernels = &cpu::gemm_kernels(compute);
     EXPECT_EQ(std::count(seen.begin(), seen.end(), kernels), 0) << cpu::isa_name(isa);
     seen.push_back(kernels);

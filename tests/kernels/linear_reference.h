@@ -20,7 +20,8 @@
 
 namespace metal_lora::test {
 
-/// Rounds to `precision` significant bits (nearest, ties to even), smallest exponent `min_exponent`.
+/// Rounds to `precision` significant bits (nearest, ties to even), smallest exponent
+/// `min_exponent`.
 inline double round_to(double x, int precision, int min_exponent) {
   if (x == 0 || !std::isfinite(x)) return x;
   const int exponent = std::max(std::ilogb(x), min_exponent);
@@ -104,7 +105,9 @@ struct Weight {
   }
 };
 
-inline bool is_affine(WeightFormat f) { return f == WeightFormat::int4 || f == WeightFormat::int8; }
+inline bool is_affine(WeightFormat f) {
+  return f == WeightFormat::int4 || f == WeightFormat::int8;
+}
 
 inline void fill_affine(std::mt19937& rng, Weight& w) {
   WeightParams& p = w.params;
@@ -125,8 +128,13 @@ inline void fill_affine(std::mt19937& rng, Weight& w) {
 }
 
 inline Weight random_weight(
-    std::mt19937& rng, WeightFormat format, uint32_t n, uint32_t k, uint32_t group_size = 32,
-    DType scales_dtype = DType::f32, WeightLayout layout = WeightLayout::row_major) {
+    std::mt19937& rng,
+    WeightFormat format,
+    uint32_t n,
+    uint32_t k,
+    uint32_t group_size = 32,
+    DType scales_dtype = DType::f32,
+    WeightLayout layout = WeightLayout::row_major) {
   Weight w;
   w.params = {n, k, format, WeightLayout::row_major, 0, scales_dtype};
   if (!is_affine(format)) {
@@ -173,8 +181,12 @@ inline double compute_roundoff(DType dtype) {
 
 inline std::vector<cpu::Isa> machine_isas() {
   std::vector<cpu::Isa> isas;
-  for (cpu::Isa isa : {cpu::Isa::scalar, cpu::Isa::avx2, cpu::Isa::avx512, cpu::Isa::avx512_bf16,
-                       cpu::Isa::neon}) {
+  for (cpu::Isa isa :
+       {cpu::Isa::scalar,
+        cpu::Isa::avx2,
+        cpu::Isa::avx512,
+        cpu::Isa::avx512_bf16,
+        cpu::Isa::neon}) {
     if (cpu::isa_supported(isa)) isas.push_back(isa);
   }
   return isas;

@@ -85,7 +85,10 @@ class Linear {
     for (Branch& b : branches) {
       cpu::LoraBranch v;
       v.weight = b.w.view();
-      v.lora = {{b.spec.rank, b.spec.scale, c_.adapter_dtype, b.spec.dropout, b.seed}, b.a.data(), b.b.data()};
+      v.lora = {
+          {b.spec.rank, b.spec.scale, c_.adapter_dtype, b.spec.dropout, b.seed},
+          b.a.data(),
+          b.b.data()};
       v.bias = b.spec.bias ? b.bias_f32.data() : nullptr;
       v.residual = b.spec.residual ? b.residual.data() : nullptr;
       v.y = b.y.data();
@@ -141,24 +144,36 @@ class Linear {
     const size_t m = c_.m, n = b.spec.n, k = c_.k, r = b.spec.rank;
     const auto d = dropped_x(b);
     const Sums base = multiply(
-        m, n, k, [&](size_t i, size_t p) { return x.values[i * k + p]; },
+        m,
+        n,
+        k,
+        [&](size_t i, size_t p) { return x.values[i * k + p]; },
         [&](size_t p, size_t j) { return b.w.values[j * k + p]; });
     const Sums u = multiply(
-        m, r, k, [&](size_t i, size_t p) { return d[i * k + p]; },
+        m,
+        r,
+        k,
+        [&](size_t i, size_t p) { return d[i * k + p]; },
         [&](size_t p, size_t j) { return b.a.values[j * k + p]; });
     const Sums adapter = multiply(
-        m, n, r, [&](size_t i, size_t p) { return u.value[i * r + p]; },
+        m,
+        n,
+        r,
+        [&](size_t i, size_t p) { return u.value[i * r + p]; },
         [&](size_t p, size_t j) { return b.b.values[j * r + p]; });
     const Sums adapter_size = multiply(
-        m, n, r, [&](size_t i, size_t p) { return u.magnitude[i * r + p]; },
+        m,
+        n,
+        r,
+        [&](size_t i, size_t p) { return u.magnitude[i * r + p]; },
         [&](size_t p, size_t j) { return std::fabs(b.b.values[j * r + p]); });
     // Dropped values are rounded once more than plain ones.
     for (size_t i = 0; i < m * r; ++i) {
       ASSERT_NEAR(b.u[i], u.value[i], u.magnitude[i] * unit(2, k) + 1e-30) << "u " << i;
     }
     for (size_t i = 0; i < m * n; ++i) {
-      const double extra = (b.spec.bias ? b.bias.values[i % n] : 0) +
-                           (b.spec.residual ? b.residual.values[i] : 0);
+      const double extra =
+          (b.spec.bias ? b.bias.values[i % n] : 0) + (b.spec.residual ? b.residual.values[i] : 0);
       const double want = base.value[i] + b.spec.scale * adapter.value[i] + extra;
       const double size = base.magnitude[i] * unit(1, k) + std::fabs(extra) * 0x1p-22 +
                           std::fabs(b.spec.scale) * adapter_size.magnitude[i] * unit(4.1, k + r);
@@ -171,7 +186,10 @@ class Linear {
   Sums v_of(const Branch& b) const {
     const size_t n = b.spec.n, r = b.spec.rank;
     Sums v = multiply(
-        c_.m, r, n, [&](size_t i, size_t p) { return b.dy.values[i * n + p]; },
+        c_.m,
+        r,
+        n,
+        [&](size_t i, size_t p) { return b.dy.values[i * n + p]; },
         [&](size_t p, size_t j) { return b.b.values[p * r + j]; });
     for (double& t : v.value) t *= b.spec.scale;
     for (double& t : v.magnitude) t *= std::fabs(b.spec.scale);
@@ -184,14 +202,23 @@ class Linear {
     for (const Branch& b : branches) {
       const size_t n = b.spec.n, r = b.spec.rank;
       const Sums base = multiply(
-          m, k, n, [&](size_t i, size_t p) { return b.dy.values[i * n + p]; },
+          m,
+          k,
+          n,
+          [&](size_t i, size_t p) { return b.dy.values[i * n + p]; },
           [&](size_t p, size_t j) { return b.w.values[p * k + j]; });
       const Sums v = v_of(b);
       const Sums adapter = multiply(
-          m, k, r, [&](size_t i, size_t p) { return v.value[i * r + p]; },
+          m,
+          k,
+          r,
+          [&](size_t i, size_t p) { return v.value[i * r + p]; },
           [&](size_t p, size_t j) { return b.a.values[p * k + j]; });
       const Sums size = multiply(
-          m, k, r, [&](size_t i, size_t p) { return v.magnitude[i * r + p]; },
+          m,
+          k,
+          r,
+          [&](size_t i, size_t p) { return v.magnitude[i * r + p]; },
           [&](size_t p, size_t j) { return std::fabs(b.a.values[p * k + j]); });
       const bool drops = r != 0 && b.spec.dropout > 0;
       const auto mask = drops ? observed_mask(c_.m, c_.k, b.spec.dropout, b.seed)
@@ -204,7 +231,8 @@ class Linear {
       }
     }
     for (size_t i = 0; i < m * k; ++i) {
-      const double limit = bound[i] + (std::fabs(want[i]) + bound[i]) * roundoff(c_.dtype) + 0x1p-24;
+      const double limit =
+          bound[i] + (std::fabs(want[i]) + bound[i]) * roundoff(c_.dtype) + 0x1p-24;
       ASSERT_NEAR(stored_value(dx.data(), c_.dtype, i), want[i], limit) << "dx " << i;
     }
   }
@@ -220,17 +248,27 @@ class Linear {
     const auto d = dropped_x(b);
     const Sums v = v_of(b);
     const Sums da = multiply(
-        r, k, m, [&](size_t j, size_t t) { return v.value[t * r + j]; },
+        r,
+        k,
+        m,
+        [&](size_t j, size_t t) { return v.value[t * r + j]; },
         [&](size_t t, size_t p) { return d[t * k + p]; });
     const Sums da_size = multiply(
-        r, k, m, [&](size_t j, size_t t) { return v.magnitude[t * r + j]; },
+        r,
+        k,
+        m,
+        [&](size_t j, size_t t) { return v.magnitude[t * r + j]; },
         [&](size_t t, size_t p) { return std::fabs(d[t * k + p]); });
     for (size_t i = 0; i < r * k; ++i) {
-      ASSERT_NEAR(b.da[i], da.value[i], da_size.magnitude[i] * unit(3.1, m + n) + 1e-30) << "dA " << i;
+      ASSERT_NEAR(b.da[i], da.value[i], da_size.magnitude[i] * unit(3.1, m + n) + 1e-30)
+          << "dA " << i;
     }
     // u_saved is an input here: its own error is the forward pass's.
     const Sums db = multiply(
-        n, r, m, [&](size_t j, size_t t) { return b.dy.values[t * n + j]; },
+        n,
+        r,
+        m,
+        [&](size_t j, size_t t) { return b.dy.values[t * n + j]; },
         [&](size_t t, size_t q) { return double{b.u[t * r + q]}; });
     for (size_t i = 0; i < n * r; ++i) {
       const double limit = std::fabs(b.spec.scale) * db.magnitude[i] * unit(1.1, m) + 1e-30;
@@ -251,15 +289,23 @@ const std::vector<Case>& cases() {
       list.push_back({2, 33, d, D::f32, {{31, bf16, 3, 0.5f, 0.25f, true}}});
       list.push_back({33, 64, d, d, {{64, f16, 8, 2.0f, 0, true, true}}});
       list.push_back({31, 1, d, D::f32, {{1, f32, 1, 1.5f}}});
-      list.push_back({130, 160, d, D::f32,
-                      {{33, int4, 8, 0.7f, 0, false, true},
-                       {31, int8, 17, -1.5f, 0.1f, true, false, 32, WeightLayout::row_major, D::bf16},
-                       {16, int4, 0, 0.0f, 0, false, false, 32, WeightLayout::cpu_packed, D::f16},
-                       {48, bf16, 5, 1.0f}}});
+      list.push_back(
+          {130,
+           160,
+           d,
+           D::f32,
+           {{33, int4, 8, 0.7f, 0, false, true},
+            {31, int8, 17, -1.5f, 0.1f, true, false, 32, WeightLayout::row_major, D::bf16},
+            {16, int4, 0, 0.0f, 0, false, false, 32, WeightLayout::cpu_packed, D::f16},
+            {48, bf16, 5, 1.0f}}});
       list.push_back({15, 4097, d, d, {{17, static_cast<WeightFormat>(d), 16, 1.0f, 0, true}}});
-      list.push_back({40, 192, d, D::bf16,
-                      {{80, int8, 4, 2.0f, 0.5f, false, true, 64, WeightLayout::cpu_packed},
-                       {96, int4, 20, 2.0f, 0, false, false, 64, WeightLayout::cpu_packed, D::bf16}}});
+      list.push_back(
+          {40,
+           192,
+           d,
+           D::bf16,
+           {{80, int8, 4, 2.0f, 0.5f, false, true, 64, WeightLayout::cpu_packed},
+            {96, int4, 20, 2.0f, 0, false, false, 64, WeightLayout::cpu_packed, D::bf16}}});
     }
     return list;
   }();
@@ -344,15 +390,24 @@ TEST(LoraLinear, ATokensResultDoesNotDependOnItsNeighbours) {
 
 /// L = Σ dy·y in f64 from the definition; its slope must be what the backward pass returns.
 TEST(LoraLinear, GradientsMatchCentralDifferences) {
-  const Case c = {10, 7, DType::f32, DType::f32, {{5, WeightFormat::f32, 3, 0.8f, 0.3f}, {4, WeightFormat::f32, 2, 1.2f}}};
+  const Case c = {
+      10,
+      7,
+      DType::f32,
+      DType::f32,
+      {{5, WeightFormat::f32, 3, 0.8f, 0.3f}, {4, WeightFormat::f32, 2, 1.2f}}};
   Linear linear(c);
   linear.forward();
   linear.backward();
-  const auto loss = [&](const std::vector<double>& x, size_t which, const std::vector<double>& a, const std::vector<double>& b) {
+  const auto loss = [&](const std::vector<double>& x,
+                        size_t which,
+                        const std::vector<double>& a,
+                        const std::vector<double>& b) {
     double total = 0;
     for (size_t s = 0; s < linear.branches.size(); ++s) {
       const Branch& br = linear.branches[s];
-      const auto mask = br.spec.dropout > 0 ? observed_mask(c.m, c.k, br.spec.dropout, br.seed) : std::vector<double>(c.m * c.k, 1.0);
+      const auto mask = br.spec.dropout > 0 ? observed_mask(c.m, c.k, br.spec.dropout, br.seed)
+                                            : std::vector<double>(c.m * c.k, 1.0);
       const auto& am = s == which ? a : br.a.values;
       const auto& bm = s == which ? b : br.b.values;
       for (size_t t = 0; t < c.m; ++t) {
@@ -361,7 +416,8 @@ TEST(LoraLinear, GradientsMatchCentralDifferences) {
           for (size_t p = 0; p < c.k; ++p) {
             y += x[t * c.k + p] * br.w.values[j * c.k + p];
             for (size_t q = 0; q < br.spec.rank; ++q) {
-              y += br.spec.scale * mask[t * c.k + p] * x[t * c.k + p] * am[q * c.k + p] * bm[j * br.spec.rank + q];
+              y += br.spec.scale * mask[t * c.k + p] * x[t * c.k + p] * am[q * c.k + p] *
+                   bm[j * br.spec.rank + q];
             }
           }
           total += br.dy.values[t * br.spec.n + j] * y;
@@ -383,17 +439,20 @@ TEST(LoraLinear, GradientsMatchCentralDifferences) {
   for (size_t s = 0; s < linear.branches.size(); ++s) {
     const Branch& b = linear.branches[s];
     for (size_t i = 0; i < b.da.size(); ++i) {
-      const double want = slope(b.a.values, i, [&](const auto& v) { return loss(linear.x.values, s, v, b.b.values); });
+      const double want = slope(
+          b.a.values, i, [&](const auto& v) { return loss(linear.x.values, s, v, b.b.values); });
       EXPECT_NEAR(b.da[i], want, tolerance);
     }
     for (size_t i = 0; i < b.db.size(); ++i) {
-      const double want = slope(b.b.values, i, [&](const auto& v) { return loss(linear.x.values, s, b.a.values, v); });
+      const double want = slope(
+          b.b.values, i, [&](const auto& v) { return loss(linear.x.values, s, b.a.values, v); });
       EXPECT_NEAR(b.db[i], want, tolerance);
     }
   }
   for (size_t i = 0; i < linear.x.values.size(); ++i) {
     const Branch& b = linear.branches[0];
-    const double want = slope(linear.x.values, i, [&](const auto& v) { return loss(v, 0, b.a.values, b.b.values); });
+    const double want = slope(
+        linear.x.values, i, [&](const auto& v) { return loss(v, 0, b.a.values, b.b.values); });
     EXPECT_NEAR(stored_value(linear.dx.data(), DType::f32, i), want, tolerance);
   }
 }
@@ -428,11 +487,12 @@ TEST(LoraLinear, DropoutKeepsTheRightShareAndScale) {
 }
 
 TEST(LoraLinear, EmptyDimensions) {
-  for (Case c : {Case{0, 8, DType::f32, DType::f32, {{4, WeightFormat::f32, 2, 1.0f}}},
-                 Case{12, 0, DType::bf16, DType::f32, {{4, WeightFormat::f32, 2, 1.0f, 0, true}}},
-                 Case{12, 8, DType::f32, DType::f32, {{0, WeightFormat::f32, 2, 1.0f}}},
-                 Case{3, 0, DType::f32, DType::f32, {{4, WeightFormat::f32, 2, 1.0f, 0, true}}},
-                 Case{12, 8, DType::f32, DType::f32, {}}}) {
+  for (Case c :
+       {Case{0, 8, DType::f32, DType::f32, {{4, WeightFormat::f32, 2, 1.0f}}},
+        Case{12, 0, DType::bf16, DType::f32, {{4, WeightFormat::f32, 2, 1.0f, 0, true}}},
+        Case{12, 8, DType::f32, DType::f32, {{0, WeightFormat::f32, 2, 1.0f}}},
+        Case{3, 0, DType::f32, DType::f32, {{4, WeightFormat::f32, 2, 1.0f, 0, true}}},
+        Case{12, 8, DType::f32, DType::f32, {}}}) {
     SCOPED_TRACE(trace(c));
     Linear linear(c);
     linear.forward();
