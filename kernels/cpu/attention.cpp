@@ -1,5 +1,17 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
+//
+// Flash attention on the CPU. The ladder, one thread on a Zen 5 core shared with other work, ms of
+// thread time forward / backward for 1024 tokens in 4 segments, 9/3 heads of 64; useful (causal)
+// FLOP against the peak of the same window, 235 GFLOP/s bf16 and 118 f32:
+//   baseline (SSE2) f32      13.1 / 38.6   20 % / 17 %
+//   AVX2 f32                  5.4 / 15.4   47 % / 42 %
+//   AVX-512 f32               4.4 / 13.6   58 % / 47 %
+//   bf16, products in f32     7.0 / 11.2   (AVX2)
+//   bf16 dot products         2.7 /  6.8   47 % / 48 %; one segment of 2048: 61 % / 52 %
+// What is missing to the peak: causal tiles computed and thrown away (strips of 32 queries: 12 %
+// at 256 tokens), the exponentials (15 % of forward), sums that are loaded and stored once per 64
+// keys. Backward computes Sᵀ again instead of keeping it: 5 products for forward's 2.
 #include <algorithm>
 #include <memory>
 #include <new>

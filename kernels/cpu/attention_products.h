@@ -60,7 +60,8 @@ METAL_LORA_INLINE void multiply_tile(
   // One pointer for each four rows: rows 1, 2 and 3 are reached by scaled addressing.
   const size_t row = a.row_bytes, row3 = 3 * a.row_bytes;
   const char* group[3] = {a.base, a.base + 4 * row, a.base + 8 * row};
-  for (size_t k = 0; k < steps; ++k) {
+  // steps > 0: a loop that may run no time at all makes GCC keep every sum twice.
+  do {
     VF right[NV];
 #pragma GCC unroll 2
     for (size_t v = 0; v < NV; ++v) right[v] = load(b + v * kLanes);
@@ -74,7 +75,7 @@ METAL_LORA_INLINE void multiply_tile(
 #pragma GCC unroll 3
     for (size_t g = 0; g < 3; ++g) group[g] += a.step_bytes;
     b += ldb;
-  }
+  } while (--steps != 0);
 #pragma GCC unroll 12
   for (size_t m = 0; m < M; ++m) {
 #pragma GCC unroll 2
