@@ -85,6 +85,7 @@ inline uint16_t to_f16(float x) {
 }
 
 void load_f32(DType from, const void* source, size_t count, float* __restrict out) {
+  if (count == 0) return;  // then the pointers may be null
   if (from == DType::f32) {
     __builtin_memcpy(out, source, count * sizeof(float));
     return;
@@ -105,6 +106,7 @@ void load_f32(DType from, const void* source, size_t count, float* __restrict ou
 }
 
 void store(DType to, const float* __restrict source, size_t count, void* out) {
+  if (count == 0) return;  // then the pointers may be null
   if (to == DType::f32) {
     __builtin_memcpy(out, source, count * sizeof(float));
     return;
@@ -133,6 +135,7 @@ void store(DType to, const float* __restrict source, size_t count, void* out) {
 constexpr uint32_t kChunk = 512;  // elements converted at a time through the stack
 
 void load(DType from, const void* source, size_t count, void* out) {
+  if (count == 0) return;  // then the pointers may be null
 #if METAL_LORA_BF16
   if (from == DType::bf16) {
     __builtin_memcpy(out, source, count * 2);
