@@ -7,6 +7,7 @@
 #include <memory>
 
 #include <fmt/format.h>
+#include <mlx/ops.h>
 #include <unistd.h>
 
 #include "metal_lora/error.h"
