@@ -18,8 +18,6 @@ namespace {
 constexpr uint64_t kPrefixBytes = 8;
 // `"a":{"dtype":"U8","shape":[],"data_offsets":[0,0]},` and nothing shorter.
 constexpr uint64_t kMinEntryBytes = 48;
-// A map node costs 112 bytes for as little as 7 bytes of header; real files have a handful.
-constexpr size_t kMaxMetadataEntries = 4096;
 
 // Takes the header's events straight into tensors: a DOM of it would cost 20x its size. Data
 // pointers are set later; `data_begin` waits in begins().
@@ -170,8 +168,11 @@ bool HeaderBuilder::string(string_t& value) {
 
 bool HeaderBuilder::key(string_t& value) {
   if (place_ == Place::metadata) {
-    if (metadata_.size() == kMaxMetadataEntries) {
-      return fail("__metadata__", fmt::format("at most {} entries", kMaxMetadataEntries), "more");
+    if (metadata_.size() == kSafetensorsMaxMetadataEntries) {
+      return fail(
+          "__metadata__",
+          fmt::format("at most {} entries", kSafetensorsMaxMetadataEntries),
+          "more");
     }
     if (value.find('\0') != std::string::npos) {
       return fail("__metadata__", "without NUL in its keys", quote_text(value));

@@ -20,6 +20,8 @@ namespace metal_lora::io {
 inline constexpr uint64_t kSafetensorsMaxHeaderBytes = uint64_t{16} << 20;
 inline constexpr uint64_t kSafetensorsMaxTensors = 131072;
 inline constexpr uint64_t kSafetensorsMaxDims = 8;
+/// Of `__metadata__`: one costs 112 bytes for as little as 7 of header; real files have a handful.
+inline constexpr uint64_t kSafetensorsMaxMetadataEntries = 4096;
 
 /// One validated safetensors file. Tensors are in the order of their data. Copies share the
 /// mapping.

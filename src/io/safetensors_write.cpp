@@ -104,6 +104,13 @@ std::optional<std::string> json_text(const std::string& text) {
 
 Result<std::string> metadata_text(
     const std::string& path, const std::map<std::string, std::string>& metadata) {
+  if (metadata.size() > kSafetensorsMaxMetadataEntries) {
+    return refused(
+        path,
+        "__metadata__",
+        fmt::format("at most {} entries", kSafetensorsMaxMetadataEntries),
+        std::to_string(metadata.size()));
+  }
   std::string text = "\"__metadata__\":{";
   bool first = true;
   for (const auto& [key, value] : metadata) {
