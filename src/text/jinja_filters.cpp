@@ -6,6 +6,7 @@
 #include <cstring>
 #include <iterator>
 
+#include "src/io/json.h"
 #include "src/text/jinja_eval.h"
 
 namespace metal_lora::text::jinja {
@@ -15,12 +16,12 @@ namespace {
 using Items = std::vector<Value>;
 
 constexpr std::string_view kFilters[] = {
-    "abs",    "attr",   "capitalize", "count",      "d",        "default", "dictsort",
-    "e",      "escape", "first",      "float",      "format",   "indent",  "int",
-    "items",  "join",   "last",       "length",     "list",     "lower",   "map",
-    "max",    "min",    "reject",     "rejectattr", "replace",  "reverse", "round",
-    "safe",   "select", "selectattr", "sort",       "string",   "sum",     "title",
-    "tojson", "trim",   "unique",     "upper",      "wordcount"};
+    "abs",   "attr",   "capitalize", "count",      "d",          "default",   "dictsort",
+    "e",     "escape", "first",      "float",      "format",     "from_json", "indent",
+    "int",   "items",  "join",       "last",       "length",     "list",      "lower",
+    "map",   "max",    "min",        "reject",     "rejectattr", "replace",   "reverse",
+    "round", "safe",   "select",     "selectattr", "sort",       "string",    "sum",
+    "title", "tojson", "trim",       "unique",     "upper",      "wordcount"};
 
 constexpr std::string_view kTests[] = {
     "boolean", "callable", "defined",  "divisibleby", "eq",          "equalto",
@@ -113,6 +114,20 @@ Value filter_join(Evaluator& evaluator, const Value& object, const Arguments& ar
     if (out.size() > evaluator.limits().output_bytes) evaluator.charge(SIZE_MAX / 2);
   }
   return evaluator.text(std::move(out));
+}
+
+// JSON text to a value, as llama.cpp's templates use it; transformers has no such filter. Bounded,
+// since inserting into an ordered object costs its size.
+Value filter_from_json(Evaluator& evaluator, const Value& object) {
+  constexpr size_t kMaxBytes = 64 * 1024;
+  const std::string source = to_text(object);
+  evaluator.step(source.size());
+  evaluator.charge(16 * source.size());
+  if (const auto checked = io::parse_json(source, "from_json", {.max_bytes = kMaxBytes});
+      !checked) {
+    throw Problem{"from_json must get JSON but: " + checked.error().summary()};
+  }
+  return from_json(nlohmann::ordered_json::parse(source));
 }
 
 Value filter_map(Evaluator& evaluator, const Value& object, const Arguments& arguments) {
@@ -394,6 +409,8 @@ bool filter_text(
     out = filter_indent(evaluator, object, arguments);
   } else if (name == "tojson") {
     out = filter_tojson(evaluator, object, arguments);
+  } else if (name == "from_json") {
+    out = filter_from_json(evaluator, object);
   } else if (name == "join") {
     out = filter_join(evaluator, object, arguments);
   } else if (name == "format") {
@@ -455,6 +472,10 @@ Value filter_sequence(
       throw Problem{"items must get a mapping but got " + type_name(object)};
     return evaluator.call_method(object, "items", {});
   }
+  // Jinja looks at the items of these only where there are any: None passes.
+  const bool lenient = name == "map" || name == "select" || name == "reject" ||
+                       name == "selectattr" || name == "rejectattr";
+  if (lenient && !truthy(object)) return evaluator.list({});
   if (name == "map") return filter_map(evaluator, object, arguments);
   if (name == "select") return filter_select(evaluator, object, arguments, true, false);
   if (name == "reject") return filter_select(evaluator, object, arguments, false, false);

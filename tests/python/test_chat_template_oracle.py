@@ -44,6 +44,7 @@ def environment():
         )
 
     env.filters["tojson"] = tojson
+    env.filters["from_json"] = json.loads  # llama.cpp's; ours has it, too
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = NOW.strftime
     return env
@@ -133,6 +134,8 @@ def test_real_template(path):
     assert len(answers) == len(cases)
     for case, answer in zip(cases, answers):
         want = expected(template, case)
+        if isinstance(want, TypeError) and "generator" in str(want):
+            continue  # our filters give lists, which tojson takes
         if isinstance(want, Exception):
             assert "error" in answer, f"{want!r}, but rendered {answer}"
         else:
@@ -166,6 +169,7 @@ SNIPPETS = [
     "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i == 5 %}{% break %}{% endif %}{{ i }}{% endfor %}",
     "{% set a, b = 1, 'two' %}{{ a }}{{ b }}{{ 1 if x }}{{ 'y' if a == 1 else 'n' }}{{ (1, 2) }}{{ 1, 2 }}{{ strftime_now('%d %b %Y %B %A %j') }}",
     "{{ x }}{{ x|upper }}{{ x|list }}{{ x|length }}{{ x == y }}{{ x ~ 'a' }}{% for i in x %}{% endfor %}{{ x is iterable }}",
+    "{{ none|map('upper')|list }}{{ none|selectattr('a')|list }}{{ '{\"b\": 1, \"a\": [2]}'|from_json }}",
     "{{ x.y }}", "{{ x + 'a' }}", "{{ 'a' + 1 }}", "{{ raise_exception('no') }}", "{{ none.x }}", "{{ none.x.y }}", "{{ [1] < 'a' }}", "{{ 1 / 0 }}",
     "{% if %}", "{% for %}", "{{ 'a }}", "{% endif %}", "{{ a b }}", "{% if a %}", "{{ 'a'|nofilter }}", "{{ a is notest }}", "{% include 'x' %}", "{{ ''.__class__ }}",
 ]  # fmt: skip
