@@ -19,11 +19,19 @@ StopStrings::StopStrings(std::vector<std::string> stops) : stops_(std::move(stop
 std::string StopStrings::push(std::string_view piece) {
   if (stopped_) return {};
   held_ += piece;
-  size_t first = std::string::npos;
-  for (const std::string& stop : stops_) first = std::min(first, held_.find(stop));
-  if (first != std::string::npos) {
+  // The one that is complete first ends the text, the longest of those: so the result does not
+  // depend on how the text was cut into pieces.
+  constexpr size_t kNone = std::string::npos;
+  size_t end = kNone, begin = kNone;
+  for (const std::string& stop : stops_) {
+    const size_t at = held_.find(stop);
+    if (at == kNone || at + stop.size() > end) continue;
+    begin = at + stop.size() < end ? at : std::min(begin, at);
+    end = at + stop.size();
+  }
+  if (end != kNone) {
     stopped_ = true;
-    std::string text = held_.substr(0, first);
+    std::string text = held_.substr(0, begin);
     held_.clear();
     return text;
   }
