@@ -308,6 +308,14 @@ mx::array Model::decode(
         ErrorCode::internal,
         fmt::format("[decode] rows must be 1 … tokens ({}) but is {}", count, rows));
   }
+  for (int32_t token : tokens) {
+    if (token < 0 || token >= config_.vocab_size) {
+      throw Error(
+          ErrorCode::invalid_input,
+          fmt::format("[decode] token must be in [0, {}) but is {}", config_.vocab_size, token),
+          "is this the model's own tokenizer?");
+    }
+  }
   cache.reserve(cache.length_ + count);
   auto logits = [&] {
     if (count > ops::kDecodeMaxTokens) return prefill(tokens, cache, adapter, rows);
