@@ -4,7 +4,9 @@
 
 #include <utf8proc.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <new>
 
@@ -27,8 +29,34 @@ bool is_ascii(std::string_view text) {
   return true;
 }
 
-void unicode_form(std::string& text, int options) {
-  if (is_ascii(text)) return;  // every form leaves ASCII alone
+// Marks and letters of Unicode 10 to 15 that combine or decompose. The reference's tables are those
+// of Unicode 9, which leave them where they are, and models were trained on what it gave.
+struct CodePointRange {
+  char32_t first, last;
+};
+constexpr CodePointRange kSinceUnicode9[] = {
+    {0x07FD, 0x07FD},   {0x0898, 0x089F},   {0x08CA, 0x08D3},   {0x09FE, 0x09FE},
+    {0x0C3C, 0x0C3C},   {0x0D3B, 0x0D3C},   {0x0EBA, 0x0EBA},   {0x1715, 0x1715},
+    {0x1ABF, 0x1ACE},   {0x1DF6, 0x1DFA},   {0x32FF, 0x32FF},   {0xA7F2, 0xA7F4},
+    {0xA82C, 0xA82C},   {0xAB69, 0xAB69},   {0x10781, 0x10785}, {0x10787, 0x107B0},
+    {0x107B2, 0x107BA}, {0x10D24, 0x10D27}, {0x10EAB, 0x10EAC}, {0x10EFD, 0x10EFF},
+    {0x10F46, 0x10F50}, {0x10F82, 0x10F85}, {0x11070, 0x11070}, {0x1133B, 0x1133B},
+    {0x1145E, 0x1145E}, {0x11839, 0x1183A}, {0x11938, 0x11938}, {0x1193D, 0x1193E},
+    {0x11943, 0x11943}, {0x119E0, 0x119E0}, {0x11A34, 0x11A34}, {0x11A47, 0x11A47},
+    {0x11A99, 0x11A99}, {0x11D42, 0x11D42}, {0x11D44, 0x11D45}, {0x11D97, 0x11D97},
+    {0x11F41, 0x11F42}, {0x16FF0, 0x16FF1}, {0x1E030, 0x1E06D}, {0x1E08F, 0x1E08F},
+    {0x1E130, 0x1E136}, {0x1E2AE, 0x1E2AE}, {0x1E2EC, 0x1E2EF}, {0x1E4EC, 0x1E4EF},
+    {0x1F16C, 0x1F16C}, {0x1FBF0, 0x1FBF9}};
+
+bool is_since_unicode_9(char32_t c) {
+  const auto* end = std::end(kSinceUnicode9);
+  const auto* range = std::lower_bound(
+      std::begin(kSinceUnicode9), end, c, [](const auto& r, char32_t v) { return r.last < v; });
+  return range != end && c >= range->first;
+}
+
+void append_mapped(std::string_view text, int options, std::string& out) {
+  if (text.empty()) return;
   utf8proc_uint8_t* mapped = nullptr;
   const auto size = utf8proc_map(
       reinterpret_cast<const utf8proc_uint8_t*>(text.data()),
@@ -43,7 +71,24 @@ void unicode_form(std::string& text, int options) {
         std::string("[normalizer] text must be valid Unicode but is not: ") +
             utf8proc_errmsg(size));
   }
-  text.assign(reinterpret_cast<const char*>(mapped), static_cast<size_t>(size));
+  out.append(reinterpret_cast<const char*>(mapped), static_cast<size_t>(size));
+}
+
+void unicode_form(std::string& text, int options) {
+  if (is_ascii(text)) return;  // every form leaves ASCII alone
+  std::string out;
+  size_t done = 0;
+  for (size_t pos = 0; pos < text.size();) {
+    const CodePoint c = read_utf8(text, pos);
+    if (is_since_unicode_9(c.value)) {
+      append_mapped(std::string_view(text).substr(done, pos - done), options, out);
+      out.append(text, pos, c.bytes);
+      done = pos + c.bytes;
+    }
+    pos += c.bytes;
+  }
+  append_mapped(std::string_view(text).substr(done), options, out);
+  text = std::move(out);
 }
 
 void lowercase(std::string& text) {

@@ -124,7 +124,21 @@ def folder():
     return pathlib.Path(path) / "templates" if path else None
 
 
-@pytest.mark.parametrize("path", sorted(folder().glob("*.jinja")) if folder() else [None], ids=lambda p: p.stem if p else "none")
+# Jinja's `"a"|safe + b` escapes b as HTML even where autoescape is off; ours leaves it as it is.
+ESCAPES_AFTER_SAFE = {"meetkai-functionary-medium-v3.1"}
+
+
+def templates():
+    if not folder():
+        return [pytest.param(None, id="none")]
+    known = pytest.mark.xfail(strict=True, reason="escapes after |safe")
+    return [
+        pytest.param(p, id=p.stem, marks=[known] if p.stem in ESCAPES_AFTER_SAFE else [])
+        for p in sorted(folder().glob("*.jinja"))
+    ]
+
+
+@pytest.mark.parametrize("path", templates())
 def test_real_template(path):
     if path is None:
         pytest.skip("METAL_LORA_LLAMA_VOCABS does not name the templates of llama.cpp")
