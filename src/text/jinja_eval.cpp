@@ -196,6 +196,11 @@ std::string Evaluator::capture(const Body& body, const FramePtr& frame) {
 }
 
 Evaluator::Flow Evaluator::exec(const Body& body, const FramePtr& frame) {
+  // Blocks count as expressions do: a macro of nested blocks that calls itself uses stack for both.
+  if (++depth_ > limits_.depth) {
+    throw Problem{
+        "nesting must be at most " + std::to_string(limits_.depth) + " levels but is deeper"};
+  }
   for (const auto& stmt : body) {
     Flow flow = Flow::next;
     try {
@@ -204,8 +209,12 @@ Evaluator::Flow Evaluator::exec(const Body& body, const FramePtr& frame) {
     } catch (const Problem& problem) {
       fail(stmt->line, problem.message);
     }
-    if (flow != Flow::next) return flow;
+    if (flow != Flow::next) {
+      --depth_;
+      return flow;
+    }
   }
+  --depth_;
   return Flow::next;
 }
 
@@ -327,7 +336,6 @@ Evaluator::Flow Evaluator::exec_loop(const Stmt& stmt, const FramePtr& frame) {
 
 Value Evaluator::eval(const Expr& expr, const FramePtr& frame) {
   if (++depth_ > limits_.depth) {
-    depth_ = 0;
     fail(
         expr.line,
         "nesting must be at most " + std::to_string(limits_.depth) + " levels but is deeper");

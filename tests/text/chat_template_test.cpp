@@ -90,6 +90,13 @@ TEST(ChatTemplate, DepthStops) {
   std::string blocks;
   for (int i = 0; i < 5000; ++i) blocks += "{% if true %}";
   EXPECT_THAT(error_of(blocks), HasSubstr("deeper"));
+  std::string open, close;
+  for (int i = 0; i < 150; ++i) {
+    open += "{% if true %}";
+    close += "{% endif %}";
+  }
+  const std::string macro = "{% macro m() %}" + open + "{{ m() }}" + close + "{% endmacro %}";
+  EXPECT_THAT(error_of(macro + "{{ m() }}"), HasSubstr("deeper"));
   EXPECT_THAT(
       error_of("{% set l = [] %}{% set _ = l.append(l) %}{{ l }}"), HasSubstr("128 levels"));
 }
