@@ -123,6 +123,16 @@ class YamlReader {
         near.empty() ? "docs/training.md lists the keys" : fmt::format("did you mean {}?", near));
   }
 
+  /// `prefix`.`setting` is unknown beside the settings `known`.
+  [[noreturn]] void unknown_setting(
+      const std::string& prefix,
+      const std::string& setting,
+      const YAML::Node& node,
+      std::vector<std::string> known) const {
+    for (auto& name : known) name = prefix + "." + name;
+    unknown(prefix + "." + setting, node, known);
+  }
+
   std::vector<double> numbers(const YAML::Node& node, const std::string& key) const {
     if (!node.IsSequence()) fail(node, key, "must be a list of numbers");
     std::vector<double> out;
@@ -192,7 +202,7 @@ class YamlReader {
         const std::vector<std::string> known =
             sgd ? std::vector<std::string>{"momentum", "dampening", "nesterov", "weight_decay"}
                 : std::vector<std::string>{"betas", "eps", "bias_correction", "weight_decay"};
-        unknown(key, entry.first, known);
+        unknown_setting(prefix, setting, entry.first, known);
       }
     }
     return out;
@@ -232,8 +242,9 @@ class YamlReader {
           out.schedules.push_back(read_schedule(item, key, depth + 1));
         }
       } else {
-        unknown(
-            key,
+        unknown_setting(
+            prefix,
+            name,
             entry.first,
             {"name", "arguments", "warmup", "warmup_init", "schedules", "boundaries"});
       }

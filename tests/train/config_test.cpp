@@ -104,7 +104,7 @@ TEST(TrainingConfig, UnknownKeyNamesLineAndNearestKey) {
   EXPECT_THAT(error, HasSubstr("did you mean batch_size?"));
   EXPECT_THAT(error_of("lora_parameters: {rnak: 3}"), HasSubstr("lora_parameters.rank"));
   EXPECT_THAT(error_of("optimizer_config: {adamw: {epsilon: 1}}"), HasSubstr("adamw.epsilon"));
-  EXPECT_THAT(error_of("lr_schedule: {nmae: x}"), HasSubstr("did you mean name?"));
+  EXPECT_THAT(error_of("lr_schedule: {nmae: x}"), HasSubstr("did you mean lr_schedule.name?"));
 }
 
 TEST(TrainingConfig, WrongTypesNameFileLineAndValue) {
