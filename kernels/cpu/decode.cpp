@@ -9,7 +9,7 @@
 // for itself, and only once it holds a ticket, so that nobody can be writing its inputs.
 //
 // Ladder, SmolLM2-135M Q4_1, one token on one Zen 4 core (see gemv.cpp for the terms): 30 layers in
-// 4.2 … 5.5 ms, 140 … 180 µs each at 13 … 16 GB/s; with the head's 1.8 … 2.5 ms 87 … 97 % of the read
+// 4.2 … 6.6 ms, 140 … 220 µs each at 13 … 20 GB/s; with the head's 1.8 … 2.9 ms 76 … 97 % of the read
 // bandwidth; 100 keys of context add 0.8 ms. Tried, and not kept: asking for the next step's A
 // matrices during this one (no gain: their bytes are what costs). The next 10 %: reading the next
 // step's first panels while waiting at a meeting point.

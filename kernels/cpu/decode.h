@@ -52,7 +52,7 @@ void decode_layer(
 
 /// `count` layers in a row, with one trip to the thread pool for all of them: between steps the
 /// threads meet at counters (5 per layer) instead of going to sleep. The same bits as `count`
-/// calls of decode_layer, which takes about 10 µs more for each.
+/// calls of decode_layer, each of which would be a trip of its own.
 void decode_layers(
     const DecodeLayerParams& p,
     const DecodeLayerView* layers,

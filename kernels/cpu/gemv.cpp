@@ -5,12 +5,12 @@
 // of 32, medians by thread CPU time on a busy machine; 100 % = a prefetching loop that only adds up
 // the same bytes, 13 … 18 GB/s, measured in the same run):
 //   v1 int4 panels, two exact bf16 lookups and dot products per dword       89 % (22 GB/s in L2)
-//      int8 panels, low and high nibble apart, same loop                    97 % (30 GB/s in L2)
+//      int8 panels, low and high nibble apart, same loop                    97 … 103 % (30 GB/s in L2)
 //      f32 x: eight f32 lookups and FMAs per dword                          78 % (18 GB/s in L2)
 //      AVX2, f32 x: shift, mask, convert, FMA                               50 %
 //   v2 adapters ride along as tickets of the same region: rank 16 on everything + 24 % of a token
-//   v3 B·u by whole registers, one reduction tree per 16 rows of A          + 15 %; 6 % when the
-//      adapter is in cache. The rest is bytes: 9.8 MB of bf16 adapters beside 98 MB of weights.
+//   v3 B·u by whole registers, one reduction tree per 16 rows of A          + 13 … 22 %; 3.5 … 8 % if
+//      the adapter is in cache. The rest is bytes: 9.8 MB of bf16 adapters beside 98 MB of weights.
 //   4 tokens cost 1.7x one, 8 tokens about 3.5x: there the dot product unit (one a cycle) limits.
 // The next 10 %: adapters in 8 bits (half the bytes), or kept in the outer cache, which the
 // read-once hint on the weights alone did not achieve; for several tokens, int8 panels by one
