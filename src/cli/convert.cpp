@@ -25,7 +25,7 @@ A model becomes a Hugging Face folder that transformers and mlx-lm load; with --
 checkpoint. An adapter changes its format; its tensors keep every bit.)";
 
 struct Options {
-  std::string input, output, to, dtype = "bfloat16";
+  std::string input, output, to, dtype;
   int quantize = 0, quantize_group_size = 64;
   bool fold_scale = false;
 };
@@ -57,7 +57,7 @@ void convert_model(Console& console, const Options& options) {
         fmt::format("[--to] must be hf for a model but is {}", options.to));
   }
   ExportOptions target;
-  target.dtype = parse_dtype(options.dtype);
+  target.dtype = target_dtype(options.dtype, options.quantize);
   target.quantize_bits = options.quantize;
   target.quantize_group = options.quantize_group_size;
   target.progress = [&](double fraction) {
@@ -102,8 +102,7 @@ Command add_convert(CLI::App& parent) {
   app->add_option("--output,-o", options->output, "The new folder")->required();
   app->add_option("--to", options->to, "hf for models; peft or mlx-lm for adapters (default: the other one)")
       ->check(CLI::IsMember({"hf", "peft", "mlx-lm"}));
-  app->add_option("--dtype", options->dtype, "Of dense tensors: float32, bfloat16 or float16")
-      ->capture_default_str();
+  app->add_option("--dtype", options->dtype, "Of dense tensors: float32, bfloat16 (default) or float16 (default with --quantize)");
   app->add_option("--quantize", options->quantize, "4 or 8 bits, as MLX checkpoints have them")
       ->check(CLI::IsMember({4, 8}));
   app->add_option("--quantize-group-size,--group-size", options->quantize_group_size, "Weights that share a scale")

@@ -23,7 +23,7 @@ those of base + adapter on a fixed prompt, beside the KL that the adapter makes 
 loses the adapter (a 4-bit target usually does) is refused.)";
 
 struct Options {
-  std::string model, adapter_path, output, dtype = "bfloat16";
+  std::string model, adapter_path, output, dtype;
   int quantize = 0, quantize_group_size = 64;
   bool allow_loss = false;
 };
@@ -43,7 +43,7 @@ void print_report(Console& console, const Options& options, const FuseReport& re
 
 void run(Console& console, const Options& options) {
   FuseOptions fuse;
-  fuse.target.dtype = parse_dtype(options.dtype);
+  fuse.target.dtype = target_dtype(options.dtype, options.quantize);
   fuse.target.quantize_bits = options.quantize;
   fuse.target.quantize_group = options.quantize_group_size;
   fuse.target.progress = [&](double fraction) {
@@ -68,7 +68,8 @@ void run(Console& console, const Options& options) {
   if (report.total.error() > kWarnUpdateError) {
     console.warn(fmt::format(
         "rounding to {} adds noise of {:.0f} % of the update; --dtype float32 adds none",
-        options.quantize > 0 ? fmt::format("{} bits", options.quantize) : options.dtype,
+        options.quantize > 0 ? fmt::format("{} bits", options.quantize)
+                             : (options.dtype.empty() ? "bfloat16" : options.dtype),
         100 * report.total.error()));
   }
 }
@@ -81,8 +82,7 @@ Command add_fuse(CLI::App& parent) {
   app->add_option("--model,-m", options->model, "The base: a .gguf file or a Hugging Face folder")->required();
   app->add_option("--adapter-path,-a", options->adapter_path, "The adapter's folder")->required();
   app->add_option("--output,-o,--save-path", options->output, "The new folder")->required();
-  app->add_option("--dtype", options->dtype, "Of the merged weights: float32, bfloat16 or float16")
-      ->capture_default_str();
+  app->add_option("--dtype", options->dtype, "Of the merged weights: float32, bfloat16 (default) or float16");
   app->add_option("--quantize", options->quantize, "Quantise the merged weights to 4 or 8 bits")
       ->check(CLI::IsMember({4, 8}));
   app->add_option("--quantize-group-size", options->quantize_group_size, "Weights that share a scale")

@@ -21,6 +21,11 @@ mx::Dtype parse_dtype(const std::string& name) {
       fmt::format("[--dtype] must be float32, bfloat16 or float16 but is {}", name));
 }
 
+mx::Dtype target_dtype(const std::string& name, int quantize_bits) {
+  if (!name.empty()) return parse_dtype(name);
+  return quantize_bits > 0 ? mx::float16 : mx::bfloat16;
+}
+
 void ModelOptions::add_to(CLI::App& app, const std::string& default_dtype) {
   dtype = default_dtype;
   app.add_option("--model,-m", model, "A .gguf file or a Hugging Face folder")->required();

@@ -32,6 +32,9 @@ struct ModelOptions {
 
 /// "float32", "bfloat16", "float16" (and f32, bf16, f16). Error invalid_input for others.
 mlx::core::Dtype parse_dtype(const std::string& name);
+/// Of a written model's dense tensors when `name` is empty: bfloat16, or float16 beside quantised
+/// weights, whose scales are float16, so that MLX computes in one dtype.
+mlx::core::Dtype target_dtype(const std::string& name, int quantize_bits);
 
 struct Session {
   std::shared_ptr<const Model> model;

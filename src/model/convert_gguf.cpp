@@ -301,7 +301,7 @@ ordered_json hf_config_of(const io::GgufFile& file) {
     }
     json["sliding_window"] = c.sliding_window;
   }
-  for (const auto& item : hf_generation_config_of(file).items()) json[item.key()] = item.value();
+  json.update(hf_generation_config_of(file));
   check_rope(file, c, json);
   return json;
 }
