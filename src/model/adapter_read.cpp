@@ -217,7 +217,8 @@ Lora checked_lora(
         ErrorCode::invalid_input, where, path, fmt::format("a module that {} names", kConfigName),
         "not among them");
   }
-  return {*halves.a, *halves.b, config->scale_of(path, rank), config->info.dropout};
+  // The file's dropout is AdapterInfo's: it belongs to training, and a Lora that has it drops.
+  return {*halves.a, *halves.b, config->scale_of(path, rank)};
 }
 
 std::string read_text(const fs::path& file) {

@@ -112,6 +112,7 @@ TEST_F(AdapterFiles, RoundTripsInBothFormatsAndEveryDtype) {
       expect_equal(back.modules, plain_modules(dtype));
       EXPECT_EQ(back.info.format, format);
       EXPECT_EQ(back.info.dropout, 0.05f);
+      EXPECT_EQ(back.modules[0].lora.dropout, 0.0f);  // of training alone
       EXPECT_EQ(back.info.base_model, "base");
       EXPECT_EQ(load_adapter(folder, tiny_config()).weights.modules().size(), 4u);
     }
@@ -344,7 +345,7 @@ std::vector<WrongAdapter> wrong_adapters() {
       {"PiSSA's changed base", peft_with(R"("init_lora_weights":"pissa")"), peft, lacks, "init_lora_weights"},
       {"an option of the future", peft_with(R"("use_something_new":true)"), peft, lacks, "use_something_new"},
       {"a pattern that is no expression", peft_with(R"("rank_pattern":{"(":4})"), peft, bad, "expression"},
-      {"a pattern that never ends", peft_with(R"("rank_pattern":{"((a|_|.)*)*!":4})"), peft, bad, "steps"},
+      {"a pattern that never ends", peft_with(R"("rank_pattern":{"((a|_|.)*)*[!?]":4})"), peft, bad, "steps"},
       {"alpha that is no number", peft_with(R"("alpha_pattern":{"q_proj":"8"})"), peft, bad, "alpha_pattern"},
       {"a layer outside layers_to_transform", peft_with(R"("layers_to_transform":[1,2])"), peft, bad, "names"},
       {"DoRA's magnitude (PEFT)", kPeft,
