@@ -73,7 +73,7 @@ uint64_t control_group_room() {
 }
 
 // Beside what is counted below: program, libraries, thread stacks and the allocator's slack.
-constexpr uint64_t kRuntimeBytes = uint64_t{90} << 20;
+constexpr uint64_t kRuntimeBytes = uint64_t{120} << 20;
 // Scratch of the fused loss: a block of logits for each thread.
 constexpr uint64_t kLossBlockTokens = 128;
 

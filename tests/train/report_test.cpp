@@ -79,7 +79,7 @@ TEST(Report, ThinningKeepsSpikes) {
   // The highest point decides the top of the axis: 100 is on it, and the curve reaches it.
   const std::string svg = draw(plot);
   EXPECT_THAT(svg, HasSubstr(">100<"));
-  EXPECT_THAT(svg, HasSubstr(",19.1 "));
+  EXPECT_NE(svg.find(",18.6 "), std::string::npos);
 }
 
 TEST(Report, SamplesCanBeAddedAfterTheRun) {
