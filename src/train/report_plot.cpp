@@ -24,7 +24,7 @@ struct Frame {
 std::string label(double value) {
   const double size = std::abs(value);
   if (value == 0.0) return "0";
-  if (size >= 1e6 || size < 1e-3) return fmt::format("{:.1e}", value);
+  if (size >= 1e6 || size < 1e-4) return fmt::format("{:.1e}", value);
   if (size >= 10000) return fmt::format("{:.0f}k", value / 1000);
   return fmt::format("{:.4g}", value);
 }
@@ -213,7 +213,7 @@ const char* style() {
   return R"css(:root { color-scheme: light dark; --bg: #f6f7f9; --panel: #ffffff; --text: #1b1f27;
   --muted: #68707d; --line: #e3e6ec; --main: #2f6fed; --faint: #a9c3f7; --accent: #e0662b; --ok: #12805c; }
 @media (prefers-color-scheme: dark) { :root { --bg: #12151b; --panel: #1a1f27; --text: #e8eaf0;
-  --muted: #98a1b0; --line: #2b323d; --main: #6d9eff; --faint: #33496f; --accent: #ff9a5c; --ok: #4cc79a; } }
+  --muted: #98a1b0; --line: #2b323d; --main: #6d9eff; --faint: #4a68a0; --accent: #ff9a5c; --ok: #4cc79a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--text);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
