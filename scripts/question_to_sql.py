@@ -420,9 +420,10 @@ def score(options):
                 "categories": {c: {"right": r, "questions": n} for c, (r, n) in totals.items()},
             }))
         return
-    print(f"{'':16}{'questions':>10}" + "".join(f"{label:>10}" for label in labels))
+    width = max(10, *(len(label) + 2 for label in labels))
+    print(f"{'':16}{'questions':>10}" + "".join(f"{label:>{width}}" for label in labels))
     for category, (_, asked) in columns[0].items():
-        cells = "".join(f"{100 * c[category][0] / max(asked, 1):>8.1f} %" for c in columns)
+        cells = "".join(f"{100 * c[category][0] / max(asked, 1):>{width - 2}.1f} %" for c in columns)
         print(f"{category:16}{asked:>10}{cells}")
 
 
@@ -459,7 +460,7 @@ def make_parser():
     command = commands.add_parser("generate", help="write the data set and its database")
     command.add_argument("--out", required=True, help="folder to write to")
     command.add_argument("--seed", type=int, default=1)
-    for name, count in (("train", 800), ("valid", 48), ("test", 96), ("unseen", 48)):
+    for name, count in (("train", 800), ("valid", 48), ("test", 80), ("unseen", 40)):
         command.add_argument(f"--{name}", type=size, default=count, help=f"questions (default {count})")
     command.set_defaults(run=generate)
     command = commands.add_parser("prompts", help="the questions without their answers, as JSONL")

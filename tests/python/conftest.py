@@ -5,6 +5,7 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -46,7 +47,12 @@ class QuickstartRun:
 
 @pytest.fixture(scope="session")
 def quickstart(metal_lora, model_path):
-    """`./quickstart` as the README shows it, run once for all tests that need its results."""
+    """`./quickstart` as the README shows it, run once for all tests that need its results.
+
+    Starts from an empty quickstart-out/: commands of the documentation write there, some of them to
+    folders that must be new.
+    """
+    shutil.rmtree(ROOT / "quickstart-out", ignore_errors=True)
     result = subprocess.run(
         ["./quickstart"], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
