@@ -63,7 +63,7 @@ std::vector<LoraLinear> make_linears(const LinearCase& c, int tokens, bool with_
   return linears;
 }
 
-OpResult bench_linear(const LinearCase& c, int tokens, bool with_lora, const MachineLimits& limits) {
+OpResult bench_linear(const LinearCase& c, int tokens, bool with_lora) {
   const auto linears = make_linears(c, tokens, with_lora);
   const auto x = random_array({tokens, kDims}, c.dtype, 1.0f, 7);
   OpResult result;
@@ -80,11 +80,11 @@ OpResult bench_linear(const LinearCase& c, int tokens, bool with_lora, const Mac
   const double element = static_cast<double>(mx::size_of(c.dtype));
   result.bytes = static_cast<double>(linears.front().weight.nbytes()) + 2 * m * d * element +
                  (with_lora ? 2 * d * kRank * element : 0);
-  result.peak_gflops = c.dtype == mx::float32 ? limits.f32_gflops : limits.bf16_gflops;
+  result.computes_in_f32 = c.dtype == mx::float32;
   return result;
 }
 
-OpResult bench_attention(mx::Dtype dtype, const MachineLimits& limits) {
+OpResult bench_attention(mx::Dtype dtype) {
   constexpr int kTokens = 1024, kHeads = 9, kKvHeads = 3, kHeadDim = 64;
   const auto q = random_array({kTokens, kHeads, kHeadDim}, dtype, 1.0f, 1);
   const auto k = random_array({kTokens, kKvHeads, kHeadDim}, dtype, 1.0f, 2);
@@ -98,11 +98,11 @@ OpResult bench_attention(mx::Dtype dtype, const MachineLimits& limits) {
   // Half the pairs are masked: q·kᵀ and p·v over the rest.
   result.flops = 4.0 * kTokens * (kTokens + 1) / 2 * kHeads * kHeadDim;
   result.bytes = static_cast<double>(2 * q.nbytes() + k.nbytes() + v.nbytes());
-  result.peak_gflops = dtype == mx::float32 ? limits.f32_gflops : limits.bf16_gflops;
+  result.computes_in_f32 = dtype == mx::float32;
   return result;
 }
 
-OpResult bench_cross_entropy(mx::Dtype dtype, const MachineLimits& limits) {
+OpResult bench_cross_entropy(mx::Dtype dtype) {
   constexpr int kTokens = 256, kHidden = 576, kVocab = 49152;
   const auto x = random_array({kTokens, kHidden}, dtype, 1.0f, 1);
   const Weight head = Weight::dense(random_array({kVocab, kHidden}, dtype, 0.04f, 2));
@@ -117,11 +117,11 @@ OpResult bench_cross_entropy(mx::Dtype dtype, const MachineLimits& limits) {
       [&](int) { ops::linear_cross_entropy(x, head, targets, weights, /*needs_grad=*/true).eval(); });
   result.flops = 4.0 * kTokens * kHidden * kVocab;  // logits, and their gradient back through the head
   result.bytes = static_cast<double>(head.nbytes() + 2 * x.nbytes());
-  result.peak_gflops = dtype == mx::float32 ? limits.f32_gflops : limits.bf16_gflops;
+  result.computes_in_f32 = dtype == mx::float32;
   return result;
 }
 
-OpResult bench_adamw(const MachineLimits& limits) {
+OpResult bench_adamw() {
   constexpr int kCount = 5'000'000;
   auto param = random_array({kCount}, mx::float32, 0.02f, 1);
   const auto grad = random_array({kCount}, mx::float32, 1e-3f, 2);
@@ -146,13 +146,13 @@ OpResult bench_adamw(const MachineLimits& limits) {
   // Reads the gradient twice (norm, step), the rest once; writes three.
   result.bytes = 8.0 * kCount * sizeof(float);
   result.flops = 15.0 * kCount;
-  result.peak_gflops = limits.f32_gflops;
   return result;
 }
 
 }  // namespace
 
 double OpResult::share_of_limit(const MachineLimits& limits) const {
+  const double peak_gflops = computes_in_f32 ? limits.f32_gflops : limits.bf16_gflops;
   const double compute_ms = flops / peak_gflops / 1e6, read_ms = bytes / limits.read_gbps / 1e6;
   return std::max(compute_ms, read_ms) / timing.median_ms;
 }
@@ -173,19 +173,19 @@ std::string kernel_form(uint32_t tokens, const std::string& weight_format, uint3
       cpu::isa_name(cpu::active_isa()));
 }
 
-void bench_ops(const MachineLimits& limits, const std::function<void(const OpResult&)>& on_result) {
+void bench_ops(const std::function<void(const OpResult&)>& on_result) {
   const LinearCase cases[] = {
       {mx::float32, "dense"}, {mx::bfloat16, "dense"}, {mx::bfloat16, "int4"}, {mx::float32, "int4"}};
   for (const LinearCase& c : cases) {
     for (const int tokens : {1, 8, 64, 512}) {
-      for (const bool with_lora : {false, true}) on_result(bench_linear(c, tokens, with_lora, limits));
+      for (const bool with_lora : {false, true}) on_result(bench_linear(c, tokens, with_lora));
     }
   }
   for (const mx::Dtype dtype : {mx::float32, mx::bfloat16}) {
-    on_result(bench_attention(dtype, limits));
-    on_result(bench_cross_entropy(dtype, limits));
+    on_result(bench_attention(dtype));
+    on_result(bench_cross_entropy(dtype));
   }
-  on_result(bench_adamw(limits));
+  on_result(bench_adamw());
 }
 
 }  // namespace metal_lora::cli

@@ -16,7 +16,7 @@ struct OpResult {
   std::string form;       ///< which kernel the shape takes
   Timing timing;
   double flops = 0.0, bytes = 0.0;
-  double peak_gflops = 0.0;  ///< the limit for its compute type
+  bool computes_in_f32 = true;  ///< which limit is its own: f32 or bf16
 
   double gflops() const { return flops / timing.median_ms / 1e6; }
   double gbps() const { return bytes / timing.median_ms / 1e6; }
@@ -26,7 +26,7 @@ struct OpResult {
 
 /// lora_linear at several sizes and weight formats, attention, cross-entropy and AdamW; each result
 /// goes to `on_result` as it comes.
-void bench_ops(const MachineLimits& limits, const std::function<void(const OpResult&)>& on_result);
+void bench_ops(const std::function<void(const OpResult&)>& on_result);
 
 /// Which kernel form and instruction set a lora_linear of this shape takes, in words.
 std::string kernel_form(uint32_t tokens, const std::string& weight_format, uint32_t n, uint32_t k);

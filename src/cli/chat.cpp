@@ -16,7 +16,7 @@
 namespace metal_lora::cli {
 namespace {
 
-constexpr const char* kFooter = R"(In the chat:
+constexpr const char* kChatFooter = R"(In the chat:
   /reset         forget the conversation
   /system TEXT   start over with this system message
   /help          these lines
@@ -28,7 +28,7 @@ Examples:
   metal-lora chat -m MODEL -a adapters --system "Answer with one SQL query." --temp 0
   printf 'Hello\nAnd who are you?\n' | metal-lora chat -m MODEL --json)";
 
-struct Options {
+struct ChatFlags {
   ModelOptions model;
   SamplingFlags sampling;
   std::string system;
@@ -64,7 +64,7 @@ class LineReader {
 
 class Chat {
  public:
-  Chat(Console& console, const Options& options)
+  Chat(Console& console, const ChatFlags& options)
       : console_(console),
         options_(options.sampling.resolve()),
         session_(Session::load(console, options.model)),
@@ -119,7 +119,7 @@ class Chat {
       reset(line.size() > name.size() ? line.substr(name.size() + 1) : "");
       console_.note(system_.empty() ? "no system message" : "system: " + system_);
     } else if (name == "/help") {
-      console_.note(std::string(kFooter).substr(0, std::string(kFooter).find("\n\n")));
+      console_.note(std::string(kChatFooter).substr(0, std::string(kChatFooter).find("\n\n")));
     } else {
       console_.note(name + " is not a command; /help lists them");
     }
@@ -176,13 +176,13 @@ class Chat {
 }  // namespace
 
 Command add_chat(CLI::App& parent) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<ChatFlags>();
   CLI::App* app = parent.add_subcommand("chat", "Talk to a model in the terminal");
   options->model.add_to(*app, "bfloat16");
   app->add_option("--system", options->system, "The system message");
   options->sampling.options.max_tokens = 512;
   options->sampling.add_to(*app);
-  app->footer(kFooter);
+  app->footer(kChatFooter);
   return {app, [options](Console& console) { Chat(console, *options).run(); }};
 }
 

@@ -15,7 +15,7 @@
 namespace metal_lora::cli {
 namespace {
 
-constexpr const char* kFooter = R"(Examples:
+constexpr const char* kConvertFooter = R"(Examples:
   metal-lora convert model.gguf --output model-hf --dtype float32
   metal-lora convert model-hf --output model-4bit --quantize 4 --quantize-group-size 64
   metal-lora convert adapters --to peft --output adapters-peft
@@ -24,13 +24,13 @@ constexpr const char* kFooter = R"(Examples:
 A model becomes a Hugging Face folder that transformers and mlx-lm load; with --quantize an MLX
 checkpoint. An adapter changes its format; its tensors keep every bit.)";
 
-struct Options {
+struct ConvertFlags {
   std::string input, output, to, dtype;
   int quantize = 0, quantize_group_size = 64;
   bool fold_scale = false;
 };
 
-void convert_adapter(Console& console, const Options& options) {
+void convert_adapter(Console& console, const ConvertFlags& options) {
   AdapterFile adapter = read_adapter(options.input);
   const AdapterFormat from = adapter.info.format;
   AdapterFormat to = from == AdapterFormat::peft ? AdapterFormat::mlx_lm : AdapterFormat::peft;
@@ -50,7 +50,7 @@ void convert_adapter(Console& console, const Options& options) {
   }
 }
 
-void convert_model(Console& console, const Options& options) {
+void convert_model(Console& console, const ConvertFlags& options) {
   if (options.to == "peft" || options.to == "mlx-lm") {
     throw Error(
         ErrorCode::invalid_input,
@@ -78,7 +78,7 @@ void convert_model(Console& console, const Options& options) {
   }
 }
 
-void run(Console& console, const Options& options) {
+void run_convert(Console& console, const ConvertFlags& options) {
   const auto summary = io::unwrap(io::inspect_path(options.input));
   const bool is_adapter =
       summary.kind == io::FileKind::mlx_adapter || summary.kind == io::FileKind::peft_adapter;
@@ -96,7 +96,7 @@ void run(Console& console, const Options& options) {
 }  // namespace
 
 Command add_convert(CLI::App& parent) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<ConvertFlags>();
   CLI::App* app = parent.add_subcommand("convert", "GGUF to Hugging Face; adapters between formats");
   app->add_option("input", options->input, "A model or an adapter")->required();
   app->add_option("--output,-o", options->output, "The new folder")->required();
@@ -111,8 +111,8 @@ Command add_convert(CLI::App& parent) {
   app->add_flag(
       "--fold-scale", options->fold_scale,
       "For mlx-lm, which has one scale: fold differences between modules into B");
-  app->footer(kFooter);
-  return {app, [options](Console& console) { run(console, *options); }};
+  app->footer(kConvertFooter);
+  return {app, [options](Console& console) { run_convert(console, *options); }};
 }
 
 }  // namespace metal_lora::cli

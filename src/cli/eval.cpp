@@ -14,19 +14,19 @@
 namespace metal_lora::cli {
 namespace {
 
-constexpr const char* kFooter = R"(Examples:
+constexpr const char* kEvalFooter = R"(Examples:
   metal-lora eval -m MODEL --data data/ --json
   metal-lora eval -m MODEL -a adapters --data data/ --split valid --mask-prompt
 
 Mean loss per token over DIR/test.jsonl (or another split), and its exponential, the perplexity.)";
 
-struct Options {
+struct EvalFlags {
   ModelOptions model;
   std::string data, split = "test";
   EvalOptions eval;
 };
 
-std::filesystem::path split_file(const Options& options) {
+std::filesystem::path split_file(const EvalFlags& options) {
   const std::filesystem::path data = options.data;
   if (std::filesystem::is_regular_file(data)) return data;
   const auto file = data / (options.split + ".jsonl");
@@ -38,7 +38,7 @@ std::filesystem::path split_file(const Options& options) {
   return file;
 }
 
-void run(Console& console, const Options& options) {
+void run_eval(Console& console, const EvalFlags& options) {
   const auto file = split_file(options);
   const Session session = Session::load(console, options.model);
   const Interruptible interrupt;
@@ -63,7 +63,7 @@ void run(Console& console, const Options& options) {
 }  // namespace
 
 Command add_eval(CLI::App& parent) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<EvalFlags>();
   CLI::App* app = parent.add_subcommand("eval", "Loss and perplexity on a data set");
   options->model.add_to(*app, "float32");
   app->add_option("--data", options->data, "Folder with test.jsonl, or one .jsonl file")->required();
@@ -78,8 +78,8 @@ Command add_eval(CLI::App& parent) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   app->add_flag("--mask-prompt", options->eval.mask_prompt, "Count the answers only");
-  app->footer(kFooter);
-  return {app, [options](Console& console) { run(console, *options); }};
+  app->footer(kEvalFooter);
+  return {app, [options](Console& console) { run_eval(console, *options); }};
 }
 
 }  // namespace metal_lora::cli

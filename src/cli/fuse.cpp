@@ -13,7 +13,7 @@
 namespace metal_lora::cli {
 namespace {
 
-constexpr const char* kFooter = R"(Examples:
+constexpr const char* kFuseFooter = R"(Examples:
   metal-lora fuse -m MODEL -a adapters --output fused
   metal-lora fuse -m MODEL -a adapters --output fused --dtype float32 --json
 
@@ -22,13 +22,13 @@ update that the target's rounding kept, and the KL divergence of the merged mode
 those of base + adapter on a fixed prompt, beside the KL that the adapter makes at all. A merge that
 loses the adapter (a 4-bit target usually does) is refused.)";
 
-struct Options {
+struct FuseFlags {
   std::string model, adapter_path, output, dtype;
   int quantize = 0, quantize_group_size = 64;
   bool allow_loss = false;
 };
 
-void print_report(Console& console, const Options& options, const FuseReport& report) {
+void print_report(Console& console, const FuseFlags& options, const FuseReport& report) {
   for (const KeptUpdate& linear : report.linears) {
     console.line(fmt::format("kept {:7.4f}  noise {:7.4f}  {}", linear.kept(), linear.error(), linear.path));
   }
@@ -41,7 +41,7 @@ void print_report(Console& console, const Options& options, const FuseReport& re
   console.line("merged model: " + console.bold(options.output));
 }
 
-void run(Console& console, const Options& options) {
+void run_fuse(Console& console, const FuseFlags& options) {
   FuseOptions fuse;
   fuse.target.dtype = target_dtype(options.dtype, options.quantize);
   fuse.target.quantize_bits = options.quantize;
@@ -77,7 +77,7 @@ void run(Console& console, const Options& options) {
 }  // namespace
 
 Command add_fuse(CLI::App& parent) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<FuseFlags>();
   CLI::App* app = parent.add_subcommand("fuse", "Merge an adapter into its base, and prove it");
   app->add_option("--model,-m", options->model, "The base: a .gguf file or a Hugging Face folder")->required();
   app->add_option("--adapter-path,-a", options->adapter_path, "The adapter's folder")->required();
@@ -89,8 +89,8 @@ Command add_fuse(CLI::App& parent) {
       ->check(CLI::IsMember({32, 64, 128}))
       ->capture_default_str();
   app->add_flag("--allow-loss", options->allow_loss, "Write a merge that loses the adapter all the same");
-  app->footer(kFooter);
-  return {app, [options](Console& console) { run(console, *options); }};
+  app->footer(kFuseFooter);
+  return {app, [options](Console& console) { run_fuse(console, *options); }};
 }
 
 }  // namespace metal_lora::cli

@@ -16,7 +16,7 @@
 namespace metal_lora::cli {
 namespace {
 
-constexpr const char* kFooter = R"(Examples:
+constexpr const char* kGenerateFooter = R"(Examples:
   metal-lora generate -m MODEL --chat --prompt "Name three rivers." --temp 0.7 --seed 1
   metal-lora generate -m MODEL -a adapters --chat --prompts-file questions.jsonl --json
   echo "Once upon a time" | metal-lora generate -m MODEL --prompt - --max-tokens 40
@@ -25,7 +25,7 @@ constexpr const char* kFooter = R"(Examples:
 model is loaded once and the answers come in the same order. Without --chat a prompt is continued as
 it stands; with --chat it is the user's turn in the model's chat template.)";
 
-struct Options {
+struct GenerateFlags {
   ModelOptions model;
   SamplingFlags sampling;
   std::string prompt, prompts_file, system;
@@ -50,7 +50,7 @@ Request chat_request(const std::string& prompt, const std::string& system) {
   return request;
 }
 
-std::vector<Request> read_requests(const Options& options) {
+std::vector<Request> read_requests(const GenerateFlags& options) {
   const auto as_request = [&](const std::string& prompt) {
     return options.chat ? chat_request(prompt, options.system) : Request{prompt, nullptr};
   };
@@ -102,7 +102,7 @@ void answer(
   if (interrupt.requested()) throw Error(ErrorCode::interrupted, "[generate] interrupted");
 }
 
-void run(Console& console, const Options& options) {
+void run_generate(Console& console, const GenerateFlags& options) {
   if (options.prompt.empty() == options.prompts_file.empty()) {
     throw Error(
         ErrorCode::invalid_input,
@@ -121,7 +121,7 @@ void run(Console& console, const Options& options) {
 }  // namespace
 
 Command add_generate(CLI::App& parent) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<GenerateFlags>();
   CLI::App* app = parent.add_subcommand("generate", "Continue a prompt, or answer it with --chat");
   options->model.add_to(*app, "bfloat16");
   app->add_option("--prompt,-p", options->prompt, "The prompt; - reads it from stdin");
@@ -129,8 +129,8 @@ Command add_generate(CLI::App& parent) {
   app->add_flag("--chat", options->chat, "Put the prompt into the model's chat template");
   app->add_option("--system", options->system, "The system message, with --chat");
   options->sampling.add_to(*app);
-  app->footer(kFooter);
-  return {app, [options](Console& console) { run(console, *options); }};
+  app->footer(kGenerateFooter);
+  return {app, [options](Console& console) { run_generate(console, *options); }};
 }
 
 }  // namespace metal_lora::cli

@@ -17,7 +17,7 @@
 namespace metal_lora::cli {
 namespace {
 
-constexpr const char* kFooter = R"(Examples:
+constexpr const char* kInspectFooter = R"(Examples:
   metal-lora inspect model.gguf
   metal-lora inspect adapters/ --json
   metal-lora inspect model.gguf --tensors
@@ -26,7 +26,7 @@ constexpr const char* kFooter = R"(Examples:
 PATH is a model (file or folder), an adapter, a .safetensors file or a data set. All that its headers
 say is checked; no tensor data is read, except an adapter's.)";
 
-struct Options {
+struct InspectFlags {
   std::string path;
   bool devices = false, tensors = false;
 };
@@ -54,7 +54,7 @@ nlohmann::ordered_json describe_adapter(const std::string& path) {
   return json;
 }
 
-nlohmann::ordered_json to_json(const io::FileSummary& summary, const Options& options) {
+nlohmann::ordered_json to_json(const io::FileSummary& summary, const InspectFlags& options) {
   nlohmann::ordered_json json = {
       {"path", summary.path},
       {"kind", io::file_kind_name(summary.kind)},
@@ -109,7 +109,7 @@ void inspect_devices(Console& console) {
   if (!console.json) print_summary(console, device);
 }
 
-void run(Console& console, const Options& options) {
+void run_inspect(Console& console, const InspectFlags& options) {
   if (options.devices == !options.path.empty()) {
     throw Error(ErrorCode::invalid_input, "[inspect] exactly one of PATH and --devices must be given");
   }
@@ -130,13 +130,13 @@ void run(Console& console, const Options& options) {
 }  // namespace
 
 Command add_inspect(CLI::App& parent) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<InspectFlags>();
   CLI::App* app = parent.add_subcommand("inspect", "What a file or folder is, or what this machine has");
   app->add_option("path", options->path, "Model, adapter, .safetensors file or data set");
   app->add_flag("--devices", options->devices, "The devices of this machine instead");
   app->add_flag("--tensors", options->tensors, "List every tensor");
-  app->footer(kFooter);
-  return {app, [options](Console& console) { run(console, *options); }};
+  app->footer(kInspectFooter);
+  return {app, [options](Console& console) { run_inspect(console, *options); }};
 }
 
 }  // namespace metal_lora::cli

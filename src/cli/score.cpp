@@ -12,7 +12,7 @@
 namespace metal_lora::cli {
 namespace {
 
-constexpr const char* kFooter = R"(Examples:
+constexpr const char* kScoreFooter = R"(Examples:
   metal-lora score -m MODEL --text "The capital of France is Paris." --json
   metal-lora score -m MODEL -a adapters --file page.txt
 
@@ -20,7 +20,7 @@ Prints the natural logarithm of each token's probability after the tokens before
 none. No chat template, and no token is added. Figures are comparable with other programs in
 float32, the default here.)";
 
-struct Options {
+struct ScoreFlags {
   ModelOptions model;
   std::string text, file;
 };
@@ -31,7 +31,7 @@ std::string read_text(const std::string& path) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-void run(Console& console, const Options& options, bool has_text) {
+void run_score(Console& console, const ScoreFlags& options, bool has_text) {
   if (has_text == !options.file.empty()) {
     throw Error(ErrorCode::invalid_input, "[score] exactly one of --text and --file must be given");
   }
@@ -66,13 +66,13 @@ void run(Console& console, const Options& options, bool has_text) {
 }  // namespace
 
 Command add_score(CLI::App& parent) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<ScoreFlags>();
   CLI::App* app = parent.add_subcommand("score", "Log-probability of each token of a text");
   options->model.add_to(*app, "float32");
   CLI::Option* text = app->add_option("--text,-t", options->text, "The text");
   app->add_option("--file,-f", options->file, "A file with the text, taken byte for byte");
-  app->footer(kFooter);
-  return {app, [options, text](Console& console) { run(console, *options, text->count() > 0); }};
+  app->footer(kScoreFooter);
+  return {app, [options, text](Console& console) { run_score(console, *options, text->count() > 0); }};
 }
 
 }  // namespace metal_lora::cli

@@ -12,25 +12,25 @@
 namespace metal_lora::cli {
 namespace {
 
-constexpr const char* kFooter = R"(Examples:
+constexpr const char* kTokenizeFooter = R"(Examples:
   metal-lora tokenize -m MODEL --text "Hello, world" --json
   metal-lora tokenize -m MODEL --file page.txt --add-special-tokens
 
 Needs the tokenizer alone: a GGUF file, or a folder with tokenizer.json.)";
 
-struct Options {
+struct TokenizeFlags {
   std::string model, text, file;
   bool add_special_tokens = false;
 };
 
-std::string input_text(const Options& options) {
+std::string input_text(const TokenizeFlags& options) {
   if (options.file.empty()) return options.text;
   const auto mapped = io::unwrap(io::MappedFile::open(options.file));
   const auto bytes = mapped->bytes();
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-void run(Console& console, const Options& options, bool has_text) {
+void run_tokenize(Console& console, const TokenizeFlags& options, bool has_text) {
   if (has_text == !options.file.empty()) {
     throw Error(
         ErrorCode::invalid_input, "[tokenize] exactly one of --text and --file must be given");
@@ -50,14 +50,14 @@ void run(Console& console, const Options& options, bool has_text) {
 }  // namespace
 
 Command add_tokenize(CLI::App& parent) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<TokenizeFlags>();
   CLI::App* app = parent.add_subcommand("tokenize", "Token ids of a text");
   app->add_option("--model,-m", options->model, "A .gguf file or a Hugging Face folder")->required();
   CLI::Option* text = app->add_option("--text,-t", options->text, "The text");
   app->add_option("--file,-f", options->file, "A file with the text, taken byte for byte");
   app->add_flag("--add-special-tokens", options->add_special_tokens, "Add BOS where the model has one");
-  app->footer(kFooter);
-  return {app, [options, text](Console& console) { run(console, *options, text->count() > 0); }};
+  app->footer(kTokenizeFooter);
+  return {app, [options, text](Console& console) { run_tokenize(console, *options, text->count() > 0); }};
 }
 
 }  // namespace metal_lora::cli

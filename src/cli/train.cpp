@@ -20,7 +20,7 @@ namespace {
 constexpr int kBarWidth = 20;
 constexpr int kSparklineWidth = 60;
 
-constexpr const char* kFooter = R"(Examples:
+constexpr const char* kTrainFooter = R"(Examples:
   metal-lora train -m MODEL --data data/ --iters 60 --learning-rate 1e-3 --rank 16 --num-layers -1 --mask-prompt
   metal-lora train --config lora.yaml --batch-size 2
   metal-lora train -m MODEL --data data/ --adapter-path adapters --resume
@@ -30,7 +30,7 @@ DIR/train.jsonl and DIR/valid.jsonl hold one sample a line: {"prompt", "completi
 The adapter (mlx-lm's format) and report.html appear in --adapter-path. Ctrl-C saves the exact state;
 --resume goes on from there.)";
 
-struct Options {
+struct TrainFlags {
   std::string config_file;
   std::map<std::string, std::string> values;  ///< by key, of the flags that were given
 };
@@ -40,7 +40,7 @@ std::string with_negation(std::string_view flags) {
   return fmt::format("{},!--no-{}", flags, first.substr(2));
 }
 
-void add_option(CLI::App& app, const TrainingOption& option, Options& options) {
+void add_option(CLI::App& app, const TrainingOption& option, TrainFlags& options) {
   const std::string key(option.key), flags(option.flags), help(option.help);
   const auto store = [&options, key](const std::string& value) { options.values[key] = value; };
   if (option.type == OptionType::boolean) {
@@ -59,7 +59,7 @@ void add_option(CLI::App& app, const TrainingOption& option, Options& options) {
   }
 }
 
-TrainingConfig read_config(const Options& options) {
+TrainingConfig read_config(const TrainFlags& options) {
   TrainingConfig config =
       options.config_file.empty() ? TrainingConfig{} : TrainingConfig::from_yaml(options.config_file);
   for (const auto& [key, value] : options.values) config.set(key, value);
@@ -202,7 +202,7 @@ void describe(Console& console, const Model& model, const Trainer& trainer, cons
       bytes(estimate.loss), bytes(estimate.adapter), bytes(estimate.data), bytes(estimate.runtime)));
 }
 
-void run(Console& console, const Options& options) {
+void run_train(Console& console, const TrainFlags& options) {
   const TrainingConfig config = read_config(options);
   LoadOptions load = config.load_options();
   load.progress = [&](double fraction) {
@@ -222,7 +222,7 @@ void run(Console& console, const Options& options) {
 }  // namespace
 
 Command add_train(CLI::App& parent) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<TrainFlags>();
   CLI::App* app = parent.add_subcommand("train", "Fine-tune a LoRA adapter on your data");
   app->add_option("--config,-c", options->config_file, "YAML with mlx-lm's keys; flags win over it");
   bool has_train_flag = false;
@@ -237,8 +237,8 @@ Command add_train(CLI::App& parent) {
         [raw = options.get()](std::int64_t count) { raw->values["train"] = count > 0 ? "true" : "false"; },
         "Train (the default); --no-train only tests");
   }
-  app->footer(kFooter);
-  return {app, [options](Console& console) { run(console, *options); }};
+  app->footer(kTrainFooter);
+  return {app, [options](Console& console) { run_train(console, *options); }};
 }
 
 }  // namespace metal_lora::cli

@@ -257,6 +257,28 @@ def test_chat_over_a_pipe_remembers_and_reuses(cli, tiny):
     assert lines[2]["tokens"] == lines[0]["tokens"]
 
 
+def test_ctrl_c_stops_the_answer_not_the_chat(metal_lora, model_path):
+    process = subprocess.Popen(
+        [str(metal_lora), "chat", "--model", str(model_path), "--max-tokens", "4000", "--ignore-eos"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdin.write("Tell me a long story.\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)  # the answer has begun
+    process.send_signal(signal.SIGINT)
+    rest, _ = process.communicate("/exit\n", timeout=60)
+    assert process.returncode == 0 and rest.endswith("\n")
+
+
+def test_ctrl_c_ends_generate_with_130(metal_lora, model_path):
+    process = subprocess.Popen(
+        [str(metal_lora), "generate", "--model", str(model_path), "--prompt", "Once", "--max-tokens", "4000",
+         "--ignore-eos"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
 # ---- adapters: convert, fuse ----
 
 
