@@ -61,12 +61,13 @@ AdapterWeights random_adapter(const ModelConfig& config, int rank, mx::Dtype dty
   };
   for (const LinearInfo& linear : adaptable_linears(config)) {
     modules.push_back(
-        {linear.path, Lora{matrix(rank, linear.in_features), matrix(linear.out_features, rank), 1.0f}});
+        {linear.path,
+         Lora{matrix(rank, linear.in_features), matrix(linear.out_features, rank), 1.0f}});
   }
   return AdapterWeights(config, std::move(modules));
 }
 
-nlohmann::ordered_json to_json(const Timing& timing) {
+nlohmann::ordered_json timing_json(const Timing& timing) {
   return {
       {"ms_median", timing.median_ms},
       {"ms_p10", timing.p10_ms},
@@ -77,11 +78,12 @@ nlohmann::ordered_json to_json(const Timing& timing) {
 /// Neighbours slow a limit down, never up: the larger of two measurements.
 MachineLimits larger(const MachineLimits& x, const MachineLimits& y) {
   return {
-      std::max(x.f32_gflops, y.f32_gflops), std::max(x.bf16_gflops, y.bf16_gflops),
+      std::max(x.f32_gflops, y.f32_gflops),
+      std::max(x.bf16_gflops, y.bf16_gflops),
       std::max(x.read_gbps, y.read_gbps)};
 }
 
-void run_ops(Console& console) {
+void report_ops(Console& console) {
   MachineLimits limits = measure_limits();
   std::vector<OpResult> results;
   bench_ops([&](const OpResult& result) {
@@ -90,29 +92,50 @@ void run_ops(Console& console) {
   });
   limits = larger(limits, measure_limits());
   console.line(fmt::format(
-      "limits: f32 {:.0f} GFLOP/s, bf16 {:.0f} GFLOP/s, read {:.1f} GB/s", limits.f32_gflops,
-      limits.bf16_gflops, limits.read_gbps));
+      "limits: f32 {:.0f} GFLOP/s, bf16 {:.0f} GFLOP/s, read {:.1f} GB/s",
+      limits.f32_gflops,
+      limits.bf16_gflops,
+      limits.read_gbps));
   console.line(fmt::format(
-      "{:<21} {:<10} {:<32} {:>9} {:>9} {:>9} {:>8} {:>7} {:>6}", "op", "dtype", "shape", "median ms",
-      "p10", "p90", "GFLOP/s", "GB/s", "limit"));
+      "{:<21} {:<10} {:<32} {:>9} {:>9} {:>9} {:>8} {:>7} {:>6}",
+      "op",
+      "dtype",
+      "shape",
+      "median ms",
+      "p10",
+      "p90",
+      "GFLOP/s",
+      "GB/s",
+      "limit"));
   auto rows = nlohmann::ordered_json::array();
   for (const OpResult& r : results) {
     console.line(fmt::format(
-        "{:<21} {:<10} {:<32} {:>9.4f} {:>9.4f} {:>9.4f} {:>8.1f} {:>7.1f} {:>5.0f}%", r.name, r.dtype,
-        r.shape, r.timing.median_ms, r.timing.p10_ms, r.timing.p90_ms, r.gflops(), r.gbps(),
+        "{:<21} {:<10} {:<32} {:>9.4f} {:>9.4f} {:>9.4f} {:>8.1f} {:>7.1f} {:>5.0f}%",
+        r.name,
+        r.dtype,
+        r.shape,
+        r.timing.median_ms,
+        r.timing.p10_ms,
+        r.timing.p90_ms,
+        r.gflops(),
+        r.gbps(),
         100 * r.share_of_limit(limits)));
-    nlohmann::ordered_json row = {{"op", r.name}, {"dtype", r.dtype}, {"shape", r.shape}, {"form", r.form}};
-    row.update(to_json(r.timing));
+    nlohmann::ordered_json row = {
+        {"op", r.name}, {"dtype", r.dtype}, {"shape", r.shape}, {"form", r.form}};
+    row.update(timing_json(r.timing));
     row["gflops"] = r.gflops();
     row["gbps"] = r.gbps();
     row["share_of_limit"] = r.share_of_limit(limits);
     rows.push_back(row);
   }
   console.emit(
-      {{"bench", "ops"}, {"machine", build_and_machine()}, {"limits", to_json(limits)}, {"results", rows}});
+      {{"bench", "ops"},
+       {"machine", build_and_machine()},
+       {"limits", to_json(limits)},
+       {"results", rows}});
 }
 
-void run_explain(Console& console, const BenchFlags& options) {
+void explain_forms(Console& console, const BenchFlags& options) {
   auto rows = nlohmann::ordered_json::array();
   const auto add = [&](uint32_t tokens, const std::string& format, uint32_t n, uint32_t k) {
     const std::string form = kernel_form(tokens, format, n, k);
@@ -129,7 +152,8 @@ void run_explain(Console& console, const BenchFlags& options) {
       const auto path = fmt::format("model.layers.0.{}", slot_path(static_cast<Slot>(slot)));
       const WeightParams& p = model->linear(path).weight.params();
       static constexpr const char* kFormats[] = {"f32", "f16", "bf16", "int4", "int8"};
-      for (const uint32_t tokens : {1u, 256u}) add(tokens, kFormats[static_cast<size_t>(p.format)], p.n, p.k);
+      for (const uint32_t tokens : {1u, 256u})
+        add(tokens, kFormats[static_cast<size_t>(p.format)], p.n, p.k);
     }
   }
   console.emit({{"bench", "explain"}, {"machine", build_and_machine()}, {"forms", rows}});
@@ -138,11 +162,12 @@ void run_explain(Console& console, const BenchFlags& options) {
 /// `count` ids that differ from one another, in the vocabulary's middle.
 std::vector<int32_t> some_tokens(const ModelConfig& config, int count) {
   std::vector<int32_t> tokens;
-  for (int i = 0; i < count; ++i) tokens.push_back((config.vocab_size / 2 + 37 * i) % config.vocab_size);
+  for (int i = 0; i < count; ++i)
+    tokens.push_back((config.vocab_size / 2 + 37 * i) % config.vocab_size);
   return tokens;
 }
 
-void run_generation(Console& console, const BenchFlags& options) {
+void bench_generation(Console& console, const BenchFlags& options) {
   Session session = Session::load(console, options.model);
   if (options.rank > 0) {
     session.adapter = random_adapter(session.model->config(), options.rank, session.model->dtype());
@@ -168,7 +193,9 @@ void run_generation(Console& console, const BenchFlags& options) {
   nlohmann::ordered_json json = {
       {"bench", options.what},
       {"model", options.model.model},
-      {"adapter", options.rank > 0 ? fmt::format("random, rank {}", options.rank) : options.model.adapter_path},
+      {"adapter",
+       options.rank > 0 ? fmt::format("random, rank {}", options.rank)
+                        : options.model.adapter_path},
       {"dtype", options.model.dtype},
       {"prompt_tokens", prompt_tokens},
       {"generated_tokens", decode ? options.generate_tokens : 0},
@@ -181,8 +208,12 @@ void run_generation(Console& console, const BenchFlags& options) {
   console.emit(json);
   if (!console.json) {
     console.line(fmt::format(
-        "{}: {:.1f} tokens/s (p10 {:.1f}, p90 {:.1f}, {} rounds); peak memory {}", options.what,
-        summary.median_ms, summary.p10_ms, summary.p90_ms, summary.runs,
+        "{}: {:.1f} tokens/s (p10 {:.1f}, p90 {:.1f}, {} rounds); peak memory {}",
+        options.what,
+        summary.median_ms,
+        summary.p10_ms,
+        summary.p90_ms,
+        summary.runs,
         format_bytes(static_cast<double>(last.peak_memory_bytes))));
   }
 }
@@ -209,7 +240,8 @@ class ScratchFolder {
 
 /// Samples longer than any sequence length asked for: each is cut to exactly that many tokens.
 void write_training_data(const fs::path& folder, int samples, int tokens) {
-  static constexpr const char* kWords[] = {"river", "stone", "seven", "green", "walk", "letter", "over", "night"};
+  static constexpr const char* kWords[] = {
+      "river", "stone", "seven", "green", "walk", "letter", "over", "night"};
   for (const char* name : {"train.jsonl", "valid.jsonl"}) {
     std::ofstream file(folder / name);
     uint64_t state = 7;
@@ -224,7 +256,7 @@ void write_training_data(const fs::path& folder, int samples, int tokens) {
   }
 }
 
-void run_train(Console& console, const BenchFlags& options) {
+void bench_train(Console& console, const BenchFlags& options) {
   const ScratchFolder scratch;
   TrainingConfig config;
   config.model = options.model.model;
@@ -276,35 +308,47 @@ void run_train(Console& console, const BenchFlags& options) {
   if (!console.json) {
     console.line(fmt::format(
         "train {} x {}: {:.0f} tokens/s (p10 {:.0f}, p90 {:.0f}, {} steps); peak memory {}",
-        config.batch_size, config.max_seq_length, summary.median_ms, summary.p10_ms, summary.p90_ms,
-        summary.runs, format_bytes(static_cast<double>(peak_memory_bytes()))));
+        config.batch_size,
+        config.max_seq_length,
+        summary.median_ms,
+        summary.p10_ms,
+        summary.p90_ms,
+        summary.runs,
+        format_bytes(static_cast<double>(peak_memory_bytes()))));
   }
 }
 
 void run_bench(Console& console, const BenchFlags& options) {
-  if (options.explain) return run_explain(console, options);
-  if (options.what == "ops") return run_ops(console);
+  if (options.explain) return explain_forms(console, options);
+  if (options.what == "ops") return report_ops(console);
   if (options.model.model.empty()) {
-    throw Error(ErrorCode::invalid_input, fmt::format("[bench {}] --model must be given but is not", options.what));
+    throw Error(
+        ErrorCode::invalid_input,
+        fmt::format("[bench {}] --model must be given but is not", options.what));
   }
-  if (options.what == "train") return run_train(console, options);
-  run_generation(console, options);
+  if (options.what == "train") return bench_train(console, options);
+  bench_generation(console, options);
 }
 
 }  // namespace
 
 Command add_bench(CLI::App& parent) {
   auto options = std::make_shared<BenchFlags>();
-  CLI::App* app = parent.add_subcommand("bench", "Measure operations, training, decoding and prefill");
+  CLI::App* app =
+      parent.add_subcommand("bench", "Measure operations, training, decoding and prefill");
   app->add_option("what", options->what, "ops, train, decode or prefill")
       ->required()
       ->check(CLI::IsMember({"ops", "train", "decode", "prefill"}));
   options->model.add_to(*app, "bfloat16");
   app->get_option("--model")->required(false);
-  app->add_option("--rank", options->rank, "A random adapter of this rank on every linear; 0: none (train: 8)")
+  app->add_option(
+         "--rank",
+         options->rank,
+         "A random adapter of this rank on every linear; 0: none (train: 8)")
       ->check(CLI::Range(0, kMaxAdapterRank))
       ->capture_default_str();
-  app->add_option("--prompt-tokens", options->prompt_tokens, "Default: 16 for decode, 256 for prefill")
+  app->add_option(
+         "--prompt-tokens", options->prompt_tokens, "Default: 16 for decode, 256 for prefill")
       ->check(CLI::NonNegativeNumber);
   app->add_option("--tokens", options->generate_tokens, "Tokens to decode")
       ->check(CLI::Range(2, 1 << 20))
@@ -312,14 +356,17 @@ Command add_bench(CLI::App& parent) {
   app->add_option("--rounds", options->rounds, "Rounds of decode and prefill")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app->add_option("--batch-size", options->batch_size, "Of train")->check(CLI::PositiveNumber)->capture_default_str();
+  app->add_option("--batch-size", options->batch_size, "Of train")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   app->add_option("--seq-length", options->seq_length, "Tokens of a sample of train")
       ->check(CLI::Range(2, 1 << 20))
       ->capture_default_str();
   app->add_option("--iters", options->iters, "Measured steps of train")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app->add_flag("--explain", options->explain, "Print which kernel each shape takes, and measure nothing");
+  app->add_flag(
+      "--explain", options->explain, "Print which kernel each shape takes, and measure nothing");
   app->footer(kBenchFooter);
   return {app, [options](Console& console) { run_bench(console, *options); }};
 }

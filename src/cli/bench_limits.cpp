@@ -1,8 +1,9 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// The roof of the machine: loops that do nothing but multiply-add on registers, and nothing but read.
-// Each is compiled for its instruction set by attribute, so that the program itself runs anywhere.
+// The roof of the machine: loops that do nothing but multiply-add on registers, and nothing but
+// read. Each is compiled for its instruction set by attribute, so that the program itself runs
+// anywhere.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -19,8 +20,9 @@
 namespace metal_lora::cli {
 namespace {
 
-constexpr int kRounds = 4'000'000;    ///< of a register loop: some milliseconds
-constexpr int kChains = 10;           ///< independent sums: hide the latency of a multiply-add (4) at 2 a cycle
+constexpr int kRounds = 4'000'000;  ///< of a register loop: some milliseconds
+constexpr int kChains =
+    10;  ///< independent sums: hide the latency of a multiply-add (4) at 2 a cycle
 constexpr size_t kReadBytes = 256u << 20;
 constexpr size_t kReadChunk = 1u << 20;
 
@@ -56,7 +58,8 @@ __attribute__((target("avx512f"))) void fma_avx512() {
 __attribute__((target("avx512f,avx512bf16"))) void dot_bf16() {
   __m512 sums[kChains];
   for (auto& s : sums) s = _mm512_set1_ps(1.0f);
-  const __m512bh a = (__m512bh)_mm512_set1_epi32(0x3c003c00), b = (__m512bh)_mm512_set1_epi32(0x3c003c00);
+  const __m512bh a = (__m512bh)_mm512_set1_epi32(0x3c003c00),
+                 b = (__m512bh)_mm512_set1_epi32(0x3c003c00);
   for (int i = 0; i < kRounds; ++i) {
 #pragma GCC unroll 10
     for (int c = 0; c < kChains; ++c) sums[c] = _mm512_dpbf16_ps(sums[c], a, b);
@@ -74,7 +77,8 @@ __attribute__((target("avx2"))) uint64_t read_avx2(const uint64_t* data, size_t 
           sums[c], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + i + 4 * c)));
     }
   }
-  const __m256i total = _mm256_add_epi64(_mm256_add_epi64(sums[0], sums[1]), _mm256_add_epi64(sums[2], sums[3]));
+  const __m256i total =
+      _mm256_add_epi64(_mm256_add_epi64(sums[0], sums[1]), _mm256_add_epi64(sums[2], sums[3]));
   return static_cast<uint64_t>(_mm256_extract_epi64(total, 0));
 }
 #endif
@@ -166,7 +170,9 @@ nlohmann::ordered_json to_json(const MachineLimits& limits) {
 Timing summarize(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   const auto at = [&](double share) {
-    return values.empty() ? 0.0 : values[static_cast<size_t>(share * static_cast<double>(values.size() - 1) + 0.5)];
+    return values.empty()
+               ? 0.0
+               : values[static_cast<size_t>(share * static_cast<double>(values.size() - 1) + 0.5)];
   };
   return {at(0.5), at(0.1), at(0.9), static_cast<int>(values.size())};
 }

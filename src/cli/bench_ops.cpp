@@ -24,7 +24,9 @@ constexpr size_t kBeyondCaches = 256u << 20;  ///< bytes of weight copies used i
 
 mx::array random_array(mx::Shape shape, mx::Dtype dtype, float scale, uint64_t seed) {
   mx::array a = mx::astype(
-      mx::multiply(mx::random::normal(shape, mx::float32, 0.0f, 1.0f, mx::random::key(seed)), mx::array(scale)),
+      mx::multiply(
+          mx::random::normal(shape, mx::float32, 0.0f, 1.0f, mx::random::key(seed)),
+          mx::array(scale)),
       dtype);
   a.eval();
   return a;
@@ -46,8 +48,8 @@ Weight make_weight(const LinearCase& c, const mx::array& dense) {
   return weight.quantized(c.format == "int4" ? 4 : 8, 64).prepared();
 }
 
-/// Enough copies that none is still in a cache when its turn comes again; few when many tokens share
-/// one read of it.
+/// Enough copies that none is still in a cache when its turn comes again; few when many tokens
+/// share one read of it.
 std::vector<LoraLinear> make_linears(const LinearCase& c, int tokens, bool with_lora) {
   const auto dense = random_array({kDims, kDims}, c.dtype, 1.0f / std::sqrt(float(kDims)), 1);
   const auto a = random_array({kRank, kDims}, c.dtype, 0.02f, 2);
@@ -69,12 +71,12 @@ OpResult bench_linear(const LinearCase& c, int tokens, bool with_lora) {
   OpResult result;
   result.name = with_lora ? "lora_linear" : "linear";
   result.dtype = dtype_text(c.dtype) + (c.format == "dense" ? "" : "/" + c.format);
-  result.shape = fmt::format("M={} K=N={}{}", tokens, kDims, with_lora ? fmt::format(" r={}", kRank) : "");
+  result.shape =
+      fmt::format("M={} K=N={}{}", tokens, kDims, with_lora ? fmt::format(" r={}", kRank) : "");
   const std::string format = c.format == "dense" ? dtype_text(c.dtype) : c.format;
   result.form = kernel_form(static_cast<uint32_t>(tokens), format, kDims, kDims);
-  result.timing = measure([&](int i) {
-    ops::lora_linear(x, linears[static_cast<size_t>(i) % linears.size()]).eval();
-  });
+  result.timing = measure(
+      [&](int i) { ops::lora_linear(x, linears[static_cast<size_t>(i) % linears.size()]).eval(); });
   const double m = tokens, d = kDims;
   result.flops = 2 * m * d * d + (with_lora ? 4 * m * d * kRank : 0);
   const double element = static_cast<double>(mx::size_of(c.dtype));
@@ -113,9 +115,11 @@ OpResult bench_cross_entropy(mx::Dtype dtype) {
   result.name = "linear_cross_entropy";
   result.dtype = dtype_text(dtype);
   result.shape = fmt::format("tokens={} dims={} vocab={}", kTokens, kHidden, kVocab);
-  result.timing = measure(
-      [&](int) { ops::linear_cross_entropy(x, head, targets, weights, /*needs_grad=*/true).eval(); });
-  result.flops = 4.0 * kTokens * kHidden * kVocab;  // logits, and their gradient back through the head
+  result.timing = measure([&](int) {
+    ops::linear_cross_entropy(x, head, targets, weights, /*needs_grad=*/true).eval();
+  });
+  result.flops =
+      4.0 * kTokens * kHidden * kVocab;  // logits, and their gradient back through the head
   result.bytes = static_cast<double>(head.nbytes() + 2 * x.nbytes());
   result.computes_in_f32 = dtype == mx::float32;
   return result;
@@ -169,13 +173,19 @@ std::string kernel_form(uint32_t tokens, const std::string& weight_format, uint3
     if (cpu::can_pack(params)) layout = "packed";
   }
   return fmt::format(
-      "{} {} {} ({})", tokens <= cpu::kGemvMaxTokens ? "gemv" : "gemm", weight_format, layout,
+      "{} {} {} ({})",
+      tokens <= cpu::kGemvMaxTokens ? "gemv" : "gemm",
+      weight_format,
+      layout,
       cpu::isa_name(cpu::active_isa()));
 }
 
 void bench_ops(const std::function<void(const OpResult&)>& on_result) {
   const LinearCase cases[] = {
-      {mx::float32, "dense"}, {mx::bfloat16, "dense"}, {mx::bfloat16, "int4"}, {mx::float32, "int4"}};
+      {mx::float32, "dense"},
+      {mx::bfloat16, "dense"},
+      {mx::bfloat16, "int4"},
+      {mx::float32, "int4"}};
   for (const LinearCase& c : cases) {
     for (const int tokens : {1, 8, 64, 512}) {
       for (const bool with_lora : {false, true}) on_result(bench_linear(c, tokens, with_lora));

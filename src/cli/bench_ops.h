@@ -13,7 +13,7 @@ namespace metal_lora::cli {
 
 struct OpResult {
   std::string name, dtype, shape;
-  std::string form;       ///< which kernel the shape takes
+  std::string form;  ///< which kernel the shape takes
   Timing timing;
   double flops = 0.0, bytes = 0.0;
   bool computes_in_f32 = true;  ///< which limit is its own: f32 or bf16

@@ -135,7 +135,8 @@ class Chat {
       if (tokens.size() + 1 < context || messages_.size() < first + 3) return tokens;
       const auto begin = messages_.begin() + static_cast<std::ptrdiff_t>(first);
       messages_.erase(begin, begin + 2);
-      console_.note("the conversation is longer than the model's context: the oldest turn is forgotten");
+      console_.note(
+          "the conversation is longer than the model's context: the oldest turn is forgotten");
     }
   }
 
@@ -144,7 +145,8 @@ class Chat {
     interrupt_.clear();
     const bool stream = !console_.json || console_.stderr_is_terminal();
     const GenerationResult result = generator_.generate(
-        encode(), options_,
+        encode(),
+        options_,
         [&](std::string_view text) {
           if (stream) console_.print(text);
           return true;
@@ -159,7 +161,9 @@ class Chat {
     if (console_.stderr_is_terminal()) {
       console_.note(fmt::format(
           "[{} new prompt tokens, {} answered, {:.1f} tokens/s]",
-          result.prompt_tokens - result.reused_tokens, result.tokens.size(), result.generation_tps));
+          result.prompt_tokens - result.reused_tokens,
+          result.tokens.size(),
+          result.generation_tps));
     }
   }
 

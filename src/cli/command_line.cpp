@@ -46,10 +46,12 @@ size_t edit_distance(std::string_view a, std::string_view b) {
 
 /// "; did you mean …?" for the nearest of `known`, when it is near.
 std::string suggestion(const std::string& word, const std::vector<std::string>& known) {
-  const auto nearest = std::min_element(known.begin(), known.end(), [&](const auto& x, const auto& y) {
-    return edit_distance(word, x) < edit_distance(word, y);
-  });
-  if (nearest == known.end() || edit_distance(word, *nearest) > std::max<size_t>(2, word.size() / 3)) {
+  const auto nearest =
+      std::min_element(known.begin(), known.end(), [&](const auto& x, const auto& y) {
+        return edit_distance(word, x) < edit_distance(word, y);
+      });
+  if (nearest == known.end() ||
+      edit_distance(word, *nearest) > std::max<size_t>(2, word.size() / 3)) {
     return {};
   }
   return *nearest;
@@ -82,8 +84,8 @@ std::vector<std::string> option_names(const CLI::App& app) {
                       : fmt::format("did you mean {}?", nearest));
 }
 
-/// A parse failure of CLI11 as our Error; an unknown word comes first, since a misspelt --model also
-/// looks like a missing one.
+/// A parse failure of CLI11 as our Error; an unknown word comes first, since a misspelt --model
+/// also looks like a missing one.
 [[noreturn]] void refuse_parse(const CLI::App& root, const CLI::ParseError& error) {
   const CLI::App* app = &root;
   while (!app->get_subcommands().empty()) app = app->get_subcommands().front();
@@ -92,7 +94,8 @@ std::vector<std::string> option_names(const CLI::App& app) {
   }
   const std::string command = app == &root ? "metal-lora" : "metal-lora " + app->get_name();
   throw Error(
-      ErrorCode::invalid_input, fmt::format("[{}] {}", command, error.what()),
+      ErrorCode::invalid_input,
+      fmt::format("[{}] {}", command, error.what()),
       command + " --help explains it");
 }
 
@@ -105,7 +108,11 @@ void report(Console& console, std::string_view code, const std::string& message)
   std::fprintf(stderr, "error: %s\n", message.c_str());
 }
 
-int parse_and_run(CLI::App& root, std::vector<Command>& commands, Console& console, std::vector<std::string> words) {
+int parse_and_run(
+    CLI::App& root,
+    std::vector<Command>& commands,
+    Console& console,
+    std::vector<std::string> words) {
   try {
     std::reverse(words.begin(), words.end());
     root.parse(words);
@@ -132,10 +139,12 @@ int parse_and_run(CLI::App& root, std::vector<Command>& commands, Console& conso
 
 /// --json, --quiet and --threads belong to every command.
 void add_shared_options(CLI::App& app, Console& console) {
-  app.add_flag("--json", console.json, "One JSON object a line on stdout; text for people on stderr");
+  app.add_flag(
+      "--json", console.json, "One JSON object a line on stdout; text for people on stderr");
   app.add_flag("--quiet,-q", console.quiet, "No notes on stderr");
   app.add_option_function<int>(
-         "--threads", [](const int& threads) { cpu::set_thread_count(threads); },
+         "--threads",
+         [](const int& threads) { cpu::set_thread_count(threads); },
          "Processor cores to use (default: METAL_LORA_THREADS, else all that this process may use)")
       ->check(CLI::Range(1, kMaxThreads));
 }
@@ -150,15 +159,24 @@ int run_command_line(int argc, const char* const* argv) {
   const bool json = console.json;
   try {
     CLI::App root{
-        "Low-rank adaptation of language models: fine-tune a model on your data, talk to it, measure it.",
+        "Low-rank adaptation of language models: fine-tune a model on your data, talk to it, "
+        "measure it.",
         "metal-lora"};
     root.set_version_flag("--version", version_line());
     root.footer(kExamples);
     root.require_subcommand(0, 1);
     root.allow_extras();
     std::vector<Command> commands = {
-        add_train(root),   add_generate(root), add_chat(root),    add_eval(root), add_score(root),
-        add_tokenize(root), add_inspect(root), add_convert(root), add_fuse(root), add_bench(root)};
+        add_train(root),
+        add_generate(root),
+        add_chat(root),
+        add_eval(root),
+        add_score(root),
+        add_tokenize(root),
+        add_inspect(root),
+        add_convert(root),
+        add_fuse(root),
+        add_bench(root)};
     for (Command& command : commands) {
       command.app->allow_extras();
       add_shared_options(*command.app, console);

@@ -18,7 +18,8 @@
 namespace metal_lora::cli {
 
 Console::Console()
-    : stdout_is_terminal_(isatty(STDOUT_FILENO) == 1), stderr_is_terminal_(isatty(STDERR_FILENO) == 1) {
+    : stdout_is_terminal_(isatty(STDOUT_FILENO) == 1),
+      stderr_is_terminal_(isatty(STDERR_FILENO) == 1) {
   const char* no_color = std::getenv("NO_COLOR");
   const char* term = std::getenv("TERM");
   colours_ = (no_color == nullptr || *no_color == '\0') &&
@@ -30,14 +31,16 @@ void Console::write_stdout(std::string_view text) {
     return;
   }
   if (errno == EPIPE) throw OutputClosed{};
-  throw Error(ErrorCode::io, fmt::format("[stdout] must be writable but is not: {}", std::strerror(errno)));
+  throw Error(
+      ErrorCode::io, fmt::format("[stdout] must be writable but is not: {}", std::strerror(errno)));
 }
 
 void Console::emit(const nlohmann::ordered_json& object) {
   if (!json) return;
   clear_progress();
   // Invalid UTF-8 (a path, half a character of a model) becomes U+FFFD instead of an exception.
-  write_stdout(object.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
+  write_stdout(
+      object.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
 }
 
 void Console::print(std::string_view text) {
@@ -46,7 +49,9 @@ void Console::print(std::string_view text) {
   if (!quiet) std::fwrite(text.data(), 1, text.size(), stderr);
 }
 
-void Console::line(std::string_view text) { print(std::string(text) + "\n"); }
+void Console::line(std::string_view text) {
+  print(std::string(text) + "\n");
+}
 
 void Console::note(std::string_view text) {
   if (quiet) return;
@@ -78,8 +83,12 @@ std::string Console::styled(std::string_view text, const char* code) const {
   if (!terminal || !colours_) return std::string(text);
   return fmt::format("\x1b[{}m{}\x1b[0m", code, text);
 }
-std::string Console::bold(std::string_view text) const { return styled(text, "1"); }
-std::string Console::dim(std::string_view text) const { return styled(text, "2"); }
+std::string Console::bold(std::string_view text) const {
+  return styled(text, "1");
+}
+std::string Console::dim(std::string_view text) const {
+  return styled(text, "2");
+}
 
 std::string progress_bar(double fraction, int width) {
   const double clamped = std::isfinite(fraction) ? std::clamp(fraction, 0.0, 1.0) : 0.0;
@@ -106,7 +115,8 @@ std::string sparkline(const std::vector<double>& values, int width) {
   std::string text;
   for (const double mean : means) {
     const double height = range > 0 ? (mean - *low) / range : 0.0;
-    text += kHeights[std::isfinite(height) ? std::clamp(static_cast<int>(height * 7.999), 0, 7) : 7];
+    text +=
+        kHeights[std::isfinite(height) ? std::clamp(static_cast<int>(height * 7.999), 0, 7) : 7];
   }
   return text;
 }

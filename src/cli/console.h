@@ -1,8 +1,8 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// Where output goes. Plain: results on stdout, progress and warnings on stderr. With --json: one JSON
-// object a line on stdout, everything for people on stderr.
+// Where output goes. Plain: results on stdout, progress and warnings on stderr. With --json: one
+// JSON object a line on stdout, everything for people on stderr.
 #pragma once
 
 #include <nlohmann/json.hpp>

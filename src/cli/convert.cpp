@@ -45,8 +45,11 @@ void convert_adapter(Console& console, const ConvertFlags& options) {
        {"modules", adapter.modules.size()}});
   if (!console.json) {
     console.line(fmt::format(
-        "{} modules, {} -> {}: {}", adapter.modules.size(), adapter_format_name(from),
-        adapter_format_name(to), file.string()));
+        "{} modules, {} -> {}: {}",
+        adapter.modules.size(),
+        adapter_format_name(from),
+        adapter_format_name(to),
+        file.string()));
   }
 }
 
@@ -61,7 +64,8 @@ void convert_model(Console& console, const ConvertFlags& options) {
   target.quantize_bits = options.quantize;
   target.quantize_group = options.quantize_group_size;
   target.progress = [&](double fraction) {
-    console.progress(fmt::format("convert {} {:.0f} %", progress_bar(fraction, 30), 100 * fraction));
+    console.progress(
+        fmt::format("convert {} {:.0f} %", progress_bar(fraction, 30), 100 * fraction));
   };
   export_model(options.input, options.output, target);
   console.clear_progress();
@@ -73,7 +77,9 @@ void convert_model(Console& console, const ConvertFlags& options) {
        {"bytes", summary.tensor_bytes}});
   if (!console.json) {
     console.line(fmt::format(
-        "{}: {} tensors, {}", options.output, summary.tensors.size(),
+        "{}: {} tensors, {}",
+        options.output,
+        summary.tensors.size(),
         format_bytes(static_cast<double>(summary.tensor_bytes))));
   }
 }
@@ -87,7 +93,8 @@ void run_convert(Console& console, const ConvertFlags& options) {
     throw Error(
         ErrorCode::invalid_input,
         fmt::format(
-            "[{}] must be a model or an adapter but is: {}", options.input,
+            "[{}] must be a model or an adapter but is: {}",
+            options.input,
             io::file_kind_name(summary.kind)));
   }
   convert_model(console, options);
@@ -97,19 +104,28 @@ void run_convert(Console& console, const ConvertFlags& options) {
 
 Command add_convert(CLI::App& parent) {
   auto options = std::make_shared<ConvertFlags>();
-  CLI::App* app = parent.add_subcommand("convert", "GGUF to Hugging Face; adapters between formats");
+  CLI::App* app =
+      parent.add_subcommand("convert", "GGUF to Hugging Face; adapters between formats");
   app->add_option("input", options->input, "A model or an adapter")->required();
   app->add_option("--output,-o", options->output, "The new folder")->required();
-  app->add_option("--to", options->to, "hf for models; peft or mlx-lm for adapters (default: the other one)")
+  app->add_option(
+         "--to", options->to, "hf for models; peft or mlx-lm for adapters (default: the other one)")
       ->check(CLI::IsMember({"hf", "peft", "mlx-lm"}));
-  app->add_option("--dtype", options->dtype, "Of dense tensors: float32, bfloat16 (default) or float16 (default with --quantize)");
+  app->add_option(
+      "--dtype",
+      options->dtype,
+      "Of dense tensors: float32, bfloat16 (default) or float16 (default with --quantize)");
   app->add_option("--quantize", options->quantize, "4 or 8 bits, as MLX checkpoints have them")
       ->check(CLI::IsMember({4, 8}));
-  app->add_option("--quantize-group-size,--group-size", options->quantize_group_size, "Weights that share a scale")
+  app->add_option(
+         "--quantize-group-size,--group-size",
+         options->quantize_group_size,
+         "Weights that share a scale")
       ->check(CLI::IsMember({32, 64, 128}))
       ->capture_default_str();
   app->add_flag(
-      "--fold-scale", options->fold_scale,
+      "--fold-scale",
+      options->fold_scale,
       "For mlx-lm, which has one scale: fold differences between modules into B");
   app->footer(kConvertFooter);
   return {app, [options](Console& console) { run_convert(console, *options); }};

@@ -32,7 +32,8 @@ std::filesystem::path split_file(const EvalFlags& options) {
   const auto file = data / (options.split + ".jsonl");
   if (!std::filesystem::exists(file)) {
     throw Error(
-        ErrorCode::not_found, fmt::format("[eval] {} does not exist", file.string()),
+        ErrorCode::not_found,
+        fmt::format("[eval] {} does not exist", file.string()),
         "--split train, valid or test picks another file of the folder");
   }
   return file;
@@ -55,8 +56,11 @@ void run_eval(Console& console, const EvalFlags& options) {
       {{"loss", result.loss}, {"perplexity", result.perplexity}, {"tokens", result.tokens}});
   if (!console.json) {
     console.line(fmt::format(
-        "{}: loss {:.4f}, perplexity {:.3f} over {} tokens", file.string(), result.loss,
-        result.perplexity, result.tokens));
+        "{}: loss {:.4f}, perplexity {:.3f} over {} tokens",
+        file.string(),
+        result.loss,
+        result.perplexity,
+        result.tokens));
   }
 }
 
@@ -66,14 +70,16 @@ Command add_eval(CLI::App& parent) {
   auto options = std::make_shared<EvalFlags>();
   CLI::App* app = parent.add_subcommand("eval", "Loss and perplexity on a data set");
   options->model.add_to(*app, "float32");
-  app->add_option("--data", options->data, "Folder with test.jsonl, or one .jsonl file")->required();
+  app->add_option("--data", options->data, "Folder with test.jsonl, or one .jsonl file")
+      ->required();
   app->add_option("--split", options->split, "train, valid or test")
       ->check(CLI::IsMember({"train", "valid", "test"}))
       ->capture_default_str();
   app->add_option("--batch-size", options->eval.batch_size, "Samples at once")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
-  app->add_option("--batches", options->eval.batches, "Batches at most; -1: all")->capture_default_str();
+  app->add_option("--batches", options->eval.batches, "Batches at most; -1: all")
+      ->capture_default_str();
   app->add_option("--max-seq-length", options->eval.max_seq_length, "Longer samples are cut")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

@@ -30,14 +30,20 @@ struct FuseFlags {
 
 void print_report(Console& console, const FuseFlags& options, const FuseReport& report) {
   for (const KeptUpdate& linear : report.linears) {
-    console.line(fmt::format("kept {:7.4f}  noise {:7.4f}  {}", linear.kept(), linear.error(), linear.path));
+    console.line(
+        fmt::format("kept {:7.4f}  noise {:7.4f}  {}", linear.kept(), linear.error(), linear.path));
   }
   console.line(fmt::format(
-      "kept {:7.4f}  noise {:7.4f}  all {} linears", report.total.kept(), report.total.error(),
+      "kept {:7.4f}  noise {:7.4f}  all {} linears",
+      report.total.kept(),
+      report.total.error(),
       report.linears.size()));
   console.line(fmt::format(
-      "KL of the merged model from base + adapter {:.3g} nats; the adapter's own {:.3g} nats ({} tokens)",
-      report.kl_merged, report.kl_adapter, report.prompt_tokens));
+      "KL of the merged model from base + adapter {:.3g} nats; the adapter's own {:.3g} nats ({} "
+      "tokens)",
+      report.kl_merged,
+      report.kl_adapter,
+      report.prompt_tokens));
   console.line("merged model: " + console.bold(options.output));
 }
 
@@ -61,7 +67,8 @@ void run_fuse(Console& console, const FuseFlags& options) {
       {"prompt_tokens", report.prompt_tokens},
       {"linears", nlohmann::ordered_json::array()}};
   for (const KeptUpdate& linear : report.linears) {
-    json["linears"].push_back({{"path", linear.path}, {"kept", linear.kept()}, {"noise", linear.error()}});
+    json["linears"].push_back(
+        {{"path", linear.path}, {"kept", linear.kept()}, {"noise", linear.error()}});
   }
   console.emit(json);
   if (!console.json) print_report(console, options, report);
@@ -79,16 +86,20 @@ void run_fuse(Console& console, const FuseFlags& options) {
 Command add_fuse(CLI::App& parent) {
   auto options = std::make_shared<FuseFlags>();
   CLI::App* app = parent.add_subcommand("fuse", "Merge an adapter into its base, and prove it");
-  app->add_option("--model,-m", options->model, "The base: a .gguf file or a Hugging Face folder")->required();
+  app->add_option("--model,-m", options->model, "The base: a .gguf file or a Hugging Face folder")
+      ->required();
   app->add_option("--adapter-path,-a", options->adapter_path, "The adapter's folder")->required();
   app->add_option("--output,-o,--save-path", options->output, "The new folder")->required();
-  app->add_option("--dtype", options->dtype, "Of the merged weights: float32, bfloat16 (default) or float16");
+  app->add_option(
+      "--dtype", options->dtype, "Of the merged weights: float32, bfloat16 (default) or float16");
   app->add_option("--quantize", options->quantize, "Quantise the merged weights to 4 or 8 bits")
       ->check(CLI::IsMember({4, 8}));
-  app->add_option("--quantize-group-size", options->quantize_group_size, "Weights that share a scale")
+  app->add_option(
+         "--quantize-group-size", options->quantize_group_size, "Weights that share a scale")
       ->check(CLI::IsMember({32, 64, 128}))
       ->capture_default_str();
-  app->add_flag("--allow-loss", options->allow_loss, "Write a merge that loses the adapter all the same");
+  app->add_flag(
+      "--allow-loss", options->allow_loss, "Write a merge that loses the adapter all the same");
   app->footer(kFuseFooter);
   return {app, [options](Console& console) { run_fuse(console, *options); }};
 }

@@ -81,12 +81,13 @@ void answer(
     const Request& request,
     const GenerateOptions& options,
     const Interruptible& interrupt) {
-  const auto tokens =
-      request.messages.is_null() ? session.encode(request.prompt) : session.encode_chat(request.messages);
+  const auto tokens = request.messages.is_null() ? session.encode(request.prompt)
+                                                 : session.encode_chat(request.messages);
   // With --json people still see the answer grow, if somebody is looking.
   const bool stream = !console.json || console.stderr_is_terminal();
   const GenerationResult result = generator.generate(
-      tokens, options,
+      tokens,
+      options,
       [&](std::string_view text) {
         if (stream) console.print(text);
         return true;
@@ -96,7 +97,10 @@ void answer(
   console.emit(to_json(result));
   console.note(fmt::format(
       "prompt: {} tokens, {:.1f} tokens/s; answer: {} tokens, {:.1f} tokens/s ({}); peak memory {}",
-      result.prompt_tokens, result.prompt_tps, result.tokens.size(), result.generation_tps,
+      result.prompt_tokens,
+      result.prompt_tps,
+      result.tokens.size(),
+      result.generation_tps,
       finish_reason_name(result.finish_reason),
       format_bytes(static_cast<double>(result.peak_memory_bytes))));
   if (interrupt.requested()) throw Error(ErrorCode::interrupted, "[generate] interrupted");

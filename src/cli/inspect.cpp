@@ -33,7 +33,8 @@ struct InspectFlags {
 
 std::map<std::string, uint64_t> count_types(const io::FileSummary& summary) {
   std::map<std::string, uint64_t> types;
-  for (const io::TensorInfo& tensor : summary.tensors) ++types[std::string(io::tensor_type_name(tensor.type))];
+  for (const io::TensorInfo& tensor : summary.tensors)
+    ++types[std::string(io::tensor_type_name(tensor.type))];
   return types;
 }
 
@@ -54,7 +55,7 @@ nlohmann::ordered_json describe_adapter(const std::string& path) {
   return json;
 }
 
-nlohmann::ordered_json to_json(const io::FileSummary& summary, const InspectFlags& options) {
+nlohmann::ordered_json summary_json(const io::FileSummary& summary, const InspectFlags& options) {
   nlohmann::ordered_json json = {
       {"path", summary.path},
       {"kind", io::file_kind_name(summary.kind)},
@@ -91,7 +92,9 @@ void print_summary(Console& console, const nlohmann::ordered_json& json) {
   if (!json.contains("tensor_list")) return;
   for (const auto& tensor : json["tensor_list"]) {
     console.line(fmt::format(
-        "{:<8} {:<16} {}", tensor["type"].get<std::string>(), tensor["shape"].dump(),
+        "{:<8} {:<16} {}",
+        tensor["type"].get<std::string>(),
+        tensor["shape"].dump(),
         tensor["name"].get<std::string>()));
   }
 }
@@ -101,7 +104,11 @@ void inspect_devices(Console& console) {
   device.update(build_and_machine());
   auto sets = nlohmann::ordered_json::array();
   for (const cpu::Isa isa :
-       {cpu::Isa::scalar, cpu::Isa::avx2, cpu::Isa::avx512, cpu::Isa::avx512_bf16, cpu::Isa::neon}) {
+       {cpu::Isa::scalar,
+        cpu::Isa::avx2,
+        cpu::Isa::avx512,
+        cpu::Isa::avx512_bf16,
+        cpu::Isa::neon}) {
     if (cpu::isa_supported(isa)) sets.push_back(cpu::isa_name(isa));
   }
   device["isa_supported"] = sets;
@@ -111,18 +118,20 @@ void inspect_devices(Console& console) {
 
 void run_inspect(Console& console, const InspectFlags& options) {
   if (options.devices == !options.path.empty()) {
-    throw Error(ErrorCode::invalid_input, "[inspect] exactly one of PATH and --devices must be given");
+    throw Error(
+        ErrorCode::invalid_input, "[inspect] exactly one of PATH and --devices must be given");
   }
   if (options.devices) return inspect_devices(console);
   const io::FileSummary summary = io::unwrap(io::inspect_path(options.path));
   if (summary.kind == io::FileKind::unknown) {
     throw Error(
         ErrorCode::invalid_input,
-        fmt::format("[{}] must be a model, an adapter or a data set but is none of these", options.path),
+        fmt::format(
+            "[{}] must be a model, an adapter or a data set but is none of these", options.path),
         "known are .gguf and .safetensors files, Hugging Face folders, adapter folders and folders "
         "with train.jsonl, valid.jsonl or test.jsonl");
   }
-  const auto json = to_json(summary, options);
+  const auto json = summary_json(summary, options);
   console.emit(json);
   if (!console.json) print_summary(console, json);
 }
@@ -131,7 +140,8 @@ void run_inspect(Console& console, const InspectFlags& options) {
 
 Command add_inspect(CLI::App& parent) {
   auto options = std::make_shared<InspectFlags>();
-  CLI::App* app = parent.add_subcommand("inspect", "What a file or folder is, or what this machine has");
+  CLI::App* app =
+      parent.add_subcommand("inspect", "What a file or folder is, or what this machine has");
   app->add_option("path", options->path, "Model, adapter, .safetensors file or data set");
   app->add_flag("--devices", options->devices, "The devices of this machine instead");
   app->add_flag("--tensors", options->tensors, "List every tensor");

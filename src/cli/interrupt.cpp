@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: MIT
 #include "src/cli/interrupt.h"
 
-#include <csignal>
 #include <unistd.h>
+#include <csignal>
 
 #include "metal_lora/error.h"
 
@@ -35,8 +35,14 @@ Interruptible::Interruptible() {
   interrupted.store(false);
   ++listeners;
 }
-Interruptible::~Interruptible() { --listeners; }
-const std::atomic<bool>* Interruptible::flag() const { return &interrupted; }
-void Interruptible::clear() { interrupted.store(false); }
+Interruptible::~Interruptible() {
+  --listeners;
+}
+const std::atomic<bool>* Interruptible::flag() const {
+  return &interrupted;
+}
+void Interruptible::clear() {
+  interrupted.store(false);
+}
 
 }  // namespace metal_lora::cli

@@ -6,8 +6,8 @@
 
 namespace metal_lora::cli {
 
-/// Installs the handlers: Ctrl-C ends the program with exit code 130 at once, unless an Interruptible
-/// is alive; writing to a closed pipe becomes an error instead of a signal.
+/// Installs the handlers: Ctrl-C ends the program with exit code 130 at once, unless an
+/// Interruptible is alive; writing to a closed pipe becomes an error instead of a signal.
 void install_signal_handlers();
 
 /// While one lives, the first Ctrl-C only sets the flag (work stops at the next safe point and is

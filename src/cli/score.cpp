@@ -58,7 +58,9 @@ void run_score(Console& console, const ScoreFlags& options, bool has_text) {
   if (!scores.empty()) {
     const double mean = sum / static_cast<double>(scores.size());
     console.line(fmt::format(
-        "{} tokens, mean log-probability {:.4f}, perplexity {:.3f}", scores.size(), mean,
+        "{} tokens, mean log-probability {:.4f}, perplexity {:.3f}",
+        scores.size(),
+        mean,
         std::exp(-mean)));
   }
 }
@@ -72,7 +74,8 @@ Command add_score(CLI::App& parent) {
   CLI::Option* text = app->add_option("--text,-t", options->text, "The text");
   app->add_option("--file,-f", options->file, "A file with the text, taken byte for byte");
   app->footer(kScoreFooter);
-  return {app, [options, text](Console& console) { run_score(console, *options, text->count() > 0); }};
+  return {
+      app, [options, text](Console& console) { run_score(console, *options, text->count() > 0); }};
 }
 
 }  // namespace metal_lora::cli

@@ -30,7 +30,8 @@ void ModelOptions::add_to(CLI::App& app, const std::string& default_dtype) {
   dtype = default_dtype;
   app.add_option("--model,-m", model, "A .gguf file or a Hugging Face folder")->required();
   app.add_option(
-      "--adapter-path,-a", adapter_path,
+      "--adapter-path,-a",
+      adapter_path,
       "An adapter's folder, mlx-lm's or PEFT's; it is applied without merging");
   app.add_option("--dtype", dtype, "Of activations: float32, bfloat16 or float16")
       ->capture_default_str();
@@ -74,7 +75,8 @@ std::vector<int32_t> Session::encode(const std::string& prompt) const {
 std::vector<int32_t> Session::encode_chat(const nlohmann::ordered_json& messages) const {
   if (!chat_template) {
     throw Error(
-        ErrorCode::invalid_input, "[chat] the model must have a chat template but has none",
+        ErrorCode::invalid_input,
+        "[chat] the model must have a chat template but has none",
         "give the prompt without --chat, in the form that the model was trained on");
   }
   text::ChatOptions options;
@@ -90,24 +92,32 @@ void SamplingFlags::add_to(CLI::App& app) {
   app.add_option("--max-tokens,-n", options.max_tokens, "Tokens of the answer at most")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  app.add_option("--temp,--temperature", s.temperature, "0: always the likeliest token; 1: as the model says")
+  app.add_option(
+         "--temp,--temperature",
+         s.temperature,
+         "0: always the likeliest token; 1: as the model says")
       ->capture_default_str();
   app.add_option("--top-k", s.top_k, "Only the k likeliest tokens; 0: all")->capture_default_str();
-  app.add_option("--top-p", s.top_p, "Only the likeliest tokens that reach this probability together")
+  app.add_option(
+         "--top-p", s.top_p, "Only the likeliest tokens that reach this probability together")
       ->capture_default_str();
-  app.add_option("--min-p", s.min_p, "Only tokens at least this probable, relative to the likeliest")
+  app.add_option(
+         "--min-p", s.min_p, "Only tokens at least this probable, relative to the likeliest")
       ->capture_default_str();
-  app.add_option("--repetition-penalty", s.repetition_penalty, "Above 1 disfavours tokens already there")
+  app.add_option(
+         "--repetition-penalty", s.repetition_penalty, "Above 1 disfavours tokens already there")
       ->capture_default_str();
   app.add_option("--repetition-context", s.repetition_context, "Tokens it looks back; 0: all")
       ->capture_default_str();
   app.add_option("--presence-penalty", s.presence_penalty, "Subtracted from tokens of the answer")
       ->capture_default_str();
-  app.add_option("--frequency-penalty", s.frequency_penalty, "The same, for each time they occurred")
+  app.add_option(
+         "--frequency-penalty", s.frequency_penalty, "The same, for each time they occurred")
       ->capture_default_str();
   app.add_option("--logit-bias", logit_bias, "ID:BIAS, added to a token's logit; may be repeated");
   app.add_option("--seed", s.seed, "Of the random draw")->capture_default_str();
-  app.add_option("--stop", options.stop, "Text that ends the answer and is not part of it; may be repeated");
+  app.add_option(
+      "--stop", options.stop, "Text that ends the answer and is not part of it; may be repeated");
   app.add_flag("--ignore-eos", options.ignore_eos, "Go on after the end-of-sequence token");
 }
 

@@ -52,12 +52,16 @@ void run_tokenize(Console& console, const TokenizeFlags& options, bool has_text)
 Command add_tokenize(CLI::App& parent) {
   auto options = std::make_shared<TokenizeFlags>();
   CLI::App* app = parent.add_subcommand("tokenize", "Token ids of a text");
-  app->add_option("--model,-m", options->model, "A .gguf file or a Hugging Face folder")->required();
+  app->add_option("--model,-m", options->model, "A .gguf file or a Hugging Face folder")
+      ->required();
   CLI::Option* text = app->add_option("--text,-t", options->text, "The text");
   app->add_option("--file,-f", options->file, "A file with the text, taken byte for byte");
-  app->add_flag("--add-special-tokens", options->add_special_tokens, "Add BOS where the model has one");
+  app->add_flag(
+      "--add-special-tokens", options->add_special_tokens, "Add BOS where the model has one");
   app->footer(kTokenizeFooter);
-  return {app, [options, text](Console& console) { run_tokenize(console, *options, text->count() > 0); }};
+  return {app, [options, text](Console& console) {
+            run_tokenize(console, *options, text->count() > 0);
+          }};
 }
 
 }  // namespace metal_lora::cli

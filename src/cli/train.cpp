@@ -46,7 +46,8 @@ void add_option(CLI::App& app, const TrainingOption& option, TrainFlags& options
   if (option.type == OptionType::boolean) {
     app.add_flag(
         with_negation(flags),
-        [store](std::int64_t count) { store(count > 0 ? "true" : "false"); }, help);
+        [store](std::int64_t count) { store(count > 0 ? "true" : "false"); },
+        help);
   } else {
     CLI::Option* added = app.add_option_function<std::string>(flags, store, help);
     added->type_name(
@@ -60,13 +61,15 @@ void add_option(CLI::App& app, const TrainingOption& option, TrainFlags& options
 }
 
 TrainingConfig read_config(const TrainFlags& options) {
-  TrainingConfig config =
-      options.config_file.empty() ? TrainingConfig{} : TrainingConfig::from_yaml(options.config_file);
+  TrainingConfig config = options.config_file.empty()
+                              ? TrainingConfig{}
+                              : TrainingConfig::from_yaml(options.config_file);
   for (const auto& [key, value] : options.values) config.set(key, value);
   const auto require = [](const std::string& value, const char* what) {
     if (!value.empty()) return;
     throw Error(
-        ErrorCode::invalid_input, fmt::format("[train] --{} must be given but is not", what),
+        ErrorCode::invalid_input,
+        fmt::format("[train] --{} must be given but is not", what),
         "metal-lora train --help has examples");
   };
   require(config.model, "model");
@@ -93,7 +96,8 @@ class Display {
     };
     callbacks.on_checkpoint = [this](const CheckpointReport& report) {
       if (!console_.json && report.iteration < config_.iters) {
-        console_.note(fmt::format("iteration {}: saved {}", report.iteration, report.path.string()));
+        console_.note(
+            fmt::format("iteration {}: saved {}", report.iteration, report.path.string()));
       }
     };
     callbacks.should_stop = [this] { return interrupt_.requested(); };
@@ -113,24 +117,34 @@ class Display {
     if (console_.quiet) return;
     if (losses_.size() > 1) {
       console_.line(fmt::format(
-          "loss {:.3f} {} {:.3f}", losses_.front(), sparkline(losses_, kSparklineWidth), losses_.back()));
+          "loss {:.3f} {} {:.3f}",
+          losses_.front(),
+          sparkline(losses_, kSparklineWidth),
+          losses_.back()));
     }
     if (result.first_val_loss && result.last_val_loss) {
       console_.line(fmt::format(
-          "validation loss {:.4f} -> {:.4f}, best {:.4f} at iteration {}", *result.first_val_loss,
-          *result.last_val_loss, result.best_val_loss.value_or(*result.last_val_loss),
+          "validation loss {:.4f} -> {:.4f}, best {:.4f} at iteration {}",
+          *result.first_val_loss,
+          *result.last_val_loss,
+          result.best_val_loss.value_or(*result.last_val_loss),
           result.best_iteration));
     }
     if (result.test_loss) console_.line(fmt::format("test loss {:.4f}", *result.test_loss));
     console_.line(fmt::format(
-        "{} iterations{}, {} trained tokens in {}; peak memory {}", result.iterations,
-        result.stopped_early ? " (stopped early)" : "", result.trained_tokens,
-        format_duration(result.seconds), format_bytes(static_cast<double>(peak_memory_bytes()))));
+        "{} iterations{}, {} trained tokens in {}; peak memory {}",
+        result.iterations,
+        result.stopped_early ? " (stopped early)" : "",
+        result.trained_tokens,
+        format_duration(result.seconds),
+        format_bytes(static_cast<double>(peak_memory_bytes()))));
     if (result.skipped_steps > 0) {
-      console_.line(fmt::format("{} steps were skipped: their gradient was not finite", result.skipped_steps));
+      console_.line(fmt::format(
+          "{} steps were skipped: their gradient was not finite", result.skipped_steps));
     }
     console_.line("adapter: " + console_.bold(result.adapter_path.string()));
-    if (!result.report_path.empty()) console_.line("report:  " + console_.bold(result.report_path.string()));
+    if (!result.report_path.empty())
+      console_.line("report:  " + console_.bold(result.report_path.string()));
   }
 
  private:
@@ -142,7 +156,8 @@ class Display {
     if (val_loss_) text += fmt::format("  val {:.3f}", *val_loss_);
     if (last_) {
       text += fmt::format(
-          "  {:.0f} tokens/s  {}  {} left", last_->tokens_per_second,
+          "  {:.0f} tokens/s  {}  {} left",
+          last_->tokens_per_second,
           format_bytes(static_cast<double>(last_->peak_memory_bytes)),
           format_duration(last_->eta_seconds));
     }
@@ -160,9 +175,14 @@ class Display {
          {"peak_memory_bytes", report.peak_memory_bytes}});
     if (console_.quiet) return;
     console_.line(fmt::format(
-        "iteration {:>5}/{}  loss {:.4f}  lr {:.2e}  |gradient| {:.3f}  {:.0f} tokens/s  {}  {} left",
-        report.iteration, report.iterations, report.train_loss, report.learning_rate,
-        report.grad_norm, report.tokens_per_second,
+        "iteration {:>5}/{}  loss {:.4f}  lr {:.2e}  |gradient| {:.3f}  {:.0f} tokens/s  {}  {} "
+        "left",
+        report.iteration,
+        report.iterations,
+        report.train_loss,
+        report.learning_rate,
+        report.grad_norm,
+        report.tokens_per_second,
         format_bytes(static_cast<double>(report.peak_memory_bytes)),
         format_duration(report.eta_seconds)));
   }
@@ -173,8 +193,13 @@ class Display {
     console_.emit({{"iteration", report.iteration}, {report.split + "_loss", report.loss}});
     if (console_.quiet) return;
     console_.line(fmt::format(
-        "iteration {:>5}  {} loss {:.4f} ({} tokens, {}){}", report.iteration, report.split,
-        report.loss, report.tokens, format_duration(report.seconds), report.best ? "  best so far" : ""));
+        "iteration {:>5}  {} loss {:.4f} ({} tokens, {}){}",
+        report.iteration,
+        report.split,
+        report.loss,
+        report.tokens,
+        format_duration(report.seconds),
+        report.best ? "  best so far" : ""));
   }
 
   Console& console_;
@@ -185,21 +210,31 @@ class Display {
   std::optional<TrainReport> last_;
 };
 
-void describe(Console& console, const Model& model, const Trainer& trainer, const TrainingConfig& config) {
+void describe(
+    Console& console, const Model& model, const Trainer& trainer, const TrainingConfig& config) {
   if (console.quiet) return;
   int64_t parameters = 0;
   const AdapterWeights adapter = trainer.adapter();
   for (const auto& array : adapter.parameters()) parameters += static_cast<int64_t>(array.size());
   const MemoryEstimate estimate = trainer.memory_estimate();
   console.line(fmt::format(
-      "{}: {} layers, {} weights; adapter of rank {} on {} linears, {} parameters", config.model,
-      model.config().num_hidden_layers, format_bytes(static_cast<double>(model.weight_bytes())),
-      config.lora_rank, adapter.modules().size(), parameters));
+      "{}: {} layers, {} weights; adapter of rank {} on {} linears, {} parameters",
+      config.model,
+      model.config().num_hidden_layers,
+      format_bytes(static_cast<double>(model.weight_bytes())),
+      config.lora_rank,
+      adapter.modules().size(),
+      parameters));
   const auto bytes = [](uint64_t n) { return format_bytes(static_cast<double>(n)); };
   console.line(fmt::format(
       "expected memory {}: weights {}, activations {}, loss {}, adapter {}, data {}, program {}",
-      bytes(estimate.total()), bytes(estimate.weights), bytes(estimate.activations),
-      bytes(estimate.loss), bytes(estimate.adapter), bytes(estimate.data), bytes(estimate.runtime)));
+      bytes(estimate.total()),
+      bytes(estimate.weights),
+      bytes(estimate.activations),
+      bytes(estimate.loss),
+      bytes(estimate.adapter),
+      bytes(estimate.data),
+      bytes(estimate.runtime)));
 }
 
 void run_train(Console& console, const TrainFlags& options) {
@@ -213,8 +248,11 @@ void run_train(Console& console, const TrainFlags& options) {
   const Interruptible interrupt;
   Display display(console, config, interrupt);
   Trainer trainer(
-      model, text::Tokenizer::from_path(config.model), text::ChatTemplate::from_path(config.model),
-      config, display.callbacks());
+      model,
+      text::Tokenizer::from_path(config.model),
+      text::ChatTemplate::from_path(config.model),
+      config,
+      display.callbacks());
   describe(console, *model, trainer, config);
   display.summary(trainer.run());
 }
@@ -224,7 +262,8 @@ void run_train(Console& console, const TrainFlags& options) {
 Command add_train(CLI::App& parent) {
   auto options = std::make_shared<TrainFlags>();
   CLI::App* app = parent.add_subcommand("train", "Fine-tune a LoRA adapter on your data");
-  app->add_option("--config,-c", options->config_file, "YAML with mlx-lm's keys; flags win over it");
+  app->add_option(
+      "--config,-c", options->config_file, "YAML with mlx-lm's keys; flags win over it");
   bool has_train_flag = false;
   for (const TrainingOption& option : training_options()) {
     if (option.flags.empty()) continue;
@@ -234,7 +273,9 @@ Command add_train(CLI::App& parent) {
   if (!has_train_flag) {
     app->add_flag(
         "--train,!--no-train",
-        [raw = options.get()](std::int64_t count) { raw->values["train"] = count > 0 ? "true" : "false"; },
+        [raw = options.get()](std::int64_t count) {
+          raw->values["train"] = count > 0 ? "true" : "false";
+        },
         "Train (the default); --no-train only tests");
   }
   app->footer(kTrainFooter);

@@ -29,8 +29,11 @@ std::string processor_name() {
 
 std::string version_line() {
   return fmt::format(
-      "metal-lora {} ({}, MLX {}, {})", METAL_LORA_VERSION, METAL_LORA_COMMIT,
-      METAL_LORA_MLX_VERSION, cpu::isa_name(cpu::active_isa()));
+      "metal-lora {} ({}, MLX {}, {})",
+      METAL_LORA_VERSION,
+      METAL_LORA_COMMIT,
+      METAL_LORA_MLX_VERSION,
+      cpu::isa_name(cpu::active_isa()));
 }
 
 nlohmann::ordered_json build_and_machine() {
