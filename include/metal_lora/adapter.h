@@ -13,8 +13,8 @@
 
 namespace metal_lora {
 
-/// Folders as mlx-lm (`adapters.safetensors`) and PEFT (`adapter_model.safetensors`) write them, each
-/// with an `adapter_config.json`.
+/// Folders as mlx-lm (`adapters.safetensors`) and PEFT (`adapter_model.safetensors`) write them,
+/// each with an `adapter_config.json`.
 enum class AdapterFormat { mlx_lm, peft };
 /// "mlx-lm", "peft".
 std::string_view adapter_format_name(AdapterFormat format);
@@ -27,17 +27,17 @@ inline constexpr int kMaxAdapterRank = 1024;
 /// What an adapter's files say beside its tensors.
 struct AdapterInfo {
   AdapterFormat format = AdapterFormat::mlx_lm;
-  std::string base_model;      ///< as the file names it; may be empty
-  float dropout = 0.0f;        ///< of training
-  bool use_rslora = false;     ///< PEFT: scale = alpha/√rank; kept so that the file comes back alike
+  std::string base_model;   ///< as the file names it; may be empty
+  float dropout = 0.0f;     ///< of training
+  bool use_rslora = false;  ///< PEFT: scale = alpha/√rank; kept so that the file comes back alike
   std::optional<int> num_layers;  ///< mlx-lm: the last N layers; −1 or absent: all
   /// The rest of the configuration that the adapter came with, one JSON object per format: what the
   /// writer of that format carries along (task_type, revision, the training options …).
   std::map<AdapterFormat, std::string> config_json;
 };
 
-/// An adapter as it lies on disk, checked by itself but not yet against a model. Each module has its
-/// own rank and scale; A [rank, in], B [out, rank] in the file's dtype (f32, f16 or bf16).
+/// An adapter as it lies on disk, checked by itself but not yet against a model. Each module has
+/// its own rank and scale; A [rank, in], B [out, rank] in the file's dtype (f32, f16 or bf16).
 struct AdapterFile {
   AdapterInfo info;
   std::vector<AdapterModule> modules;  ///< in order of layer, then of Slot
@@ -75,9 +75,9 @@ struct WriteAdapterOptions {
 };
 
 /// Writes the folder (made when missing): the tensor file, then adapter_config.json, each by
-/// AtomicFile. The bytes depend on the arguments alone. mlx-lm has one rank for all modules: smaller
-/// ones are padded with zeros, and restored when this library reads the file. Refuses values that
-/// are not finite and an adapter without modules. Returns the path of the tensor file.
+/// AtomicFile. The bytes depend on the arguments alone. mlx-lm has one rank for all modules:
+/// smaller ones are padded with zeros, and restored when this library reads the file. Refuses
+/// values that are not finite and an adapter without modules. Returns the path of the tensor file.
 std::filesystem::path write_adapter(
     const std::filesystem::path& folder,
     AdapterFormat format,

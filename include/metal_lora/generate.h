@@ -74,7 +74,7 @@ class Sampler {
 
   SamplingOptions options_;
   uint64_t random_state_;
-  std::vector<float> logits_;          ///< working copy; from step 4 on e^((logit − max)/temperature)
+  std::vector<float> logits_;  ///< working copy; from step 4 on e^((logit − max)/temperature)
   std::vector<Candidate> candidates_;  ///< the largest ones in falling order
   std::vector<int32_t> counts_;        ///< per id, all 0 between calls
 };
@@ -98,10 +98,10 @@ class StopStrings {
 };
 
 enum class FinishReason {
-  eos,          ///< an end-of-sequence token, which is not part of the answer
+  eos,  ///< an end-of-sequence token, which is not part of the answer
   stop_string,
   max_tokens,
-  context_full, ///< the model's context is used up
+  context_full,  ///< the model's context is used up
   cancelled,
 };
 std::string_view finish_reason_name(FinishReason reason);
@@ -117,11 +117,11 @@ struct GenerateOptions {
 
 struct GenerationResult {
   std::string text;
-  std::vector<int32_t> tokens;   ///< of the answer, without the end-of-sequence token
+  std::vector<int32_t> tokens;  ///< of the answer, without the end-of-sequence token
   FinishReason finish_reason = FinishReason::eos;
   int prompt_tokens = 0;
-  int reused_tokens = 0;         ///< of the prompt, found in the cache
-  double prompt_seconds = 0.0;   ///< until the first logits
+  int reused_tokens = 0;        ///< of the prompt, found in the cache
+  double prompt_seconds = 0.0;  ///< until the first logits
   double generation_seconds = 0.0;
   double prompt_tps = 0.0;       ///< prompt tokens run per second (reused ones do not count)
   double generation_tps = 0.0;   ///< decode steps per second
@@ -139,9 +139,9 @@ class Generator {
   Generator(
       std::shared_ptr<const Model> model, text::Tokenizer tokenizer, AdapterWeights adapter = {});
 
-  /// `cancel`, when given, is looked at before each token and each chunk of the prompt. Throws Error
-  /// invalid_input when the prompt is empty, has an id outside the vocabulary or leaves no room in
-  /// the model's context.
+  /// `cancel`, when given, is looked at before each token and each chunk of the prompt. Throws
+  /// Error invalid_input when the prompt is empty, has an id outside the vocabulary or leaves no
+  /// room in the model's context.
   GenerationResult generate(
       std::span<const int32_t> prompt,
       const GenerateOptions& options,
@@ -180,7 +180,8 @@ class Generator {
 };
 
 /// Natural logarithm of the probability that the model gives each token after those before it:
-/// [tokens − 1] values, of tokens 1 … end. No logits are kept in memory. At most the model's context.
+/// [tokens − 1] values, of tokens 1 … end. No logits are kept in memory. At most the model's
+/// context.
 std::vector<float> score_tokens(
     const Model& model, const AdapterWeights& adapter, std::span<const int32_t> tokens);
 

@@ -27,7 +27,8 @@ bool is_set(const std::atomic<bool>* flag) {
 void check_prompt(std::span<const int32_t> prompt, const ModelConfig& config) {
   if (prompt.empty()) {
     throw Error(
-        ErrorCode::invalid_input, "[generate] the prompt must hold at least one token but is empty");
+        ErrorCode::invalid_input,
+        "[generate] the prompt must hold at least one token but is empty");
   }
   for (const int32_t id : prompt) {
     if (id >= 0 && id < config.vocab_size) continue;
@@ -40,8 +41,10 @@ void check_prompt(std::span<const int32_t> prompt, const ModelConfig& config) {
     throw Error(
         ErrorCode::invalid_input,
         fmt::format(
-            "[generate] the prompt must be shorter than the model's context of {} tokens but has {}",
-            config.max_position_embeddings, prompt.size()),
+            "[generate] the prompt must be shorter than the model's context of {} tokens but has "
+            "{}",
+            config.max_position_embeddings,
+            prompt.size()),
         "shorten the prompt");
   }
 }
@@ -49,7 +52,8 @@ void check_prompt(std::span<const int32_t> prompt, const ModelConfig& config) {
 /// The answer's text as it becomes certain.
 class TextStream {
  public:
-  TextStream(const text::Tokenizer& tokenizer, const GenerateOptions& options, const OnText& on_text)
+  TextStream(
+      const text::Tokenizer& tokenizer, const GenerateOptions& options, const OnText& on_text)
       : decoder_(tokenizer, options.skip_special_tokens), stops_(options.stop), on_text_(on_text) {}
 
   void push(int32_t id) { give(stops_.push(decoder_.push(id))); }
@@ -79,11 +83,16 @@ class TextStream {
 
 std::string_view finish_reason_name(FinishReason reason) {
   switch (reason) {
-    case FinishReason::eos: return "eos";
-    case FinishReason::stop_string: return "stop_string";
-    case FinishReason::max_tokens: return "max_tokens";
-    case FinishReason::context_full: return "context_full";
-    case FinishReason::cancelled: return "cancelled";
+    case FinishReason::eos:
+      return "eos";
+    case FinishReason::stop_string:
+      return "stop_string";
+    case FinishReason::max_tokens:
+      return "max_tokens";
+    case FinishReason::context_full:
+      return "context_full";
+    case FinishReason::cancelled:
+      return "cancelled";
   }
   return "unknown";
 }
@@ -112,7 +121,8 @@ std::optional<mx::array> Generator::prefill(
     GenerationResult& result) {
   const size_t comparable = std::min(cached_tokens_.size(), prompt.size() - 1);
   const auto common = std::mismatch(
-      cached_tokens_.begin(), cached_tokens_.begin() + static_cast<std::ptrdiff_t>(comparable),
+      cached_tokens_.begin(),
+      cached_tokens_.begin() + static_cast<std::ptrdiff_t>(comparable),
       prompt.begin());
   const auto reused = static_cast<size_t>(common.first - cached_tokens_.begin());
   cache_.truncate(static_cast<int>(reused));
@@ -153,8 +163,8 @@ FinishReason Generator::decode_answer(
       cached_tokens_.push_back(last);
       ++steps;
     }
-    const int32_t token = sampler.sample(
-        {logits.data<float>(), vocab}, history, history.size() - prompt_tokens);
+    const int32_t token =
+        sampler.sample({logits.data<float>(), vocab}, history, history.size() - prompt_tokens);
     if (!options.ignore_eos && eos_ids_.contains(token)) return FinishReason::eos;
     history.push_back(token);
     if (!on_token(token)) return FinishReason::stop_string;
@@ -182,7 +192,10 @@ GenerationResult Generator::generate(
     int steps = 0;
     const auto answer_start = Clock::now();
     result.finish_reason = decode_answer(
-        *logits, history, options, cancel,
+        *logits,
+        history,
+        options,
+        cancel,
         [&](int32_t token) {
           result.tokens.push_back(token);
           text.push(token);

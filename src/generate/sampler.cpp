@@ -72,19 +72,29 @@ size_t best_index(std::span<const float> logits) {
 Sampler::Sampler(SamplingOptions options)
     : options_(std::move(options)), random_state_(options_.seed) {
   const SamplingOptions& o = options_;
-  check(o.temperature >= 0 && std::isfinite(o.temperature), "temperature", "0 or more", o.temperature);
+  check(
+      o.temperature >= 0 && std::isfinite(o.temperature),
+      "temperature",
+      "0 or more",
+      o.temperature);
   check(o.top_k >= 0, "top_k", "0 or more", o.top_k);
   check(o.top_p > 0 && o.top_p <= 1, "top_p", "in (0, 1]", o.top_p);
   check(o.min_p >= 0 && o.min_p <= 1, "min_p", "in [0, 1]", o.min_p);
   check(
-      o.repetition_penalty > 0 && std::isfinite(o.repetition_penalty), "repetition_penalty",
-      "above 0", o.repetition_penalty);
+      o.repetition_penalty > 0 && std::isfinite(o.repetition_penalty),
+      "repetition_penalty",
+      "above 0",
+      o.repetition_penalty);
   check(o.repetition_context >= 0, "repetition_context", "0 or more", o.repetition_context);
   check(std::isfinite(o.presence_penalty), "presence_penalty", "finite", o.presence_penalty);
   check(std::isfinite(o.frequency_penalty), "frequency_penalty", "finite", o.frequency_penalty);
   for (const auto& [id, bias] : o.logit_bias) {
     check(id >= 0, "logit_bias id", "0 or more", id);
-    check(!std::isnan(bias) && bias < std::numeric_limits<float>::infinity(), "logit_bias", "finite or -inf", bias);
+    check(
+        !std::isnan(bias) && bias < std::numeric_limits<float>::infinity(),
+        "logit_bias",
+        "finite or -inf",
+        bias);
   }
 }
 

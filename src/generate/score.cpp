@@ -21,7 +21,8 @@ std::vector<float> score_tokens(
         ErrorCode::invalid_input,
         fmt::format(
             "[score] the text must have at most {} tokens, the model's context, but has {}",
-            config.max_position_embeddings, tokens.size()),
+            config.max_position_embeddings,
+            tokens.size()),
         "split it");
   }
   for (const int32_t id : tokens) {

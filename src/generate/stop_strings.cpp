@@ -10,8 +10,7 @@ namespace metal_lora {
 StopStrings::StopStrings(std::vector<std::string> stops) : stops_(std::move(stops)) {
   for (const std::string& stop : stops_) {
     if (stop.empty()) {
-      throw Error(
-          ErrorCode::invalid_input, "[generate] a stop string must hold text but is empty");
+      throw Error(ErrorCode::invalid_input, "[generate] a stop string must hold text but is empty");
     }
   }
 }
@@ -39,7 +38,8 @@ std::string StopStrings::push(std::string_view piece) {
   size_t keep = 0;
   for (const std::string& stop : stops_) {
     for (size_t length = std::min(stop.size() - 1, held_.size()); length > keep; --length) {
-      if (std::string_view(held_).ends_with(std::string_view(stop).substr(0, length))) keep = length;
+      if (std::string_view(held_).ends_with(std::string_view(stop).substr(0, length)))
+        keep = length;
     }
   }
   std::string text = held_.substr(0, held_.size() - keep);
@@ -47,6 +47,8 @@ std::string StopStrings::push(std::string_view piece) {
   return text;
 }
 
-std::string StopStrings::flush() { return std::exchange(held_, {}); }
+std::string StopStrings::flush() {
+  return std::exchange(held_, {});
+}
 
 }  // namespace metal_lora

@@ -24,14 +24,33 @@ using io::unwrap;
 
 // PEFT keys that this file reads.
 constexpr std::array<std::string_view, 11> kPeftRead = {
-    "peft_type",    "r",          "lora_alpha",          "lora_dropout",
-    "use_rslora",   "rank_pattern", "alpha_pattern",     "base_model_name_or_path",
-    "target_modules", "layers_to_transform", "init_lora_weights"};
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "base_model_name_or_path",
+    "target_modules",
+    "layers_to_transform",
+    "init_lora_weights"};
 // PEFT keys that say how the adapter was made or where it came from, not what it computes.
 constexpr std::array<std::string_view, 14> kPeftHarmless = {
-    "auto_mapping",   "peft_version", "revision",     "task_type",      "inference_mode",
-    "exclude_modules", "layers_pattern", "megatron_core", "loftq_config", "eva_config",
-    "corda_config",   "lora_ga_config", "qalora_group_size", "runtime_config"};
+    "auto_mapping",
+    "peft_version",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "exclude_modules",
+    "layers_pattern",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "runtime_config"};
 // Initialisations that leave the base model as it is. The others (PiSSA, OLoRA, CorDA, LoftQ, …)
 // change it, so that their adapter fits only the changed base.
 constexpr std::array<std::string_view, 3> kPlainInits = {"gaussian", "eva", "orthogonal"};
@@ -42,10 +61,7 @@ bool contains(const std::array<std::string_view, N>& names, std::string_view nam
 }
 
 [[noreturn]] void refuse_unsupported(
-    const JsonObject& object,
-    std::string_view key,
-    std::string expected,
-    std::string hint = {}) {
+    const JsonObject& object, std::string_view key, std::string expected, std::string hint = {}) {
   const auto it = object.json().find(key);
   io::Failure failure = object.failure(
       key, std::move(expected), io::describe_json(it == object.json().end() ? nullptr : &*it));
@@ -67,8 +83,8 @@ float checked_dropout(const JsonObject& object, std::string_view key) {
   return static_cast<float>(unwrap(object.get_number_or(key, 0.0, 0.0, 1.0)));
 }
 
-// nlohmann::json sorts keys, but in a pattern the first match counts: the order comes from a second,
-// order-keeping pass over the text that was already found valid.
+// nlohmann::json sorts keys, but in a pattern the first match counts: the order comes from a
+// second, order-keeping pass over the text that was already found valid.
 std::vector<std::string> keys_in_order(std::string_view text, const std::string& key) {
   const auto ordered = nlohmann::ordered_json::parse(text);
   std::vector<std::string> keys;
@@ -120,7 +136,9 @@ void check_init(const JsonObject& root) {
   if (init.is_boolean()) return;
   if (init.is_string() && contains(kPlainInits, init.get_ref<const std::string&>())) return;
   refuse_unsupported(
-      root, "init_lora_weights", "true, false, gaussian, eva or orthogonal",
+      root,
+      "init_lora_weights",
+      "true, false, gaussian, eva or orthogonal",
       "other initialisations change the base model; save the adapter with PEFT's "
       "save_pretrained(…, path_initial_model_for_weight_conversion=…) first");
 }

@@ -18,15 +18,15 @@ namespace metal_lora {
 /// What an adapter_config.json says, with everything refused that this library lacks.
 struct AdapterConfig {
   AdapterInfo info;
-  int rank = 0;  ///< of modules that no pattern names
-  double alpha = 0.0;       ///< PEFT
-  double scale = 0.0;       ///< mlx-lm
-  std::vector<std::pair<ModulePattern, int>> rank_pattern;      ///< PEFT; the first match counts
+  int rank = 0;                                             ///< of modules that no pattern names
+  double alpha = 0.0;                                       ///< PEFT
+  double scale = 0.0;                                       ///< mlx-lm
+  std::vector<std::pair<ModulePattern, int>> rank_pattern;  ///< PEFT; the first match counts
   std::vector<std::pair<ModulePattern, double>> alpha_pattern;  ///< PEFT
-  std::vector<std::string> target_modules;       ///< PEFT; empty: not restricted by a list
-  std::optional<ModulePattern> target_pattern;   ///< PEFT, target_modules given as one string
-  std::vector<int64_t> layers_to_transform;      ///< PEFT; empty: all
-  std::vector<std::string> keys;                 ///< mlx-lm; empty: not restricted
+  std::vector<std::string> target_modules;      ///< PEFT; empty: not restricted by a list
+  std::optional<ModulePattern> target_pattern;  ///< PEFT, target_modules given as one string
+  std::vector<int64_t> layers_to_transform;     ///< PEFT; empty: all
+  std::vector<std::string> keys;                ///< mlx-lm; empty: not restricted
 
   int rank_of(std::string_view module_path) const;
   float scale_of(std::string_view module_path, int module_rank) const;

@@ -52,7 +52,11 @@ Paths find_files(const fs::path& path) {
     const fs::path config = path / kConfigName;
     if (!fs::exists(config, ignored)) {
       refuse(
-          ErrorCode::not_found, path.string(), "", "an adapter's folder", "without " + std::string(kConfigName),
+          ErrorCode::not_found,
+          path.string(),
+          "",
+          "an adapter's folder",
+          "without " + std::string(kConfigName),
           "an adapter is adapter_config.json with adapters.safetensors (mlx-lm) or "
           "adapter_model.safetensors (PEFT)");
     }
@@ -72,23 +76,37 @@ fs::path tensor_file_in(const fs::path& folder, AdapterFormat format) {
   if (fs::exists(file, ignored)) return file;
   if (fs::exists(folder / "adapter_model.bin", ignored)) {
     refuse(
-        ErrorCode::unsupported, folder.string(), "adapter_model.bin", "safetensors",
-        "a pickle, which can run code", "save it again with PEFT's safe_serialization=True");
+        ErrorCode::unsupported,
+        folder.string(),
+        "adapter_model.bin",
+        "safetensors",
+        "a pickle, which can run code",
+        "save it again with PEFT's safe_serialization=True");
   }
   refuse(
-      ErrorCode::not_found, folder.string(), std::string(adapter_file_name(format)),
-      "the adapter's tensors", "not there");
+      ErrorCode::not_found,
+      folder.string(),
+      std::string(adapter_file_name(format)),
+      "the adapter's tensors",
+      "not there");
 }
 
 mx::Dtype mlx_dtype(const io::TensorInfo& tensor, const std::string& where) {
   switch (tensor.type) {
-    case io::TensorType::f32: return mx::float32;
-    case io::TensorType::f16: return mx::float16;
-    case io::TensorType::bf16: return mx::bfloat16;
-    default: break;
+    case io::TensorType::f32:
+      return mx::float32;
+    case io::TensorType::f16:
+      return mx::float16;
+    case io::TensorType::bf16:
+      return mx::bfloat16;
+    default:
+      break;
   }
   refuse(
-      ErrorCode::unsupported, where, tensor.name, "F32, F16 or BF16",
+      ErrorCode::unsupported,
+      where,
+      tensor.name,
+      "F32, F16 or BF16",
       std::string(io::tensor_type_name(tensor.type)));
 }
 
@@ -103,7 +121,10 @@ mx::array copy_matrix(const io::TensorInfo& tensor, bool transposed, const std::
   constexpr uint64_t kMaxExtent = INT32_MAX;
   if (rows == 0 || columns == 0 || rows > kMaxExtent || columns > kMaxExtent) {
     refuse(
-        ErrorCode::invalid_input, where, tensor.name, "1 … 2^31 - 1 in each dimension",
+        ErrorCode::invalid_input,
+        where,
+        tensor.name,
+        "1 … 2^31 - 1 in each dimension",
         io::format_shape(tensor.shape));
   }
   auto buffer = mx::allocator::malloc(tensor.nbytes);
@@ -134,7 +155,10 @@ std::map<std::string, Halves> collect(const io::SafetensorsFile& file) {
     auto& half = name.is_a ? modules[name.module_path].a : modules[name.module_path].b;
     if (half) {
       refuse(
-          ErrorCode::invalid_input, file.path(), tensor.name, "the only such factor of its module",
+          ErrorCode::invalid_input,
+          file.path(),
+          tensor.name,
+          "the only such factor of its module",
           "there under another spelling too");
     }
     half = copy_matrix(tensor, name.transposed, file.path());
@@ -165,7 +189,8 @@ std::map<std::string, int> padded_ranks(const io::SafetensorsFile& file) {
   const io::Json json = io::unwrap(io::parse_json(it->second, where));
   const auto object = io::unwrap(io::JsonObject::of(json, where));
   for (const auto& item : json.items()) {
-    ranks[item.key()] = static_cast<int>(io::unwrap(object.get_int(item.key(), 1, kMaxAdapterRank)));
+    ranks[item.key()] =
+        static_cast<int>(io::unwrap(object.get_int(item.key(), 1, kMaxAdapterRank)));
   }
   return ranks;
 }
@@ -189,18 +214,27 @@ Lora checked_lora(
     const std::string& where) {
   if (!halves.a || !halves.b) {
     refuse(
-        ErrorCode::invalid_input, where, path, "a pair of factors A and B",
+        ErrorCode::invalid_input,
+        where,
+        path,
+        "a pair of factors A and B",
         halves.a ? "without B" : "without A");
   }
   const int rank = halves.a->shape(0);
   if (rank != halves.b->shape(1)) {
     refuse(
-        ErrorCode::invalid_input, where, path, fmt::format("of one rank: B with {} columns", rank),
+        ErrorCode::invalid_input,
+        where,
+        path,
+        fmt::format("of one rank: B with {} columns", rank),
         fmt::format("{} columns", halves.b->shape(1)));
   }
   if (rank > kMaxAdapterRank) {
     refuse(
-        ErrorCode::invalid_input, where, path, fmt::format("of rank 1 … {}", kMaxAdapterRank),
+        ErrorCode::invalid_input,
+        where,
+        path,
+        fmt::format("of rank 1 … {}", kMaxAdapterRank),
         std::to_string(rank));
   }
   if (halves.a->dtype() != halves.b->dtype()) {
@@ -209,12 +243,18 @@ Lora checked_lora(
   if (config == nullptr) return {*halves.a, *halves.b};
   if (const int expected = config->rank_of(path); expected != rank) {
     refuse(
-        ErrorCode::invalid_input, where, path,
-        fmt::format("of rank {} as {} says", expected, kConfigName), std::to_string(rank));
+        ErrorCode::invalid_input,
+        where,
+        path,
+        fmt::format("of rank {} as {} says", expected, kConfigName),
+        std::to_string(rank));
   }
   if (!config->targets(path)) {
     refuse(
-        ErrorCode::invalid_input, where, path, fmt::format("a module that {} names", kConfigName),
+        ErrorCode::invalid_input,
+        where,
+        path,
+        fmt::format("a module that {} names", kConfigName),
         "not among them");
   }
   // The file's dropout is AdapterInfo's: it belongs to training, and a Lora that has it drops.
@@ -245,8 +285,11 @@ AdapterFile read_adapter(const fs::path& path, const ReadAdapterOptions& options
     if (paths.tensors.empty()) paths.tensors = tensor_file_in(path, config->info.format);
   } else if (!options.scale) {
     refuse(
-        ErrorCode::not_found, paths.tensors.parent_path().string(), kConfigName,
-        "beside the tensor file", "not there",
+        ErrorCode::not_found,
+        paths.tensors.parent_path().string(),
+        kConfigName,
+        "beside the tensor file",
+        "not there",
         "it says the adapter's scale; give the scale yourself if you know it");
   }
   const auto file = io::unwrap(io::read_safetensors(paths.tensors.string()));
@@ -259,7 +302,10 @@ AdapterFile read_adapter(const fs::path& path, const ReadAdapterOptions& options
     if (!config) lora.scale = *options.scale;
     if (!std::isfinite(lora.scale)) {
       refuse(
-          ErrorCode::invalid_input, paths.tensors.string(), module_path, "of finite scale",
+          ErrorCode::invalid_input,
+          paths.tensors.string(),
+          module_path,
+          "of finite scale",
           "scaled beyond the range of f32");
     }
     if (const auto it = ranks.find(module_path); it != ranks.end()) {
@@ -282,15 +328,23 @@ Adapter load_adapter(
   for (const AdapterModule& module : file.modules) {
     if (module.path == "lm_head") {
       refuse(
-          ErrorCode::unsupported, path.string(), "lm_head", "without an adapter on the head",
-          "one with it", "train without lm_head among the keys");
+          ErrorCode::unsupported,
+          path.string(),
+          "lm_head",
+          "without an adapter on the head",
+          "one with it",
+          "train without lm_head among the keys");
     }
     // mlx-lm's embedding adapter also acts in a tied head; this library's, like PEFT's, does not.
     if (module.path == "model.embed_tokens" && config.tie_word_embeddings &&
-        file.info.format == AdapterFormat::mlx_lm && !file.info.config_json.contains(AdapterFormat::peft)) {
+        file.info.format == AdapterFormat::mlx_lm &&
+        !file.info.config_json.contains(AdapterFormat::peft)) {
       refuse(
-          ErrorCode::unsupported, path.string(), module.path,
-          "without an adapter where the head is tied to the embedding", "one with it",
+          ErrorCode::unsupported,
+          path.string(),
+          module.path,
+          "without an adapter where the head is tied to the embedding",
+          "one with it",
           "mlx-lm applies it in the head as well; PEFT's format, which does not, is read");
     }
   }

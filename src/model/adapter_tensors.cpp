@@ -67,7 +67,11 @@ std::string carried_config_key(AdapterFormat format) {
 }
 
 void transpose_bytes(
-    const std::byte* source, uint64_t rows, uint64_t columns, size_t element_bytes, std::byte* out) {
+    const std::byte* source,
+    uint64_t rows,
+    uint64_t columns,
+    size_t element_bytes,
+    std::byte* out) {
   if (element_bytes == 2) {
     transpose_elements<uint16_t>(source, rows, columns, out);
   } else {
@@ -85,7 +89,8 @@ mx::array copy_block(const mx::array& matrix, int rows, int columns) {
   std::memset(out, 0, row_bytes * static_cast<size_t>(rows));
   for (int r = 0; r < std::min(rows, matrix.shape(0)); ++r) {
     std::memcpy(
-        out + static_cast<size_t>(r) * row_bytes, source + static_cast<size_t>(r) * source_row_bytes,
+        out + static_cast<size_t>(r) * row_bytes,
+        source + static_cast<size_t>(r) * source_row_bytes,
         std::min(row_bytes, source_row_bytes));
   }
   return mx::array(std::move(buffer), mx::Shape{rows, columns}, matrix.dtype());
@@ -126,7 +131,9 @@ AdapterTensorName parse_adapter_tensor_name(std::string_view name, const std::st
     if (path.ends_with(".m")) refuse_name(ErrorCode::unsupported, where, name, "DoRA's magnitude");
     if (path.ends_with(".weight") || path.ends_with(".bias")) {
       refuse_name(
-          ErrorCode::unsupported, where, name,
+          ErrorCode::unsupported,
+          where,
+          name,
           "a whole weight or bias (modules_to_save, bias or full fine-tuning)");
     }
     refuse_name(ErrorCode::invalid_input, where, name, "something else");

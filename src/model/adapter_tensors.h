@@ -1,8 +1,8 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// Bit-exact shuffles of an adapter's factors, and the names under which they are stored. They work on
-// bytes: a value that came from a file goes back as it was, whatever its dtype.
+// Bit-exact shuffles of an adapter's factors, and the names under which they are stored. They work
+// on bytes: a value that came from a file goes back as it was, whatever its dtype.
 #pragma once
 
 #include <cstddef>

@@ -28,15 +28,20 @@ constexpr const char* kWhere = "write_adapter";
 
 io::TensorType tensor_type(mx::Dtype dtype) {
   switch (to_kernel(dtype)) {
-    case DType::f32: return io::TensorType::f32;
-    case DType::f16: return io::TensorType::f16;
-    case DType::bf16: return io::TensorType::bf16;
+    case DType::f32:
+      return io::TensorType::f32;
+    case DType::f16:
+      return io::TensorType::f16;
+    case DType::bf16:
+      return io::TensorType::bf16;
   }
   throw Error(ErrorCode::internal, "[write_adapter] unknown dtype");
 }
 
 /// The f32 as the shortest decimal that is the same f32: 1.3333334, not 1.3333333730697632.
-double shortest(float value) { return std::stod(fmt::format("{}", value)); }
+double shortest(float value) {
+  return std::stod(fmt::format("{}", value));
+}
 
 ordered_json carried(const AdapterInfo& info, AdapterFormat format) {
   const auto it = info.config_json.find(format);
@@ -46,7 +51,8 @@ ordered_json carried(const AdapterInfo& info, AdapterFormat format) {
     throw Error(
         ErrorCode::invalid_input,
         fmt::format(
-            "[{}] the {} configuration must be a JSON object but is not", kWhere,
+            "[{}] the {} configuration must be a JSON object but is not",
+            kWhere,
             adapter_format_name(format)));
   }
   return json;
@@ -88,7 +94,8 @@ std::string mlx_lm_config_text(const AdapterInfo& info, const std::vector<Adapte
         {"scale", shortest(first.lora.scale)}};
   }
   json["fine_tune_type"] = "lora";
-  if (info.num_layers || !json.contains("num_layers")) json["num_layers"] = info.num_layers.value_or(-1);
+  if (info.num_layers || !json.contains("num_layers"))
+    json["num_layers"] = info.num_layers.value_or(-1);
   if (!info.base_model.empty() && !json.contains("model")) json["model"] = info.base_model;
   return nlohmann::json(json).dump(4) + "\n";  // keys sorted, as mlx-lm writes them
 }
@@ -112,7 +119,8 @@ void add_peft_targets(
     return;
   }
   json["target_modules"] = names;
-  const bool from_first = *layers.begin() == 0 && *layers.rbegin() + 1 == static_cast<int64_t>(layers.size());
+  const bool from_first =
+      *layers.begin() == 0 && *layers.rbegin() + 1 == static_cast<int64_t>(layers.size());
   if (!from_first || info.num_layers.value_or(-1) >= 0) json["layers_to_transform"] = layers;
 }
 
@@ -128,9 +136,11 @@ template <class T>
 T most_common(const std::vector<T>& values) {
   std::map<T, size_t> counts;
   for (const T& value : values) ++counts[value];
-  return std::max_element(counts.begin(), counts.end(), [](const auto& x, const auto& y) {
-           return x.second < y.second;
-         })->first;
+  return std::max_element(
+             counts.begin(),
+             counts.end(),
+             [](const auto& x, const auto& y) { return x.second < y.second; })
+      ->first;
 }
 
 void add_peft_ranks(
@@ -161,8 +171,12 @@ std::string peft_config_text(const AdapterInfo& info, const std::vector<AdapterM
   ordered_json json = carried(info, AdapterFormat::peft);
   if (!describes(json, AdapterFormat::peft, modules)) {
     const ordered_json defaults = {
-        {"bias", "none"},          {"fan_in_fan_out", false}, {"inference_mode", true},
-        {"init_lora_weights", true}, {"modules_to_save", nullptr}, {"task_type", "CAUSAL_LM"},
+        {"bias", "none"},
+        {"fan_in_fan_out", false},
+        {"inference_mode", true},
+        {"init_lora_weights", true},
+        {"modules_to_save", nullptr},
+        {"task_type", "CAUSAL_LM"},
         {"base_model_name_or_path", nullptr}};
     for (const auto& item : defaults.items()) {
       if (!json.contains(item.key())) json[item.key()] = item.value();
@@ -203,8 +217,11 @@ std::vector<AdapterModule> unified(
         throw Error(
             ErrorCode::unsupported,
             fmt::format(
-                "[{}] {} must have the scale {} of the other modules but has {}", kWhere,
-                module.path, scale, lora.scale),
+                "[{}] {} must have the scale {} of the other modules but has {}",
+                kWhere,
+                module.path,
+                scale,
+                lora.scale),
             "mlx-lm's format has one scale for all; fold the difference into B (--fold-scale)");
       }
       const mx::array factor(lora.scale / scale);
@@ -258,8 +275,10 @@ std::vector<io::TensorInfo> tensors_of(
       if (format == AdapterFormat::mlx_lm) {
         auto buffer = mx::allocator::malloc(std::max<size_t>(1, matrix.nbytes()));
         transpose_bytes(
-            reinterpret_cast<const std::byte*>(matrix.data<char>()), matrix.shape(0),
-            matrix.shape(1), mx::size_of(matrix.dtype()),
+            reinterpret_cast<const std::byte*>(matrix.data<char>()),
+            matrix.shape(0),
+            matrix.shape(1),
+            mx::size_of(matrix.dtype()),
             static_cast<std::byte*>(buffer.buffer().raw_ptr()));
         matrix = mx::array(
             std::move(buffer), mx::Shape{matrix.shape(1), matrix.shape(0)}, matrix.dtype());
@@ -298,23 +317,26 @@ fs::path write_adapter(
   for (const auto& [other, text] : adapter.info.config_json) {
     if (other != format && !text.empty()) metadata[carried_config_key(other)] = text;
   }
-  const auto modules = format == AdapterFormat::mlx_lm
-                           ? unified(adapter.modules, options, metadata)
-                           : adapter.modules;
+  const auto modules = format == AdapterFormat::mlx_lm ? unified(adapter.modules, options, metadata)
+                                                       : adapter.modules;
   std::error_code error;
   fs::create_directories(folder, error);
   if (error) {
     throw Error(
         ErrorCode::io,
-        fmt::format("[{}] must be a folder that can be made but is not: {}", folder.string(), error.message()));
+        fmt::format(
+            "[{}] must be a folder that can be made but is not: {}",
+            folder.string(),
+            error.message()));
   }
-  const fs::path file =
-      folder / (options.file_name.empty() ? std::string(adapter_file_name(format)) : options.file_name);
+  const fs::path file = folder / (options.file_name.empty() ? std::string(adapter_file_name(format))
+                                                            : options.file_name);
   std::vector<mx::array> kept;
   const auto tensors = tensors_of(modules, format, kept);
   io::unwrap(io::write_safetensors(file.string(), tensors, metadata));
   io::unwrap(io::write_file_atomic(
-      (folder / "adapter_config.json").string(), adapter_config_text(format, adapter.info, modules)));
+      (folder / "adapter_config.json").string(),
+      adapter_config_text(format, adapter.info, modules)));
   return file;
 }
 

@@ -28,15 +28,24 @@ using nlohmann::ordered_json;
 
 /// Files of a folder that go along unchanged, where they exist.
 constexpr const char* kCarriedFiles[] = {
-    "tokenizer.json",   "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model",  "vocab.json",            "merges.txt",              "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
     "generation_config.json"};
 
 io::TensorType tensor_type(mx::Dtype dtype) {
   switch (to_kernel(dtype)) {
-    case DType::f32: return io::TensorType::f32;
-    case DType::f16: return io::TensorType::f16;
-    case DType::bf16: return io::TensorType::bf16;
+    case DType::f32:
+      return io::TensorType::f32;
+    case DType::f16:
+      return io::TensorType::f16;
+    case DType::bf16:
+      return io::TensorType::bf16;
   }
   throw Error(ErrorCode::internal, "[convert] unknown dtype");
 }
@@ -60,7 +69,8 @@ io::TensorInfo info_of(std::string name, io::TensorType type, std::vector<uint64
   info.type = type;
   info.shape = std::move(shape);
   info.nbytes = *io::count_bytes(type, info.shape).get();
-  // The layout wants bytes behind every tensor, but reads none: these are made when their turn comes.
+  // The layout wants bytes behind every tensor, but reads none: these are made when their turn
+  // comes.
   static constexpr std::byte kNotYet{};
   info.data = &kNotYet;
   return info;
@@ -86,11 +96,13 @@ class Exporter {
       shard_bytes += part.info.nbytes;
       total += part.info.nbytes;
     }
-    ordered_json index = {{"metadata", {{"total_size", total}}}, {"weight_map", ordered_json::object()}};
+    ordered_json index = {
+        {"metadata", {{"total_size", total}}}, {"weight_map", ordered_json::object()}};
     for (size_t i = 0; i < shards.size(); ++i) {
       const std::string name =
-          shards.size() == 1 ? "model.safetensors"
-                             : fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size());
+          shards.size() == 1
+              ? "model.safetensors"
+              : fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards.size());
       write_shard((folder / name).string(), shards[i], total);
       for (const Part* part : shards[i]) index["weight_map"][part->info.name] = name;
     }
@@ -111,7 +123,8 @@ class Exporter {
       for (int slot = 0; slot < kSlotsPerLayer; ++slot) {
         const LinearInfo& linear = linears[next++];
         add_weight(linear.path, linear.out_features, linear.in_features);
-        if (source_->has(linear.path + ".bias")) add_vector(linear.path + ".bias", linear.out_features);
+        if (source_->has(linear.path + ".bias"))
+          add_vector(linear.path + ".bias", linear.out_features);
       }
       add_vector(prefix + "input_layernorm.weight", c.hidden_size);
       add_vector(prefix + "post_attention_layernorm.weight", c.hidden_size);
@@ -127,24 +140,28 @@ class Exporter {
     const auto write = [this, name, size](const auto& out) {
       const auto vector = source_->vector(name, size);
       if (!vector) {
-        throw Error(ErrorCode::invalid_input, fmt::format("[convert] the model has no tensor {}", name));
+        throw Error(
+            ErrorCode::invalid_input, fmt::format("[convert] the model has no tensor {}", name));
       }
       const mx::array values = evaluated(mx::astype(*vector, options_.dtype));
       check_finite(values, name);
       out(values.data<char>(), values.nbytes());
     };
-    parts_.push_back({info_of(name, tensor_type(options_.dtype), {static_cast<uint64_t>(size)}), write});
+    parts_.push_back(
+        {info_of(name, tensor_type(options_.dtype), {static_cast<uint64_t>(size)}), write});
   }
 
   void add_weight(const std::string& path, int out_features, int in_features) {
-    const auto rows = static_cast<uint64_t>(out_features), columns = static_cast<uint64_t>(in_features);
+    const auto rows = static_cast<uint64_t>(out_features),
+               columns = static_cast<uint64_t>(in_features);
     const int bits = options_.quantize_bits, group = options_.quantize_group;
     if (bits == 0 || in_features % group != 0) {
       const auto write = [this, path, out_features, in_features](const auto& out) {
         const mx::array values = dense(path, out_features, in_features);
         out(values.data<char>(), values.nbytes());
       };
-      parts_.push_back({info_of(path + ".weight", tensor_type(options_.dtype), {rows, columns}), write});
+      parts_.push_back(
+          {info_of(path + ".weight", tensor_type(options_.dtype), {rows, columns}), write});
       return;
     }
     const auto groups = columns / static_cast<uint64_t>(group);
@@ -158,9 +175,14 @@ class Exporter {
            }});
     };
     const size_t scale_bytes = rows * groups * 2;
-    part(".weight", io::TensorType::u32, columns * static_cast<uint64_t>(bits) / 32, [=](const Weight& w) {
-      return std::pair<const void*, size_t>(w.data(), rows * columns * static_cast<uint64_t>(bits) / 8);
-    });
+    part(
+        ".weight",
+        io::TensorType::u32,
+        columns * static_cast<uint64_t>(bits) / 32,
+        [=](const Weight& w) {
+          return std::pair<const void*, size_t>(
+              w.data(), rows * columns * static_cast<uint64_t>(bits) / 8);
+        });
     part(".scales", io::TensorType::f16, groups, [=](const Weight& w) {
       return std::pair<const void*, size_t>(w.scales(), scale_bytes);
     });
@@ -204,12 +226,17 @@ class Exporter {
     const Merged m = merged(path, out_features, in_features);
     const mx::array values = evaluated(mx::astype(m.sum(), options_.dtype));
     check_finite(values, path);
-    if (m.update) report(path, m, mx::astype(values, mx::float32), mx::astype(mx::astype(m.base, options_.dtype), mx::float32));
+    if (m.update)
+      report(
+          path,
+          m,
+          mx::astype(values, mx::float32),
+          mx::astype(mx::astype(m.base, options_.dtype), mx::float32));
     return values;
   }
 
-  /// The three parts of a quantised weight come one after another in a file only by chance: the last
-  /// one made is kept, so that each is made at most three times.
+  /// The three parts of a quantised weight come one after another in a file only by chance: the
+  /// last one made is kept, so that each is made at most three times.
   const Weight& quantized(const std::string& path, int out_features, int in_features) {
     if (path == cached_path_) return cached_;
     const Weight stored = source_->weight(path + ".weight", out_features, in_features, mx::float32);
@@ -223,12 +250,14 @@ class Exporter {
       return Weight::dense(values).quantized(bits, options_.quantize_group);
     };
     cached_ = same && !m.update ? stored : round(m.sum());
-    if (m.update && path != reported_path_) report(path, m, cached_.dequantized(), round(m.base).dequantized());
+    if (m.update && path != reported_path_)
+      report(path, m, cached_.dequantized(), round(m.base).dequantized());
     cached_path_ = path;
     return cached_;
   }
 
-  void report(const std::string& path, const Merged& m, mx::array rounded_sum, mx::array rounded_base) {
+  void report(
+      const std::string& path, const Merged& m, mx::array rounded_sum, mx::array rounded_base) {
     reported_path_ = path;
     if (!options_.on_merged) return;
     const mx::array kept = evaluated(mx::subtract(rounded_sum, rounded_base));
@@ -260,10 +289,15 @@ class Exporter {
       if (bytes != parts[i]->info.nbytes) {
         throw Error(
             ErrorCode::internal,
-            fmt::format("[convert] {} must be {} bytes but is {}", parts[i]->info.name, parts[i]->info.nbytes, bytes));
+            fmt::format(
+                "[convert] {} must be {} bytes but is {}",
+                parts[i]->info.name,
+                parts[i]->info.nbytes,
+                bytes));
       }
       written_bytes_ += bytes;
-      if (options_.progress) options_.progress(static_cast<double>(written_bytes_) / static_cast<double>(total));
+      if (options_.progress)
+        options_.progress(static_cast<double>(written_bytes_) / static_cast<double>(total));
     }
     io::unwrap(file.commit());
   }
@@ -283,7 +317,8 @@ void write_json(const fs::path& path, const ordered_json& json) {
 
 void check_empty(const fs::path& folder) {
   std::error_code error;
-  if (fs::exists(folder, error) && (!fs::is_directory(folder, error) || !fs::is_empty(folder, error))) {
+  if (fs::exists(folder, error) &&
+      (!fs::is_directory(folder, error) || !fs::is_empty(folder, error))) {
     throw Error(
         ErrorCode::invalid_input,
         fmt::format("[{}] must be a new or empty folder but is not", folder.string()),
@@ -291,7 +326,8 @@ void check_empty(const fs::path& folder) {
   }
   fs::create_directories(folder, error);
   if (error) {
-    throw Error(ErrorCode::io, fmt::format("[{}] cannot be made: {}", folder.string(), error.message()));
+    throw Error(
+        ErrorCode::io, fmt::format("[{}] cannot be made: {}", folder.string(), error.message()));
   }
 }
 
@@ -311,7 +347,8 @@ void finish_config(ordered_json& config, const ExportOptions& options) {
 void export_folder(const fs::path& model, const fs::path& folder, const ExportOptions& options) {
   const std::string config_path = (model / "config.json").string();
   const io::Json json = io::unwrap(io::read_json_file(config_path));
-  Exporter exporter(parse_hf_config(json, config_path), open_hf_tensors(model.string(), json), options);
+  Exporter exporter(
+      parse_hf_config(json, config_path), open_hf_tensors(model.string(), json), options);
   check_empty(folder);
   exporter.write(folder);
   if (options.before_config) options.before_config();

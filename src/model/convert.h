@@ -30,12 +30,12 @@ struct KeptUpdate {
 
 struct ExportOptions {
   mlx::core::Dtype dtype = mlx::core::bfloat16;  ///< of dense tensors
-  int quantize_bits = 0;                         ///< 4 or 8: linears and embedding as MLX checkpoints have them
+  int quantize_bits = 0;  ///< 4 or 8: linears and embedding as MLX checkpoints have them
   int quantize_group = 64;
-  uint64_t max_shard_bytes = 4'000'000'000;      ///< of one safetensors file
-  AdapterWeights adapter;                        ///< merged into its linears when not empty
+  uint64_t max_shard_bytes = 4'000'000'000;  ///< of one safetensors file
+  AdapterWeights adapter;                    ///< merged into its linears when not empty
   std::function<void(const KeptUpdate&)> on_merged;
-  std::function<void()> before_config;           ///< after the tensors; may throw to leave no model
+  std::function<void()> before_config;   ///< after the tensors; may throw to leave no model
   std::function<void(double)> progress;  ///< 0 … 1
 };
 

@@ -1,8 +1,8 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// A GGUF's metadata as the JSON files of a Hugging Face folder. Whatever has no such form is refused
-// by name: a folder that loads must mean what the GGUF meant.
+// A GGUF's metadata as the JSON files of a Hugging Face folder. Whatever has no such form is
+// refused by name: a folder that loads must mean what the GGUF meant.
 #include <algorithm>
 #include <cmath>
 #include <map>
@@ -19,17 +19,20 @@
 namespace metal_lora {
 namespace {
 
-using nlohmann::ordered_json;
 using io::unwrap;
+using nlohmann::ordered_json;
 
-[[noreturn]] void unsupported(const io::GgufFile& file, const std::string& key, const std::string& got) {
+[[noreturn]] void unsupported(
+    const io::GgufFile& file, const std::string& key, const std::string& got) {
   throw Error(
       ErrorCode::unsupported,
       fmt::format("[{}, {}] must have a Hugging Face form but is {}", file.path(), key, got));
 }
 
 /// The f32 as the shortest decimal that is the same f32.
-double shortest(float value) { return std::stod(fmt::format("{}", value)); }
+double shortest(float value) {
+  return std::stod(fmt::format("{}", value));
+}
 
 std::string architecture_class(const std::string& architecture) {
   static const std::map<std::string, std::string> kClasses = {
@@ -37,8 +40,8 @@ std::string architecture_class(const std::string& architecture) {
   return kClasses.at(architecture);
 }
 
-// llama.cpp keeps Llama 3's scaling as one divisor per frequency. The three constants of the formula
-// are Llama 3.1's; whether they give these divisors is checked by the caller.
+// llama.cpp keeps Llama 3's scaling as one divisor per frequency. The three constants of the
+// formula are Llama 3.1's; whether they give these divisors is checked by the caller.
 ordered_json llama3_scaling(const io::GgufFile& file, const io::TensorInfo& tensor, int head_dim) {
   const auto factors = tensor_vector(tensor, file.path() + ": " + tensor.name, head_dim / 2);
   const float* values = factors.data<float>();
@@ -50,16 +53,19 @@ ordered_json llama3_scaling(const io::GgufFile& file, const io::TensorInfo& tens
       {"original_max_position_embeddings", 8192}};
 }
 
-ordered_json rope_scaling(const io::GgufFile& file, const ModelConfig& config, const std::string& arch) {
+ordered_json rope_scaling(
+    const io::GgufFile& file, const ModelConfig& config, const std::string& arch) {
   if (const auto* tensor = file.find("rope_freqs.weight")) {
     return llama3_scaling(file, *tensor, config.head_dim);
   }
   const std::string prefix = arch + ".rope.scaling.";
   const std::string type(unwrap(file.get_string_or(prefix + "type", "none")));
   if (type == "none") return nullptr;
-  ordered_json json = {{"rope_type", type}, {"factor", shortest(unwrap(file.get_f32(prefix + "factor")))}};
+  ordered_json json = {
+      {"rope_type", type}, {"factor", shortest(unwrap(file.get_f32(prefix + "factor")))}};
   if (file.has(prefix + "original_context_length")) {
-    json["original_max_position_embeddings"] = unwrap(file.get_u32(prefix + "original_context_length"));
+    json["original_max_position_embeddings"] =
+        unwrap(file.get_u32(prefix + "original_context_length"));
   }
   return json;
 }
@@ -145,7 +151,8 @@ Pretokenizer pretokenizer_of(const io::GgufFile& file, const std::string& pre) {
   }
   if (is_one_of({"llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"})) {
     return {
-        sequence({split_by(kLlama3Expression), byte_level(false, false)}), false,
+        sequence({split_by(kLlama3Expression), byte_level(false, false)}),
+        false,
         pre.starts_with("llama")};
   }
   if (is_one_of({"qwen2", "deepseek-r1-qwen"})) {
@@ -174,7 +181,8 @@ ordered_json added_tokens(const io::GgufFile& file, const std::vector<std::strin
   return added;
 }
 
-ordered_json bos_processor(const io::GgufFile& file, const std::vector<std::string>& tokens, bool by_default) {
+ordered_json bos_processor(
+    const io::GgufFile& file, const std::vector<std::string>& tokens, bool by_default) {
   const bool adds_bos = unwrap(file.get_bool_or("tokenizer.ggml.add_bos_token", by_default));
   const auto bos = token_named(file, tokens, "tokenizer.ggml.bos_token_id");
   if (!adds_bos || !bos) return nullptr;
@@ -188,7 +196,10 @@ ordered_json bos_processor(const io::GgufFile& file, const std::vector<std::stri
       {"single", ordered_json::array({special, sequence_of("A", 0)})},
       {"pair", ordered_json::array({special, sequence_of("A", 0), special, sequence_of("B", 1)})},
       {"special_tokens",
-       {{*bos, {{"id", *bos}, {"ids", ordered_json::array({id})}, {"tokens", ordered_json::array({*bos})}}}}}};
+       {{*bos,
+         {{"id", *bos},
+          {"ids", ordered_json::array({id})},
+          {"tokens", ordered_json::array({*bos})}}}}}};
 }
 
 /// SentencePiece files have scores instead of merges: a pair merges when its whole is a token, the
@@ -198,7 +209,11 @@ ordered_json merges_from_scores(const io::GgufFile& file, const std::vector<std:
   if (scores.size() != tokens.size()) {
     throw Error(
         ErrorCode::invalid_input,
-        fmt::format("[{}, tokenizer.ggml.scores] must be {} but are {}", file.path(), tokens.size(), scores.size()));
+        fmt::format(
+            "[{}, tokenizer.ggml.scores] must be {} but are {}",
+            file.path(),
+            tokens.size(),
+            scores.size()));
   }
   std::unordered_map<std::string_view, uint32_t> ids;
   for (size_t id = 0; id < tokens.size(); ++id) ids.emplace(tokens[id], static_cast<uint32_t>(id));
@@ -216,14 +231,17 @@ ordered_json merges_from_scores(const io::GgufFile& file, const std::vector<std:
     }
   }
   std::stable_sort(merges.begin(), merges.end(), [&](const Merge& x, const Merge& y) {
-    return std::tuple(-scores[x.whole], x.left, x.right) < std::tuple(-scores[y.whole], y.left, y.right);
+    return std::tuple(-scores[x.whole], x.left, x.right) <
+           std::tuple(-scores[y.whole], y.left, y.right);
   });
   auto json = ordered_json::array();
-  for (const Merge& merge : merges) json.push_back(ordered_json::array({tokens[merge.left], tokens[merge.right]}));
+  for (const Merge& merge : merges)
+    json.push_back(ordered_json::array({tokens[merge.left], tokens[merge.right]}));
   return json;
 }
 
-ordered_json sentencepiece_tokenizer(const io::GgufFile& file, const std::vector<std::string>& tokens) {
+ordered_json sentencepiece_tokenizer(
+    const io::GgufFile& file, const std::vector<std::string>& tokens) {
   constexpr const char* kMark = "\xE2\x96\x81";  // U+2581
   auto normalizers = ordered_json::array();
   if (unwrap(file.get_bool_or("tokenizer.ggml.add_space_prefix", true))) {
@@ -245,9 +263,10 @@ ordered_json sentencepiece_tokenizer(const io::GgufFile& file, const std::vector
       {"merges", merges_from_scores(file, tokens)}};
 }
 
-ordered_json byte_level_tokenizer(const io::GgufFile& file, const std::vector<std::string>& tokens) {
-  const Pretokenizer pre =
-      pretokenizer_of(file, std::string(unwrap(file.get_string_or("tokenizer.ggml.pre", "default"))));
+ordered_json byte_level_tokenizer(
+    const io::GgufFile& file, const std::vector<std::string>& tokens) {
+  const Pretokenizer pre = pretokenizer_of(
+      file, std::string(unwrap(file.get_string_or("tokenizer.ggml.pre", "default"))));
   auto merges = ordered_json::array();
   for (const std::string& merge : strings(file, "tokenizer.ggml.merges")) {
     const size_t space = merge.find(' ', 1);
@@ -327,7 +346,8 @@ ordered_json hf_tokenizer_of(const io::GgufFile& file) {
   auto& entries = vocab.get_ref<ordered_json::object_t&>();
   entries.reserve(tokens.size());
   for (size_t id = 0; id < tokens.size(); ++id) {
-    static_cast<std::vector<ordered_json::object_t::value_type>&>(entries).emplace_back(tokens[id], id);
+    static_cast<std::vector<ordered_json::object_t::value_type>&>(entries).emplace_back(
+        tokens[id], id);
   }
   const auto unk = token_named(file, tokens, "tokenizer.ggml.unknown_token_id");
   return {

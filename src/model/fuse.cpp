@@ -21,10 +21,13 @@ struct Logits {
   size_t vocab = 0;
 };
 
-Logits logits_of(const Model& model, const AdapterWeights& adapter, const std::vector<int32_t>& tokens) {
+Logits logits_of(
+    const Model& model, const AdapterWeights& adapter, const std::vector<int32_t>& tokens) {
   KVCache cache(model);
   const mx::array logits = model.decode(tokens, cache, adapter, static_cast<int>(tokens.size()));
-  return {{logits.data<float>(), logits.data<float>() + logits.size()}, static_cast<size_t>(logits.shape(1))};
+  return {
+      {logits.data<float>(), logits.data<float>() + logits.size()},
+      static_cast<size_t>(logits.shape(1))};
 }
 
 double log_sum_exp(std::span<const float> row) {
@@ -53,7 +56,10 @@ double mean_kl(const Logits& p, const Logits& q) {
 }  // namespace
 
 FuseReport fuse_adapter(
-    const fs::path& model, const fs::path& adapter_path, const fs::path& folder, FuseOptions options) {
+    const fs::path& model,
+    const fs::path& adapter_path,
+    const fs::path& folder,
+    FuseOptions options) {
   FuseReport report;
   LoadOptions load;
   load.dtype = mx::float32;
@@ -80,10 +86,13 @@ FuseReport fuse_adapter(
     throw Error(
         ErrorCode::invalid_input,
         fmt::format(
-            "[fuse] the merged weights must keep the adapter but the rounding of the target loses it: "
+            "[fuse] the merged weights must keep the adapter but the rounding of the target loses "
+            "it: "
             "{:.0f} % of the update's norm is noise, {:.0f} % of the update is left",
-            100 * report.total.error(), 100 * report.total.kept()),
-        "choose --dtype float32 or bfloat16 without --quantize, or --allow-loss; or keep the adapter "
+            100 * report.total.error(),
+            100 * report.total.kept()),
+        "choose --dtype float32 or bfloat16 without --quantize, or --allow-loss; or keep the "
+        "adapter "
         "beside the base, unmerged");
   };
   export_model(model, folder, options.target);

@@ -13,24 +13,25 @@
 
 namespace metal_lora {
 
-/// Noise beside the update (KeptUpdate::error of all linears together) from which a merge warns, and
-/// from which it is refused: there half the update's norm is rounding noise, and the adapter would
-/// silently do less than it was trained to.
+/// Noise beside the update (KeptUpdate::error of all linears together) from which a merge warns,
+/// and from which it is refused: there half the update's norm is rounding noise, and the adapter
+/// would silently do less than it was trained to.
 inline constexpr double kWarnUpdateError = 0.1;
 inline constexpr double kRefuseUpdateError = 0.5;
 
 struct FuseReport {
   std::vector<KeptUpdate> linears;
-  KeptUpdate total;           ///< path empty
-  double kl_merged = 0.0;     ///< mean KL(base + adapter ‖ merged model) per token, nats
-  double kl_adapter = 0.0;    ///< mean KL(base + adapter ‖ base): what the adapter does
-  int prompt_tokens = 0;      ///< of the fixed prompt; 0: not measured
+  KeptUpdate total;         ///< path empty
+  double kl_merged = 0.0;   ///< mean KL(base + adapter ‖ merged model) per token, nats
+  double kl_adapter = 0.0;  ///< mean KL(base + adapter ‖ base): what the adapter does
+  int prompt_tokens = 0;    ///< of the fixed prompt; 0: not measured
 };
 
 struct FuseOptions {
-  ExportOptions target;       ///< its adapter is overwritten
-  bool allow_loss = false;    ///< write even what kRefuseUpdateError refuses
-  std::string prompt = "The quick brown fox jumps over the lazy dog. SELECT name FROM people WHERE age > 30;";
+  ExportOptions target;     ///< its adapter is overwritten
+  bool allow_loss = false;  ///< write even what kRefuseUpdateError refuses
+  std::string prompt =
+      "The quick brown fox jumps over the lazy dog. SELECT name FROM people WHERE age > 30;";
 };
 
 /// W + scale·B·A for every module into a new folder (see export_model), checked by reading it back:

@@ -19,8 +19,11 @@ std::shared_ptr<const void> compile(const std::string& expression, const std::st
   int code = 0;
   PCRE2_SIZE offset = 0;
   pcre2_code* compiled = pcre2_compile(
-      reinterpret_cast<PCRE2_SPTR>(expression.data()), expression.size(),
-      PCRE2_ANCHORED | PCRE2_ENDANCHORED | PCRE2_UTF | PCRE2_NEVER_BACKSLASH_C, &code, &offset,
+      reinterpret_cast<PCRE2_SPTR>(expression.data()),
+      expression.size(),
+      PCRE2_ANCHORED | PCRE2_ENDANCHORED | PCRE2_UTF | PCRE2_NEVER_BACKSLASH_C,
+      &code,
+      &offset,
       nullptr);
   if (compiled == nullptr) {
     PCRE2_UCHAR reason[128] = {};
@@ -28,7 +31,8 @@ std::shared_ptr<const void> compile(const std::string& expression, const std::st
     throw Error(
         ErrorCode::invalid_input,
         fmt::format(
-            "[{}] must be a regular expression but is not: {}", where,
+            "[{}] must be a regular expression but is not: {}",
+            where,
             reinterpret_cast<const char*>(reason)));
   }
   return {compiled, [](const void* p) {
@@ -57,11 +61,17 @@ bool ModulePattern::run(const void* code, std::string_view path) const {
       pcre2_match_data_create(1, nullptr), &pcre2_match_data_free);
   const std::unique_ptr<pcre2_match_context, decltype(&pcre2_match_context_free)> context(
       pcre2_match_context_create(nullptr), &pcre2_match_context_free);
-  if (!match || !context) throw Error(ErrorCode::does_not_fit, "[" + where_ + "] no memory to match");
+  if (!match || !context)
+    throw Error(ErrorCode::does_not_fit, "[" + where_ + "] no memory to match");
   pcre2_set_match_limit(context.get(), kMatchLimit);
   const int rc = pcre2_match(
-      static_cast<const pcre2_code*>(code), reinterpret_cast<PCRE2_SPTR>(path.data()), path.size(),
-      0, 0, match.get(), context.get());
+      static_cast<const pcre2_code*>(code),
+      reinterpret_cast<PCRE2_SPTR>(path.data()),
+      path.size(),
+      0,
+      0,
+      match.get(),
+      context.get());
   // 0: matched, but there were more groups than the block has room for, which nobody reads.
   if (rc >= 0) return true;
   if (rc == PCRE2_ERROR_NOMATCH) return false;
@@ -70,7 +80,11 @@ bool ModulePattern::run(const void* code, std::string_view path) const {
       fmt::format("[{}] must match in {} steps but needs more", where_, kMatchLimit));
 }
 
-bool ModulePattern::matches_suffix(std::string_view path) const { return run(suffix_.get(), path); }
-bool ModulePattern::matches_whole(std::string_view path) const { return run(whole_.get(), path); }
+bool ModulePattern::matches_suffix(std::string_view path) const {
+  return run(suffix_.get(), path);
+}
+bool ModulePattern::matches_whole(std::string_view path) const {
+  return run(whole_.get(), path);
+}
 
 }  // namespace metal_lora

@@ -21,22 +21,32 @@ using Probabilities = std::vector<double>;
 
 /// Probability of each token after all filters.
 Probabilities oracle(
-    std::vector<double> logits, const SamplingOptions& o, const std::vector<int32_t>& history, size_t answer) {
+    std::vector<double> logits,
+    const SamplingOptions& o,
+    const std::vector<int32_t>& history,
+    size_t answer) {
   for (const auto& [id, bias] : o.logit_bias) logits[id] += bias;
-  const size_t window = o.repetition_context == 0 ? history.size() : std::min<size_t>(o.repetition_context, history.size());
-  const std::set<int32_t> recent(history.end() - static_cast<std::ptrdiff_t>(window), history.end());
+  const size_t window = o.repetition_context == 0
+                            ? history.size()
+                            : std::min<size_t>(o.repetition_context, history.size());
+  const std::set<int32_t> recent(
+      history.end() - static_cast<std::ptrdiff_t>(window), history.end());
   for (const int32_t id : recent) {
-    logits[id] = logits[id] < 0 ? logits[id] * o.repetition_penalty : logits[id] / o.repetition_penalty;
+    logits[id] =
+        logits[id] < 0 ? logits[id] * o.repetition_penalty : logits[id] / o.repetition_penalty;
   }
   std::map<int32_t, int> counts;
   for (size_t i = history.size() - answer; i < history.size(); ++i) ++counts[history[i]];
-  for (const auto& [id, count] : counts) logits[id] -= o.presence_penalty + o.frequency_penalty * count;
+  for (const auto& [id, count] : counts)
+    logits[id] -= o.presence_penalty + o.frequency_penalty * count;
   std::vector<size_t> order(logits.size());
   std::iota(order.begin(), order.end(), size_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](size_t x, size_t y) { return logits[x] > logits[y]; });
+  std::stable_sort(
+      order.begin(), order.end(), [&](size_t x, size_t y) { return logits[x] > logits[y]; });
   const double best = logits[order[0]];
   Probabilities weights(logits.size());
-  for (size_t i = 0; i < logits.size(); ++i) weights[i] = std::exp((logits[i] - best) / o.temperature);
+  for (size_t i = 0; i < logits.size(); ++i)
+    weights[i] = std::exp((logits[i] - best) / o.temperature);
   size_t kept = o.top_k == 0 ? order.size() : std::min<size_t>(o.top_k, order.size());
   if (o.top_p < 1.0f) {
     double total = 0, sum = 0;
@@ -66,7 +76,11 @@ std::vector<float> random_logits(size_t count, uint64_t seed) {
 
 /// Frequencies of many draws agree with the oracle's probabilities: Pearson's chi-square over the
 /// tokens that are expected at least five times, and no token that the oracle forbids.
-void expect_distribution(SamplingOptions o, const std::vector<float>& logits, const std::vector<int32_t>& history = {}, size_t answer = 0) {
+void expect_distribution(
+    SamplingOptions o,
+    const std::vector<float>& logits,
+    const std::vector<int32_t>& history = {},
+    size_t answer = 0) {
   const Probabilities expected = oracle({logits.begin(), logits.end()}, o, history, answer);
   constexpr int kDraws = 4000;
   std::vector<int> counts(logits.size(), 0);
@@ -230,8 +244,12 @@ TEST(Sampler, RefusesOptionsOutOfRangeByName) {
   EXPECT_NE(message([](O& o) { o.top_p = 0; }).find("top_p"), std::string::npos);
   EXPECT_NE(message([](O& o) { o.top_p = 1.5f; }).find("top_p"), std::string::npos);
   EXPECT_NE(message([](O& o) { o.min_p = -0.1f; }).find("min_p"), std::string::npos);
-  EXPECT_NE(message([](O& o) { o.repetition_penalty = 0; }).find("repetition_penalty"), std::string::npos);
-  EXPECT_NE(message([](O& o) { o.frequency_penalty = INFINITY; }).find("frequency_penalty"), std::string::npos);
+  EXPECT_NE(
+      message([](O& o) { o.repetition_penalty = 0; }).find("repetition_penalty"),
+      std::string::npos);
+  EXPECT_NE(
+      message([](O& o) { o.frequency_penalty = INFINITY; }).find("frequency_penalty"),
+      std::string::npos);
   EXPECT_NE(message([](O& o) { o.logit_bias[-1] = 0; }).find("logit_bias"), std::string::npos);
 }
 

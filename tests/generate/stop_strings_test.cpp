@@ -11,7 +11,10 @@ namespace metal_lora {
 namespace {
 
 /// All that comes out when `text` comes in pieces of the given sizes.
-std::string stream(const std::vector<std::string>& stops, const std::vector<std::string>& pieces, bool* stopped = nullptr) {
+std::string stream(
+    const std::vector<std::string>& stops,
+    const std::vector<std::string>& pieces,
+    bool* stopped = nullptr) {
   StopStrings filter(stops);
   std::string out;
   for (const std::string& piece : pieces) out += filter.push(piece);
@@ -61,7 +64,9 @@ TEST(StopStrings, NothingComesAfterTheStop) {
   EXPECT_EQ(filter.flush(), "");
 }
 
-TEST(StopStrings, RefusesAnEmptyStop) { EXPECT_THROW(StopStrings({"a", ""}), Error); }
+TEST(StopStrings, RefusesAnEmptyStop) {
+  EXPECT_THROW(StopStrings({"a", ""}), Error);
+}
 
 // Whatever the pieces, the output is the text up to the first stop.
 TEST(StopStrings, IndependentOfHowTheTextIsCut) {

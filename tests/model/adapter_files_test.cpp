@@ -43,13 +43,20 @@ ModelConfig tiny_config() {
 
 mx::array values(int rows, int columns, mx::Dtype dtype, float start) {
   std::vector<float> data(static_cast<size_t>(rows) * static_cast<size_t>(columns));
-  for (size_t i = 0; i < data.size(); ++i) data[i] = start + 0.37f * static_cast<float>(i % 23) - 1.0f / static_cast<float>(i + 3);
+  for (size_t i = 0; i < data.size(); ++i)
+    data[i] = start + 0.37f * static_cast<float>(i % 23) - 1.0f / static_cast<float>(i + 3);
   mx::array a = mx::astype(mx::array(data.data(), {rows, columns}, mx::float32), dtype);
   a.eval();
   return a;
 }
 
-AdapterModule module(const std::string& path, int out, int in, int rank, float scale, mx::Dtype dtype = mx::float32) {
+AdapterModule module(
+    const std::string& path,
+    int out,
+    int in,
+    int rank,
+    float scale,
+    mx::Dtype dtype = mx::float32) {
   return {path, Lora{values(rank, in, dtype, 0.1f), values(out, rank, dtype, -0.2f), scale}};
 }
 
@@ -66,7 +73,8 @@ void expect_equal(const std::vector<AdapterModule>& x, const std::vector<Adapter
   for (size_t i = 0; i < x.size(); ++i) {
     EXPECT_EQ(x[i].path, y[i].path);
     EXPECT_EQ(x[i].lora.scale, y[i].lora.scale) << x[i].path;
-    for (const auto& [a, b] : {std::pair(x[i].lora.a, y[i].lora.a), std::pair(x[i].lora.b, y[i].lora.b)}) {
+    for (const auto& [a, b] :
+         {std::pair(x[i].lora.a, y[i].lora.a), std::pair(x[i].lora.b, y[i].lora.b)}) {
       ASSERT_EQ(a.shape(), b.shape()) << x[i].path;
       ASSERT_EQ(a.dtype(), b.dtype()) << x[i].path;
       EXPECT_EQ(std::memcmp(a.data<char>(), b.data<char>(), a.nbytes()), 0) << x[i].path;
@@ -121,8 +129,10 @@ TEST_F(AdapterFiles, RoundTripsInBothFormatsAndEveryDtype) {
 
 TEST_F(AdapterFiles, SameInputGivesSameBytes) {
   for (const AdapterFormat format : {AdapterFormat::mlx_lm, AdapterFormat::peft}) {
-    for (const char* name : {"x", "y"}) write_adapter(root_ / name, format, AdapterFile{{}, plain_modules()});
-    for (const char* file : {"adapter_config.json", std::string(adapter_file_name(format)).c_str()}) {
+    for (const char* name : {"x", "y"})
+      write_adapter(root_ / name, format, AdapterFile{{}, plain_modules()});
+    for (const char* file :
+         {"adapter_config.json", std::string(adapter_file_name(format)).c_str()}) {
       EXPECT_EQ(bytes_of(root_ / "x" / file), bytes_of(root_ / "y" / file)) << file;
     }
   }
@@ -157,7 +167,8 @@ TEST_F(AdapterFiles, PeftLayout) {
   EXPECT_EQ(config["lora_alpha"], 8);
   EXPECT_EQ(config["target_modules"], (ordered_json{"down_proj", "q_proj"}));
   EXPECT_EQ(config["layers_to_transform"], (ordered_json{1, 2}));
-  const auto file = io::unwrap(io::read_safetensors((root_ / "p/adapter_model.safetensors").string()));
+  const auto file =
+      io::unwrap(io::read_safetensors((root_ / "p/adapter_model.safetensors").string()));
   const auto* b = file.find("base_model.model.model.layers.2.mlp.down_proj.lora_B.weight");
   ASSERT_NE(b, nullptr);
   EXPECT_EQ(b->shape, (std::vector<uint64_t>{kHidden, 4}));
@@ -172,7 +183,8 @@ TEST_F(AdapterFiles, ConvertsBothWaysWithoutLoss) {
   write_adapter(root_ / "p2", AdapterFormat::peft, read_adapter(root_ / "m"));
   expect_equal(read_adapter(root_ / "m").modules, plain_modules());
   expect_equal(read_adapter(root_ / "p2").modules, plain_modules());
-  EXPECT_EQ(read_json(root_ / "p1/adapter_config.json"), read_json(root_ / "p2/adapter_config.json"));
+  EXPECT_EQ(
+      read_json(root_ / "p1/adapter_config.json"), read_json(root_ / "p2/adapter_config.json"));
   EXPECT_EQ(read_json(root_ / "p2/adapter_config.json")["revision"], "abc");
 }
 
@@ -181,7 +193,8 @@ TEST_F(AdapterFiles, DifferentRanksSurviveMlxLm) {
   modules[1] = module("model.layers.1.mlp.down_proj", kHidden, kFfn, 2, 2.0f);
   write_adapter(root_ / "m", AdapterFormat::mlx_lm, AdapterFile{{}, modules});
   const auto file = io::unwrap(io::read_safetensors((root_ / "m/adapters.safetensors").string()));
-  EXPECT_EQ(file.find("model.layers.1.mlp.down_proj.lora_a")->shape, (std::vector<uint64_t>{kFfn, 4}));
+  EXPECT_EQ(
+      file.find("model.layers.1.mlp.down_proj.lora_a")->shape, (std::vector<uint64_t>{kFfn, 4}));
   expect_equal(read_adapter(root_ / "m").modules, modules);
 }
 
@@ -232,7 +245,8 @@ TEST_F(AdapterFiles, BareTensorFileNeedsAScale) {
 }
 
 TEST_F(AdapterFiles, EmbeddingAdapter) {
-  const std::vector<AdapterModule> modules = {module("model.embed_tokens", kHidden, kVocab, 4, 1.0f)};
+  const std::vector<AdapterModule> modules = {
+      module("model.embed_tokens", kHidden, kVocab, 4, 1.0f)};
   for (const AdapterFormat format : {AdapterFormat::mlx_lm, AdapterFormat::peft}) {
     write_adapter(root_ / "e", format, AdapterFile{{}, modules});
     EXPECT_NE(load_adapter(root_ / "e", tiny_config()).weights.find_embedding(), nullptr);
@@ -252,8 +266,10 @@ TEST(AlphaForScale, GivesTheScaleBack) {
 
 // ---- wrong adapters ----
 
-constexpr const char* kMlx = R"({"fine_tune_type":"lora","num_layers":-1,"lora_parameters":{"rank":4,"scale":2.0,"dropout":0.0,"keys":["self_attn.q_proj"]}})";
-constexpr const char* kPeft = R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"]})";
+constexpr const char* kMlx =
+    R"({"fine_tune_type":"lora","num_layers":-1,"lora_parameters":{"rank":4,"scale":2.0,"dropout":0.0,"keys":["self_attn.q_proj"]}})";
+constexpr const char* kPeft =
+    R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["q_proj"]})";
 
 /// A tensor to put into the file: zeros of that shape, or a value in the first element.
 struct Tensor {
@@ -264,7 +280,8 @@ struct Tensor {
 };
 
 const std::vector<Tensor> kMlxTensors = {
-    {"model.layers.0.self_attn.q_proj.lora_a", {kHidden, 4}}, {"model.layers.0.self_attn.q_proj.lora_b", {4, kHidden}}};
+    {"model.layers.0.self_attn.q_proj.lora_a", {kHidden, 4}},
+    {"model.layers.0.self_attn.q_proj.lora_b", {4, kHidden}}};
 const std::vector<Tensor> kPeftTensors = {
     {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", {4, kHidden}},
     {"base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight", {kHidden, 4}}};
@@ -295,7 +312,8 @@ std::vector<WrongAdapter> wrong_adapters() {
   const auto bad = ErrorCode::invalid_input, lacks = ErrorCode::unsupported;
   const auto& mlx = kMlxTensors;
   const auto& peft = kPeftTensors;
-  std::string big = kMlx, no_scale = kMlx, dora = kMlx, full = kMlx, rank = kMlx, keys = kMlx, text_rank = kMlx;
+  std::string big = kMlx, no_scale = kMlx, dora = kMlx, full = kMlx, rank = kMlx, keys = kMlx,
+              text_rank = kMlx;
   big.replace(big.find("\"rank\":4"), 8, "\"rank\":1025");
   no_scale.replace(no_scale.find("\"scale\""), 7, "\"alpha\"");
   dora.replace(dora.find("\"lora\""), 6, "\"dora\"");
@@ -317,43 +335,114 @@ std::vector<WrongAdapter> wrong_adapters() {
       {"no tensors", kMlx, {}, bad, "empty"},
       {"A without B", kMlx, {mlx[0]}, bad, "without B"},
       {"B without A", kMlx, {mlx[1]}, bad, "without A"},
-      {"A and B of different ranks", kMlx, instead(mlx, 1, {mlx[1].name, {3, kHidden}}), bad, "rank"},
+      {"A and B of different ranks",
+       kMlx,
+       instead(mlx, 1, {mlx[1].name, {3, kHidden}}),
+       bad,
+       "rank"},
       {"a vector", kMlx, instead(mlx, 0, {mlx[0].name, {kHidden}}), bad, "matrix"},
       {"an empty matrix", kMlx, instead(mlx, 0, {mlx[0].name, {0, 4}}), bad, "dimension"},
       {"in unlike the model's", kMlx, instead(mlx, 0, {mlx[0].name, {kHidden + 1, 4}}), bad, "12"},
       {"out unlike the model's", kMlx, instead(mlx, 1, {mlx[1].name, {4, kHidden - 1}}), bad, "12"},
       {"NaN", kMlx, instead(mlx, 0, {mlx[0].name, {kHidden, 4}, NAN}), bad, "finite"},
       {"infinity", kMlx, instead(mlx, 1, {mlx[1].name, {4, kHidden}, INFINITY}), bad, "finite"},
-      {"integers", kMlx, instead(mlx, 0, {mlx[0].name, {kHidden, 4}, 0.0f, io::TensorType::i32}), lacks, "I32"},
-      {"DoRA's magnitude (mlx-lm)", kMlx, with(mlx, {"model.layers.0.self_attn.q_proj.m", {kHidden}}), lacks, "DoRA"},
+      {"integers",
+       kMlx,
+       instead(mlx, 0, {mlx[0].name, {kHidden, 4}, 0.0f, io::TensorType::i32}),
+       lacks,
+       "I32"},
+      {"DoRA's magnitude (mlx-lm)",
+       kMlx,
+       with(mlx, {"model.layers.0.self_attn.q_proj.m", {kHidden}}),
+       lacks,
+       "DoRA"},
       {"a name of nothing", kMlx, with(mlx, {"hello", {2, 2}}), bad, "hello"},
-      {"a whole weight", kMlx, with(mlx, {"model.layers.0.self_attn.q_proj.weight", {2, 2}}), lacks, "whole weight"},
+      {"a whole weight",
+       kMlx,
+       with(mlx, {"model.layers.0.self_attn.q_proj.weight", {2, 2}}),
+       lacks,
+       "whole weight"},
       {"names of both formats for one module", kMlx, with(mlx, peft[0]), bad, "another spelling"},
-      {"a layer that the model lacks", kMlx,
-       {{"model.layers.3.self_attn.q_proj.lora_a", {kHidden, 4}}, {"model.layers.3.self_attn.q_proj.lora_b", {4, kHidden}}},
-       bad, "model.layers.3"},
+      {"a layer that the model lacks",
+       kMlx,
+       {{"model.layers.3.self_attn.q_proj.lora_a", {kHidden, 4}},
+        {"model.layers.3.self_attn.q_proj.lora_b", {4, kHidden}}},
+       bad,
+       "model.layers.3"},
       {"another kind of PEFT", R"({"peft_type":"IA3"})", peft, lacks, "peft_type"},
       {"bias", peft_with(R"("bias":"all")"), peft, lacks, "bias"},
       {"fan_in_fan_out", peft_with(R"("fan_in_fan_out":true)"), peft, lacks, "fan_in_fan_out"},
       {"DoRA (PEFT)", peft_with(R"("use_dora":true)"), peft, lacks, "use_dora"},
-      {"aLoRA", peft_with(R"("alora_invocation_tokens":[1,2])"), peft, lacks, "alora_invocation_tokens"},
-      {"modules_to_save", peft_with(R"("modules_to_save":["lm_head"])"), peft, lacks, "modules_to_save"},
+      {"aLoRA",
+       peft_with(R"("alora_invocation_tokens":[1,2])"),
+       peft,
+       lacks,
+       "alora_invocation_tokens"},
+      {"modules_to_save",
+       peft_with(R"("modules_to_save":["lm_head"])"),
+       peft,
+       lacks,
+       "modules_to_save"},
       {"lora_bias", peft_with(R"("lora_bias":true)"), peft, lacks, "lora_bias"},
       {"QALoRA", peft_with(R"("use_qalora":true)"), peft, lacks, "use_qalora"},
-      {"trainable tokens", peft_with(R"("trainable_token_indices":[5])"), peft, lacks, "trainable_token_indices"},
-      {"layer_replication", peft_with(R"("layer_replication":[[0,2]])"), peft, lacks, "layer_replication"},
-      {"PiSSA's changed base", peft_with(R"("init_lora_weights":"pissa")"), peft, lacks, "init_lora_weights"},
-      {"an option of the future", peft_with(R"("use_something_new":true)"), peft, lacks, "use_something_new"},
-      {"a pattern that is no expression", peft_with(R"("rank_pattern":{"(":4})"), peft, bad, "expression"},
-      {"a pattern that never ends", peft_with(R"("rank_pattern":{"((a|_|.)*)*[!?]":4})"), peft, bad, "steps"},
-      {"alpha that is no number", peft_with(R"("alpha_pattern":{"q_proj":"8"})"), peft, bad, "alpha_pattern"},
-      {"a layer outside layers_to_transform", peft_with(R"("layers_to_transform":[1,2])"), peft, bad, "names"},
-      {"DoRA's magnitude (PEFT)", kPeft,
-       with(peft, {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", {kHidden}}), lacks, "DoRA"},
-      {"an adapter on the head", R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["lm_head"]})",
-       {{"base_model.model.lm_head.lora_A.weight", {4, kHidden}}, {"base_model.model.lm_head.lora_B.weight", {kVocab, 4}}},
-       lacks, "lm_head"},
-      {"a scale beyond f32", R"({"peft_type":"LORA","r":4,"lora_alpha":1e300,"target_modules":["q_proj"]})", peft, bad, "scale"},
+      {"trainable tokens",
+       peft_with(R"("trainable_token_indices":[5])"),
+       peft,
+       lacks,
+       "trainable_token_indices"},
+      {"layer_replication",
+       peft_with(R"("layer_replication":[[0,2]])"),
+       peft,
+       lacks,
+       "layer_replication"},
+      {"PiSSA's changed base",
+       peft_with(R"("init_lora_weights":"pissa")"),
+       peft,
+       lacks,
+       "init_lora_weights"},
+      {"an option of the future",
+       peft_with(R"("use_something_new":true)"),
+       peft,
+       lacks,
+       "use_something_new"},
+      {"a pattern that is no expression",
+       peft_with(R"("rank_pattern":{"(":4})"),
+       peft,
+       bad,
+       "expression"},
+      {"a pattern that never ends",
+       peft_with(R"("rank_pattern":{"((a|_|.)*)*[!?]":4})"),
+       peft,
+       bad,
+       "steps"},
+      {"alpha that is no number",
+       peft_with(R"("alpha_pattern":{"q_proj":"8"})"),
+       peft,
+       bad,
+       "alpha_pattern"},
+      {"a layer outside layers_to_transform",
+       peft_with(R"("layers_to_transform":[1,2])"),
+       peft,
+       bad,
+       "names"},
+      {"DoRA's magnitude (PEFT)",
+       kPeft,
+       with(
+           peft,
+           {"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", {kHidden}}),
+       lacks,
+       "DoRA"},
+      {"an adapter on the head",
+       R"({"peft_type":"LORA","r":4,"lora_alpha":8,"target_modules":["lm_head"]})",
+       {{"base_model.model.lm_head.lora_A.weight", {4, kHidden}},
+        {"base_model.model.lm_head.lora_B.weight", {kVocab, 4}}},
+       lacks,
+       "lm_head"},
+      {"a scale beyond f32",
+       R"({"peft_type":"LORA","r":4,"lora_alpha":1e300,"target_modules":["q_proj"]})",
+       peft,
+       bad,
+       "scale"},
       {"dropout out of range", peft_with(R"("lora_dropout":1.5)"), peft, bad, "lora_dropout"},
   };
 }
@@ -391,11 +480,13 @@ TEST_P(WrongAdapters, IsRefusedByName) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Each, WrongAdapters, ::testing::ValuesIn(wrong_adapters()), [](const auto& info) {
-  std::string name;
-  for (const char c : info.param.what) name += std::isalnum(static_cast<unsigned char>(c)) ? c : '_';
-  return name;
-});
+INSTANTIATE_TEST_SUITE_P(
+    Each, WrongAdapters, ::testing::ValuesIn(wrong_adapters()), [](const auto& info) {
+      std::string name;
+      for (const char c : info.param.what)
+        name += std::isalnum(static_cast<unsigned char>(c)) ? c : '_';
+      return name;
+    });
 
 TEST_F(AdapterFiles, MissingPathsAreNotFound) {
   fs::create_directories(root_ / "empty");

@@ -29,16 +29,19 @@ double largest_difference(const fs::path& adapter_path, const fs::path& expected
   options.dtype = mlx::core::float32;
   const auto model = Model::load(kGolden / "models/llama", options);
   const Adapter adapter = load_adapter(adapter_path, model->config());
-  const auto file = io::unwrap(io::read_safetensors((expected_path / "expected.safetensors").string()));
+  const auto file =
+      io::unwrap(io::read_safetensors((expected_path / "expected.safetensors").string()));
   const auto* ids = reinterpret_cast<const int32_t*>(file.find("tokens")->data);
   const std::vector<int32_t> tokens(ids, ids + file.find("tokens")->element_count());
   KVCache cache(*model);
-  const auto logits = model->decode(tokens, cache, adapter.weights, static_cast<int>(tokens.size()));
+  const auto logits =
+      model->decode(tokens, cache, adapter.weights, static_cast<int>(tokens.size()));
   const auto* expected = reinterpret_cast<const float*>(file.find("logits")->data);
   EXPECT_EQ(logits.size(), file.find("logits")->element_count());
   double largest = 0.0;
   for (size_t i = 0; i < logits.size(); ++i) {
-    largest = std::max(largest, std::abs(static_cast<double>(logits.data<float>()[i]) - expected[i]));
+    largest =
+        std::max(largest, std::abs(static_cast<double>(logits.data<float>()[i]) - expected[i]));
   }
   return largest;
 }
@@ -64,9 +67,10 @@ TEST_P(AdapterGolden, AndInTheOtherFormat) {
   fs::remove_all(name);
 }
 
-INSTANTIATE_TEST_SUITE_P(Each, AdapterGolden, ::testing::Values("peft", "mlx-lm"), [](const auto& info) {
-  return info.param == "peft" ? "peft" : "mlx_lm";
-});
+INSTANTIATE_TEST_SUITE_P(
+    Each, AdapterGolden, ::testing::Values("peft", "mlx-lm"), [](const auto& info) {
+      return info.param == "peft" ? "peft" : "mlx_lm";
+    });
 
 }  // namespace
 }  // namespace metal_lora
