@@ -68,6 +68,8 @@ class Sampler {
   void apply_penalties(std::span<const int32_t> history, size_t answer_tokens);
   void select_top(size_t count);
   void keep_top_p(double total, bool selected);
+  bool cut_at(double wanted);
+  static bool is_better(const Candidate& x, const Candidate& y);
   int32_t draw_from_all(double total);
   int32_t draw_from_candidates();
   double next_uniform();

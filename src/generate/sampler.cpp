@@ -47,14 +47,43 @@ void check(bool ok, const char* option, const char* expected, double got) {
       fmt::format("[sampling] {} must be {} but is {}", option, expected, got));
 }
 
+// Reductions run in lanes of their own: the compiler may not reorder floats, so it vectorises only
+// what is written that way. The order is fixed, hence the same on every machine.
+constexpr size_t kLanes = 16;
+
+/// Σ of the weights, in f64.
+double sum_of(std::span<const float> weights) {
+  double lanes[kLanes] = {};
+  size_t i = 0;
+  for (; i + kLanes <= weights.size(); i += kLanes) {
+    for (size_t j = 0; j < kLanes; ++j) lanes[j] += static_cast<double>(weights[i + j]);
+  }
+  double total = 0.0;
+  for (; i < weights.size(); ++i) total += static_cast<double>(weights[i]);
+  for (const double lane : lanes) total += lane;
+  return total;
+}
+
 /// Index of the largest; the lowest among equals. NaN and "nothing finite" are refused.
 size_t best_index(std::span<const float> logits) {
   if (logits.empty()) throw Error(ErrorCode::internal, "[sampling] there are no logits");
-  size_t best = 0;
-  bool has_nan = false;
-  for (size_t i = 0; i < logits.size(); ++i) has_nan |= logits[i] != logits[i];
-  float largest = logits[0];
-  for (const float logit : logits) largest = std::max(largest, logit);
+  float lanes[kLanes];
+  std::fill(lanes, lanes + kLanes, logits[0]);
+  uint32_t nan[kLanes] = {};
+  size_t i = 0;
+  for (; i + kLanes <= logits.size(); i += kLanes) {
+    for (size_t j = 0; j < kLanes; ++j) {
+      const float x = logits[i + j];
+      nan[j] |= x != x ? 1u : 0u;
+      lanes[j] = x > lanes[j] ? x : lanes[j];
+    }
+  }
+  for (; i < logits.size(); ++i) {
+    nan[0] |= logits[i] != logits[i] ? 1u : 0u;
+    lanes[0] = std::max(lanes[0], logits[i]);
+  }
+  const float largest = *std::max_element(lanes, lanes + kLanes);
+  const bool has_nan = std::any_of(nan, nan + kLanes, [](uint32_t flag) { return flag != 0; });
   if (has_nan || !std::isfinite(largest)) {
     throw Error(
         ErrorCode::invalid_input,
@@ -63,8 +92,7 @@ size_t best_index(std::span<const float> logits) {
             has_nan ? "one is NaN" : "the largest is infinite"),
         "the model or the adapter is damaged, or its dtype overflows: try --dtype float32");
   }
-  while (logits[best] != largest) ++best;
-  return best;
+  return static_cast<size_t>(std::find(logits.begin(), logits.end(), largest) - logits.begin());
 }
 
 }  // namespace
@@ -147,12 +175,13 @@ void Sampler::apply_penalties(std::span<const int32_t> history, size_t answer_to
   }
 }
 
+bool Sampler::is_better(const Candidate& x, const Candidate& y) {
+  return x.weight > y.weight || (x.weight == y.weight && x.id < y.id);
+}
+
 // Keeps twice as many as wanted and throws the worse half away when full: about one comparison per
 // token of the vocabulary. In order of id, so among equals the lower id is already there and stays.
 void Sampler::select_top(size_t count) {
-  const auto better = [](const Candidate& x, const Candidate& y) {
-    return x.weight > y.weight || (x.weight == y.weight && x.id < y.id);
-  };
   count = std::min(count, logits_.size());
   candidates_.clear();
   candidates_.reserve(2 * count);
@@ -162,28 +191,39 @@ void Sampler::select_top(size_t count) {
     candidates_.push_back({logits_[i], static_cast<int32_t>(i)});
     if (candidates_.size() < 2 * count) continue;
     const auto nth = candidates_.begin() + static_cast<std::ptrdiff_t>(count - 1);
-    std::nth_element(candidates_.begin(), nth, candidates_.end(), better);
+    std::nth_element(candidates_.begin(), nth, candidates_.end(), is_better);
     threshold = nth->weight;
     candidates_.resize(count);
   }
-  std::sort(candidates_.begin(), candidates_.end(), better);
+  std::sort(candidates_.begin(), candidates_.end(), is_better);
   if (candidates_.size() > count) candidates_.resize(count);
 }
 
-// `total` is the weight of everything that top_p shares out.
+// Whether the candidates reach `wanted` together; if so, only the shortest such run is left.
+bool Sampler::cut_at(double wanted) {
+  double sum = 0.0;
+  for (size_t i = 0; i < candidates_.size(); ++i) {
+    sum += candidates_[i].weight;
+    if (sum < wanted) continue;
+    candidates_.resize(i + 1);
+    return true;
+  }
+  return false;
+}
+
+// `total` is the weight of everything that top_p shares out. A model that is sure of itself needs
+// the first few tokens; for a flat distribution everything above a falling threshold is ranked.
 void Sampler::keep_top_p(double total, bool selected) {
   const double wanted = static_cast<double>(options_.top_p) * total;
-  for (size_t count = kFirstTopPSelection;; count *= 8) {
-    if (!selected) select_top(count);
-    double sum = 0.0;
-    for (size_t i = 0; i < candidates_.size(); ++i) {
-      sum += candidates_[i].weight;
-      if (sum >= wanted) {
-        candidates_.resize(i + 1);
-        return;
-      }
+  if (!selected) select_top(kFirstTopPSelection);
+  if (cut_at(wanted) || selected) return;
+  for (const float threshold : {1e-2f, 1e-4f, -1.0f}) {
+    candidates_.clear();
+    for (size_t i = 0; i < logits_.size(); ++i) {
+      if (logits_[i] > threshold) candidates_.push_back({logits_[i], static_cast<int32_t>(i)});
     }
-    if (selected || candidates_.size() == logits_.size()) return;
+    std::sort(candidates_.begin(), candidates_.end(), is_better);
+    if (cut_at(wanted)) return;
   }
 }
 
@@ -228,24 +268,22 @@ int32_t Sampler::sample(
   const size_t best = best_index(logits_);
   if (o.temperature == 0.0f) return static_cast<int32_t>(best);
 
-  const float largest = logits_[best];
-  for (float& value : logits_) value = exp_of_negative((value - largest) / o.temperature);
+  // Copies, not members: a float of `this` might be one of the logits, for all the compiler knows.
+  const float largest = logits_[best], temperature = o.temperature;
+  for (float& value : logits_) value = exp_of_negative((value - largest) / temperature);
   double total = 0.0;
   const bool ranked = o.top_k > 0 && static_cast<size_t>(o.top_k) < logits_.size();
   if (ranked) {
     select_top(static_cast<size_t>(o.top_k));
     for (const Candidate& candidate : candidates_) total += candidate.weight;
   } else {
-    for (const float weight : logits_) total += weight;
+    total = sum_of(logits_);
   }
   if (o.top_p < 1.0f) keep_top_p(total, ranked);
   if (!ranked && o.top_p == 1.0f) {
-    if (o.min_p > 0.0f) {  // the best has weight 1
-      total = 0.0;
-      for (float& weight : logits_) {
-        weight = weight >= o.min_p ? weight : 0.0f;
-        total += weight;
-      }
+    if (const float min_p = o.min_p; min_p > 0.0f) {  // the best has weight 1
+      for (float& weight : logits_) weight = weight >= min_p ? weight : 0.0f;
+      total = sum_of(logits_);
     }
     return draw_from_all(total);
   }
