@@ -110,13 +110,17 @@ std::string sparkline(const std::vector<double>& values, int width) {
     for (size_t i = begin; i < end; ++i) sum += values[i];
     means.push_back(sum / static_cast<double>(end - begin));
   }
-  const auto [low, high] = std::minmax_element(means.begin(), means.end());
-  const double range = *high - *low;
+  double low = INFINITY, high = -INFINITY;
+  for (const double mean : means) {
+    if (!std::isfinite(mean)) continue;
+    low = std::min(low, mean);
+    high = std::max(high, mean);
+  }
   std::string text;
   for (const double mean : means) {
-    const double height = range > 0 ? (mean - *low) / range : 0.0;
-    text +=
-        kHeights[std::isfinite(height) ? std::clamp(static_cast<int>(height * 7.999), 0, 7) : 7];
+    const double height = high > low ? (mean - low) / (high - low) : 0.0;
+    // A loss that is not finite stands out at the top.
+    text += kHeights[std::isfinite(mean) ? std::clamp(static_cast<int>(height * 7.999), 0, 7) : 7];
   }
   return text;
 }
