@@ -13,6 +13,7 @@
 #include "src/cli/commands.h"
 #include "src/cli/console.h"
 #include "src/cli/interrupt.h"
+#include "src/cli/samples.h"
 
 namespace metal_lora::cli {
 namespace {
@@ -32,6 +33,7 @@ The adapter (mlx-lm's format) and report.html appear in --adapter-path. Ctrl-C s
 
 struct TrainFlags {
   std::string config_file;
+  std::string sample_prompts;
   std::map<std::string, std::string> values;  ///< by key, of the flags that were given
 };
 
@@ -239,6 +241,8 @@ void describe(
 
 void run_train(Console& console, const TrainFlags& options) {
   const TrainingConfig config = read_config(options);
+  std::vector<ReportSample> samples;
+  if (!options.sample_prompts.empty()) samples = read_samples(options.sample_prompts);
   LoadOptions load = config.load_options();
   load.progress = [&](double fraction) {
     console.progress(fmt::format("loading {} {:.0f} %", config.model, 100 * fraction));
@@ -247,14 +251,21 @@ void run_train(Console& console, const TrainFlags& options) {
   console.clear_progress();
   const Interruptible interrupt;
   Display display(console, config, interrupt);
-  Trainer trainer(
-      model,
-      text::Tokenizer::from_path(config.model),
-      text::ChatTemplate::from_path(config.model),
-      config,
-      display.callbacks());
+  const auto tokenizer = text::Tokenizer::from_path(config.model);
+  const auto chat_template = text::ChatTemplate::from_path(config.model);
+  Trainer trainer(model, tokenizer, chat_template, config, display.callbacks());
   describe(console, *model, trainer, config);
-  display.summary(trainer.run());
+  const auto answer = [&](const AdapterWeights& adapter, std::string ReportSample::*member) {
+    const Session session{model, tokenizer, chat_template, adapter, {}};
+    answer_samples(console, session, interrupt, member, samples);
+  };
+  answer({}, &ReportSample::before);
+  const TrainResult result = trainer.run();
+  if (!samples.empty() && !result.report_path.empty()) {
+    answer(trainer.adapter(), &ReportSample::after);
+    update_report(config.adapter_path, samples);
+  }
+  display.summary(result);
 }
 
 }  // namespace
@@ -264,6 +275,13 @@ Command add_train(CLI::App& parent) {
   CLI::App* app = parent.add_subcommand("train", "Fine-tune a LoRA adapter on your data");
   app->add_option(
       "--config,-c", options->config_file, "YAML with mlx-lm's keys; flags win over it");
+  app->add_option(
+         "--sample-prompts",
+         options->sample_prompts,
+         "JSONL of {\"prompt\", \"completion\"}: report.html shows the first six answered before "
+         "and "
+         "after training")
+      ->type_name("FILE");
   bool has_train_flag = false;
   for (const TrainingOption& option : training_options()) {
     if (option.flags.empty()) continue;

@@ -16,6 +16,11 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import get_model  # noqa: E402
 
+# The comparisons with reference implementations drive helper programs of the build folder.
+os.environ.setdefault("METAL_LORA_BUILD", str(ROOT / "build"))
+if "METAL_LORA_MODEL" in os.environ:
+    os.environ.setdefault("METAL_LORA_SMOLLM2", os.environ["METAL_LORA_MODEL"])
+
 
 @pytest.fixture(scope="session")
 def root():
