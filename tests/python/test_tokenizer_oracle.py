@@ -12,6 +12,7 @@ import os
 import pathlib
 import random
 import subprocess
+import unicodedata
 
 import pytest
 
@@ -85,9 +86,15 @@ def ask(model, requests):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def assert_same(reference, model, count=None, add_special=False):
+def assigned(text):
+    """Without code points that Python 3.11 knows as unassigned. Letters that came later (Beria Erfe in 17) have a
+    lower case in the reference's tables and none in utf8proc 2.8's: a limit, stated in docs/dependencies.md."""
+    return "".join(c for c in text if unicodedata.category(c) != "Cn")
+
+
+def assert_same(reference, model, count=None, add_special=False, prepare=str):
     specials = [t.content for t in reference.get_added_tokens_decoder().values() if t.content.strip()][:200]
-    texts = strings(CASES if count is None else count, specials)
+    texts = [prepare(t) for t in strings(CASES if count is None else count, specials)]
     answers = ask(model, [{"text": t, "add_special": add_special} for t in texts])
     assert len(answers) == len(texts)
     bad = []
@@ -319,7 +326,8 @@ def test_trained(shape, tmp_path):
     )
     path = tmp_path / "tokenizer.json"
     reference.save(str(path))
-    assert_same(reference, path, add_special=True, count=max(200, CASES // 4))
+    prepare = assigned if shape == "nfkd_lowercase" else str
+    assert_same(reference, path, add_special=True, count=max(200, CASES // 4), prepare=prepare)
     assert_literal_same(reference, path, count=100)
 
 
