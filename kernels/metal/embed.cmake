@@ -1,0 +1,17 @@
+# Writes metal_files(): each file as adjacent raw string literals. FILES, OUTPUT.
+set(content "#include \"kernels/metal/regions.h\"\n\nnamespace metal_lora::metal {\n\n")
+string(APPEND content "const std::vector<MetalFile>& metal_files() {\n")
+string(APPEND content "  static const std::vector<MetalFile> files = {\n")
+foreach(file ${FILES})
+  get_filename_component(name ${file} NAME)
+  file(READ ${file} hex HEX)
+  string(LENGTH "${hex}" digits)
+  # Bytes as a numeric array: no limit on a literal's length, no delimiter that a text could hold.
+  string(REGEX REPLACE "(..)" "'\\\\x\\1'," bytes "${hex}")
+  math(EXPR size "${digits} / 2")
+  string(MAKE_C_IDENTIFIER "${name}" identifier)
+  string(PREPEND content "static constexpr char k_${identifier}[] = {${bytes}'\\0'};\n")
+  string(APPEND content "      {\"${name}\", {k_${identifier}, ${size}}},\n")
+endforeach()
+string(APPEND content "  };\n  return files;\n}\n\n}  // namespace metal_lora::metal\n")
+file(WRITE ${OUTPUT} "${content}")
