@@ -16,7 +16,13 @@ enum class DType : uint32_t { f32 = 0, f16 = 1, bf16 = 2 };
 /// How a base weight W [n, k] (out, in) is stored.
 /// Affine formats follow MLX: w = q · scale[group] + bias[group], groups of `group_size` along k,
 /// q packed little-endian in uint32 (int4: 8 per word; int8: 4 per word), scales/biases [n, k/group].
-enum class WeightFormat : uint32_t { f32 = 0, f16 = 1, bf16 = 2, int4 = 3, int8 = 4 };
+/// nf4 (Dettmers et al., QLoRA, arXiv:2305.14314): w = level[q] · absmax[i], blocks of 64 along k
+/// (k % 64 == 0), q packed as int4's, i = (row·k + column)/64. The levels are in kernels/nf4.h.
+///   plain: scales = absmax, f32 [n, k/64]; no biases.
+///   double-quantised: scales = uint8 codes c [n·k/64]; biases = f32 {offset, code[256],
+///   absmax2[⌈n·k/64/256⌉]}; absmax[i] = code[c[i]] · absmax2[i/256] + offset, product rounded
+///   first.
+enum class WeightFormat : uint32_t { f32 = 0, f16 = 1, bf16 = 2, int4 = 3, int8 = 4, nf4 = 5 };
 
 /// row_major: as described at WeightFormat. cpu_packed: one opaque block made by
 /// cpu::pack_weight (data, scales and biases interleaved for the CPU's vector width), same bits.
@@ -27,8 +33,9 @@ struct WeightParams {
   uint32_t k = 0;  ///< inputs
   WeightFormat format = WeightFormat::f32;
   WeightLayout layout = WeightLayout::row_major;
-  uint32_t group_size = 0;           ///< affine only: 32, 64 or 128; divides k
-  DType scales_dtype = DType::f32;   ///< affine only: of scales and biases
+  uint32_t group_size = 0;           ///< affine: 32, 64 or 128; nf4: 64; divides k
+  DType scales_dtype = DType::f32;   ///< of scales and biases; nf4: f32
+  bool double_quant = false;         ///< nf4, row_major only: absmax is itself in 8 bits
 };
 
 /// y = x·Wᵀ + bias + scale·(drop(x)·Aᵀ)·Bᵀ, x [m, k], A [rank, k], B [n, rank] (PEFT's shapes).
@@ -38,6 +45,21 @@ struct LoraParams {
   DType dtype = DType::f32;          ///< of A and B; gradients dA, dB are f32
   float dropout = 0.0f;              ///< on the adapter's input only; inverted (kept values / (1-p))
   uint64_t dropout_seed = 0;         ///< counter-based: forward and backward draw the same mask
+};
+
+/// Adapters of one linear packed for one dispatch; see cpu::lora_linear_multi_forward.
+struct LoraMultiParams {
+  uint32_t adapters = 0;
+  uint32_t max_rank = 0;             ///< rows of A, columns of B; true ranks come with the call
+  DType dtype = DType::f32;          ///< of A and B; gradients are f32
+};
+
+/// Speculative verification of `drafts` proposed tokens for each of `batch` sequences.
+struct VerifyParams {
+  uint32_t batch = 0, drafts = 0, vocab = 0;
+  DType dtype = DType::f32;          ///< of the target's logits
+  float temperature = 0.0f;          ///< 0: greedy
+  uint64_t seed = 0;
 };
 
 /// Attention of q_tokens queries over kv_tokens keys. Query i stands at key index kv_offset + i and

@@ -44,6 +44,46 @@ std::vector<mlx::core::array> lora_linear(
     const mlx::core::array& x, std::span<const LoraLinear> linears);
 mlx::core::array lora_linear(const mlx::core::array& x, const LoraLinear& linear);
 
+/// Adapters of one linear packed for one dispatch: many tenants on one base.
+struct LoraBank {
+  mlx::core::array a;  ///< [adapters, max_rank, in], f32, f16 or bf16
+  mlx::core::array b;  ///< [adapters, out, max_rank], of a's dtype
+  mlx::core::array
+      ranks;  ///< int32 [adapters]: true ranks, 0 … max_rank; what lies beyond is not read
+  mlx::core::array scales;  ///< f32 [adapters]
+};
+
+/// y[t] = W·x[t] + bias + scales[i]·B_i·(A_i·x[t]), i = adapter_index[t] (int32 [tokens]); −1: the
+/// base only, at no cost. x [tokens, in], bias f32 [out]; returns [tokens, out] in x's dtype.
+/// A token's result depends neither on its neighbours nor on their adapters (bitwise, within the
+/// form that the number of tokens chooses: at most 8 tokens, or more). Indices and ranks are
+/// checked when the kernel runs. Differentiable in x, A and B; gradients beyond the true rank are
+/// 0.
+mlx::core::array lora_linear_multi(
+    const mlx::core::array& x,
+    const Weight& weight,
+    const LoraBank& bank,
+    const mlx::core::array& adapter_index,
+    const std::optional<mlx::core::array>& bias = std::nullopt);
+
+struct Verification {
+  mlx::core::array accepted;    ///< int32 [batch]: leading drafts kept, 0 … drafts
+  mlx::core::array next_token;  ///< int32 [batch]: the token after them
+};
+/// Speculative verification: how many drafted tokens the target keeps, and the token that follows.
+/// target_logits [batch, drafts + 1, vocab], draft_tokens int32 [batch, drafts], draft_probs f32
+/// [batch, drafts, vocab] the distributions they were drawn from (absent: each taken as certain).
+/// temperature 0: greedy, drafts are kept while they are the target's argmax (the lowest token of
+/// equals). Otherwise rejection sampling (Leviathan et al., arXiv:2211.17192): what comes out is
+/// distributed as the target's softmax(logits / temperature). Same seed, same result. Not
+/// differentiable.
+Verification verify_tokens(
+    const mlx::core::array& target_logits,
+    const mlx::core::array& draft_tokens,
+    const std::optional<mlx::core::array>& draft_probs,
+    float temperature,
+    uint64_t seed);
+
 /// Rows of `table` [vocab, dims] (+ adapter: A [rank, vocab], B [dims, rank]) for ids int32
 /// [tokens]; result [tokens, dims] of `dtype`. ids must be in range (checked when the kernel runs).
 /// Differentiable in A and B.
@@ -129,6 +169,12 @@ AdamWOutput adamw(
 /// Plain-MLX versions of the above, the truth that tests compare with. Slow on a CPU.
 namespace reference {
 mlx::core::array lora_linear(const mlx::core::array& x, const LoraLinear& linear);
+mlx::core::array lora_linear_multi(
+    const mlx::core::array& x,
+    const Weight& weight,
+    const LoraBank& bank,
+    const mlx::core::array& adapter_index,
+    const std::optional<mlx::core::array>& bias = std::nullopt);
 mlx::core::array lora_embedding(
     const mlx::core::array& ids, const LoraLinear& table, mlx::core::Dtype dtype);
 mlx::core::array attention(

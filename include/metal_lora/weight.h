@@ -28,6 +28,14 @@ class Weight {
       const mlx::core::array& biases,
       int group_size,
       int bits);
+  /// NF4 (QLoRA's 4-bit NormalFloat): q uint32 [out, in/8], packed as Weight::affine's 4 bits, and
+  /// the blocks' absmax f32 [out, in/64].
+  static Weight nf4(const mlx::core::array& q, const mlx::core::array& absmax);
+  /// The same with the absmax in 8 bits ("double quantisation"): codes uint8 [out, in/64], table
+  /// f32 [1 + 256 + ⌈out·in/64/256⌉] = {offset, the map of the codes, absmax of 256 absmax each};
+  /// bitsandbytes' scheme.
+  static Weight nf4(
+      const mlx::core::array& q, const mlx::core::array& codes, const mlx::core::array& table);
   /// Bytes owned by `owner` (a mapping, a buffer), laid out as params say.
   static Weight view(
       const WeightParams& params,
@@ -36,11 +44,16 @@ class Weight {
       const void* scales = nullptr,
       const void* biases = nullptr);
 
-  /// The layout that the active backend multiplies fastest (CPU: packed INT4/INT8), or *this where
-  /// there is none. Costs one pass over the bytes; the original's memory goes with its last handle.
+  /// The layout that the active backend multiplies fastest (CPU: packed INT4/INT8/NF4), or *this
+  /// where there is none. Costs one pass over the bytes; the original's memory goes with its last
+  /// handle. A double-quantised absmax becomes f32 (0.5625 bytes a weight instead of 0.516).
   Weight prepared() const;
-  /// As an affine weight of `bits` (4 or 8) in groups of `group_size`; *this if it already is one.
+  /// As an affine weight of `bits` (4 or 8) in groups of `group_size`; *this if it already is
+  /// quantised.
   Weight quantized(int bits, int group_size) const;
+  /// As an NF4 weight, its absmax in 8 bits if `double_quant`; *this if it already is quantised.
+  /// Throws where `in` is no multiple of 64.
+  Weight quantized_nf4(bool double_quant) const;
   /// Dense f32 [out, in].
   mlx::core::array dequantized() const;
   /// Rows [begin, end) as f32 [end - begin, in].

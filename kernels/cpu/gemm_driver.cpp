@@ -9,6 +9,7 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/lora_quantized.h"
 #include "kernels/cpu/thread_pool.h"
+#include "kernels/nf4.h"
 
 namespace metal_lora::cpu {
 namespace {
@@ -30,8 +31,32 @@ size_t bytes_per_element(Compute compute) {
 
 // ---- the B side --------------------------------------------------------------------------------
 
-bool is_affine(const WeightParams& p) {
-  return p.format == WeightFormat::int4 || p.format == WeightFormat::int8;
+bool is_quantized(const WeightParams& p) {
+  return p.format >= WeightFormat::int4;
+}
+
+constexpr uint32_t kStripElements = 256;  // of k at a time: 16 rows stay in the first-level cache
+
+/// Columns of a stored NF4 row; their absmax values are decoded first. count ≤ kStripElements.
+void load_nf4_row(
+    const GemmKernels& kernels,
+    const WeightView& w,
+    uint32_t row,
+    uint32_t c0,
+    uint32_t count,
+    void* out) {
+  const uint32_t skipped = c0 / kNf4Block, end = ceil_div(c0 + count, kNf4Block);
+  const size_t row_block = size_t{row} * (w.params.k / kNf4Block);
+  std::array<float, kStripElements / kNf4Block + 1> absmax;
+  nf4_absmax(w, row_block + skipped, end - skipped, absmax.data());
+  const AffineRow from = {
+      static_cast<const uint32_t*>(w.data) + (row_block + skipped) * (kNf4Block / 8),
+      absmax.data(),
+      nullptr,
+      DType::f32,
+      4,
+      kNf4Block};
+  kernels.load_affine(from, c0 - skipped * kNf4Block, count, out);
 }
 
 /// A stored row's columns [c0, c0 + count) in the compute type.
@@ -43,7 +68,8 @@ void load_stored_row(
     uint32_t count,
     void* out) {
   const WeightParams& p = w.params;
-  if (is_affine(p)) {
+  if (p.format == WeightFormat::nf4) return load_nf4_row(kernels, w, row, c0, count, out);
+  if (is_quantized(p)) {
     const uint32_t bits = p.format == WeightFormat::int4 ? 4 : 8;
     const size_t groups = p.k / p.group_size, scale_bytes = p.scales_dtype == DType::f32 ? 4 : 2;
     const size_t words = size_t{p.k} * bits / 32;
@@ -70,7 +96,7 @@ MatrixView dense_of(const Columns& b) {
 
 /// Whether stored rows can be read in place: already in the compute type and not masked.
 bool in_place(const GemmKernels& kernels, const Columns& b) {
-  if (b.drop || (b.weight && is_affine(b.weight->params))) return false;
+  if (b.drop || (b.weight && is_quantized(b.weight->params))) return false;
   return dense_of(b).dtype == (kernels.compute == Compute::bf16 ? DType::bf16 : DType::f32);
 }
 
@@ -158,8 +184,6 @@ void pack_columns_packed(
   }
 }
 
-constexpr uint32_t kStripElements = 256;  // of k at a time: 16 rows stay in the first-level cache
-
 void pack_along_k(
     const GemmKernels& kernels,
     const Columns& b,
@@ -196,8 +220,8 @@ void pack_along_k(
 void prefetch_rows(const Columns& b, uint32_t row, uint32_t rows, uint32_t c0, uint32_t columns) {
   size_t row_bytes, first_byte, bytes;
   const char* data;
-  if (b.weight && is_affine(b.weight->params)) {
-    const size_t bits = b.weight->params.format == WeightFormat::int4 ? 4 : 8;
+  if (b.weight && is_quantized(b.weight->params)) {
+    const size_t bits = b.weight->params.format == WeightFormat::int8 ? 8 : 4;
     data = static_cast<const char*>(b.weight->data);
     row_bytes = b.weight->params.k * bits / 8;
     first_byte = c0 * bits / 8;
@@ -216,12 +240,14 @@ void prefetch_rows(const Columns& b, uint32_t row, uint32_t rows, uint32_t c0, u
       __builtin_prefetch(at + std::min(byte, bytes - 1));
     }
   }
-  if (!b.weight || !is_affine(b.weight->params)) return;
+  if (!b.weight || !is_quantized(b.weight->params)) return;
   const WeightParams& p = b.weight->params;
-  const size_t size = p.scales_dtype == DType::f32 ? 4 : 2, groups = p.k / p.group_size;
+  const size_t size = p.double_quant ? 1 : p.scales_dtype == DType::f32 ? 4 : 2;
+  const size_t groups = p.k / p.group_size;
   for (uint32_t i = 0; i < rows; ++i) {
     const size_t at = ((size_t{b.row0} + row + i) * groups + c0 / p.group_size) * size;
     __builtin_prefetch(static_cast<const char*>(b.weight->scales) + at);
+    if (p.format == WeightFormat::nf4) continue;
     __builtin_prefetch(static_cast<const char*>(b.weight->biases) + at);
   }
 }

@@ -160,7 +160,7 @@ inline float load_scalar(DType dtype, const void* data, size_t at) {
   return dtype == DType::bf16 ? from_bf16(h) : from_f16(h);
 }
 
-// ---- affine weights ----------------------------------------------------------------------------
+// ---- affine and NF4 weights --------------------------------------------------------------------
 
 /// Columns [column, column + count), count ≤ 32, of one group as f32.
 inline void affine_piece(
@@ -169,7 +169,8 @@ inline void affine_piece(
   for (uint32_t i = 0; i < count; ++i) {
     const uint32_t at = column + i;
     const uint32_t q = row.bits == 8 ? bytes[at] : (bytes[at / 2] >> (4 * (at % 2))) & 15u;
-    out[i] = __builtin_fmaf(static_cast<float>(q), scale, bias);
+    out[i] =
+        row.biases ? __builtin_fmaf(static_cast<float>(q), scale, bias) : kNf4Levels[q] * scale;
   }
 }
 
@@ -195,7 +196,8 @@ inline void affine_32(
     const AffineRow& row, uint32_t column, float scale, float bias, Element* out) {
   const __m512 level = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512 s = _mm512_set1_ps(scale), b = _mm512_set1_ps(bias);
-  const __m512 table = _mm512_fmadd_ps(level, s, b);
+  const __m512 table =
+      row.biases ? _mm512_fmadd_ps(level, s, b) : _mm512_mul_ps(_mm512_loadu_ps(kNf4Levels), s);
   const uint32_t* words = row.words + column * row.bits / 32;
   const __m512 low = sixteen(words, row.bits, s, b, table);
   const __m512 high = sixteen(words + row.bits / 2, row.bits, s, b, table);
@@ -214,6 +216,12 @@ inline void affine_32(const AffineRow& row, uint32_t column, float scale, float 
   const uint32_t* words = row.words + column * row.bits / 32;
   for (uint32_t i = 0; i < 32; i += 8) {
     __m256i q;
+    if (!row.biases) {
+      const __m256i shift = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+      q = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(words[i / 8])), shift);
+      _mm256_storeu_ps(out + i, _mm256_mul_ps(METAL_LORA_SIMD_NS::nf4_level8(q), s));
+      continue;
+    }
     if (row.bits == 8) {
       q = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(words + i / 4)));
     } else {
@@ -238,7 +246,7 @@ void load_affine(const AffineRow& row, uint32_t column0, uint32_t count, void* o
   for (uint32_t i = 0; i < count; i += 32) {
     const uint32_t column = column0 + i, group = column / row.group_size;
     const float scale = load_scalar(row.scales_dtype, row.scales, group);
-    const float bias = load_scalar(row.scales_dtype, row.biases, group);
+    const float bias = row.biases ? load_scalar(row.scales_dtype, row.biases, group) : 0.0f;
     if (count - i >= 32) {
       affine_32(row, column, scale, bias, target + i);
       continue;

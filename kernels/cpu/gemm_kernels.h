@@ -33,11 +33,11 @@ struct PanelRun {
   uint32_t steps;
 };
 
-/// Rows of an affine weight (MLX's row_major format) that one call reads.
+/// A row of an affine or NF4 weight (row_major format) that one call reads.
 struct AffineRow {
   const uint32_t* words;
   const void* scales;
-  const void* biases;
+  const void* biases;  ///< null: NF4, whose codes stand for levels
   DType scales_dtype;
   uint32_t bits;
   uint32_t group_size;

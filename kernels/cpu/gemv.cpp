@@ -46,6 +46,8 @@ const GemvKernels& gemv_kernels() {
 
 size_t weight_row_bytes(const WeightParams& p) {
   switch (p.format) {
+    case WeightFormat::nf4:
+      return p.k / 2 + p.k / kNf4Block * (p.double_quant ? 1 : 4);
     case WeightFormat::f32:
       return size_t{p.k} * 4;
     case WeightFormat::f16:

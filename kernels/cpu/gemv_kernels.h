@@ -10,6 +10,13 @@
 
 namespace metal_lora::cpu {
 
+/// absmax i of a row_major NF4 weight. The double-quantised form is rounded twice, not fused, in
+/// every instruction set, so it has one definition. (static: as in gemv_convert.h.)
+float nested_nf4_absmax(const WeightView& w, size_t i);
+[[maybe_unused]] static inline float nf4_absmax(const WeightView& w, size_t i) {
+  return w.params.double_quant ? nested_nf4_absmax(w, i) : static_cast<const float*>(w.scales)[i];
+}
+
 /// Tokens' inputs of a linear, in the forms that the kernels read.
 struct GemvInput {
   uint32_t m = 0;  ///< tokens, 1 … kGemvMaxTokens

@@ -26,10 +26,16 @@ inline void for_token_tiles(uint32_t m, F&& f) {
   if (m - t == 1) f.template operator()<1>(t);
 }
 
-// ---- cpu_packed, affine ------------------------------------------------------------------------
+// ---- cpu_packed: int4, int8, nf4 ---------------------------------------------------------------
 
-/// total += scale·(Σ q·x) + bias·(Σ x) of one group, for M tokens.
-template <int M>
+/// What the codes of a packed weight stand for.
+enum class Codes { int4, int8, nf4 };
+/// k values of a 64-byte step.
+template <Codes kCodes>
+inline constexpr int kStepK = kCodes == Codes::int8 ? 4 : 8;
+
+/// total += scale·(Σ q·x) + bias·(Σ x) of one group, for M tokens; nf4 has no bias.
+template <Codes kCodes, int M>
 inline void close_group(
     const uint8_t* block,
     const PanelGeometry& g,
@@ -39,29 +45,35 @@ inline void close_group(
     uint32_t spans,
     V16* total) {
   const V16 scale = load_panel_scales(block, scales_dtype);
-  const V16 bias = load_panel_scales(block + g.scales_bytes, scales_dtype);
   for (int t = 0; t < M; ++t) {
-    float sum = sums[t][0];
-    for (uint32_t s = 1; s < spans; ++s) sum += sums[t][s];
     V16 d = dot[t][0];
     if constexpr (kAccumulators == 2) d = add(d, dot[t][1]);
     total[t] = fma(scale, d, total[t]);
-    total[t] = fma(bias, broadcast(sum), total[t]);
+  }
+  if constexpr (kCodes != Codes::nf4) {
+    const V16 bias = load_panel_scales(block + g.scales_bytes, scales_dtype);
+    for (int t = 0; t < M; ++t) {
+      float sum = sums[t][0];
+      for (uint32_t s = 1; s < spans; ++s) sum += sums[t][s];
+      total[t] = fma(bias, broadcast(sum), total[t]);
+    }
   }
 }
 
-/// One dword step: q_j·x[k_j] for the 8 (int4) or 4 (int8) k it holds.
-template <bool kInt8, int M>
+/// One dword step: q_j·x[k_j] for the 8 or 4 (int8) k it holds.
+template <Codes kCodes, int M>
 inline void step_f32(I16 v, const float* const* x, V16 (*dot)[kAccumulators]) {
   const auto one = [&]<int kShift, int kAt>() {
     const I16 shifted = shift_right<kShift>(v);
-    const V16 q = kInt8 ? low_byte(shifted) : low_nibble(shifted);
+    const V16 q = kCodes == Codes::int8  ? low_byte(shifted)
+                  : kCodes == Codes::nf4 ? nf4_level(shifted)
+                                         : low_nibble(shifted);
     for (int t = 0; t < M; ++t) {
       V16& d = dot[t][kAt & 1 & (kAccumulators - 1)];
       d = fma(q, broadcast(x[t][kAt]), d);
     }
   };
-  if constexpr (kInt8) {
+  if constexpr (kCodes == Codes::int8) {
     one.template operator()<0, 0>();
     one.template operator()<16, 1>();
     one.template operator()<8, 2>();
@@ -78,7 +90,7 @@ inline void step_f32(I16 v, const float* const* x, V16 (*dot)[kAccumulators]) {
   }
 }
 
-template <bool kInt8, int M>
+template <Codes kCodes, int M>
 void packed_f32(const WeightView& w, const GemvInput& in, uint32_t row0, uint32_t t0, float* acc) {
   const PanelGeometry g = panel_geometry(w.params);
   const uint32_t spans = w.params.group_size / kSumSpan, all_spans = in.k / kSumSpan;
@@ -97,13 +109,13 @@ void packed_f32(const WeightView& w, const GemvInput& in, uint32_t row0, uint32_
     for (int t = 0; t < M; ++t) {
       for (int a = 0; a < kAccumulators; ++a) dot[t][a] = zero();
     }
-    for (size_t at = 2 * g.scales_bytes; at < g.block_bytes; at += kPanelStepBytes) {
+    for (size_t at = g.data_offset; at < g.block_bytes; at += kPanelStepBytes) {
       prefetch_once(block + at + kPrefetchBytes);
-      step_f32<kInt8, M>(load_int(block + at), x, dot);
-      for (int t = 0; t < M; ++t) x[t] += kInt8 ? 4 : 8;
+      step_f32<kCodes, M>(load_int(block + at), x, dot);
+      for (int t = 0; t < M; ++t) x[t] += kStepK<kCodes>;
     }
     prefetch_once(block + kPrefetchBytes);
-    close_group<M>(block, g, w.params.scales_dtype, dot, sums, spans, total);
+    close_group<kCodes, M>(block, g, w.params.scales_dtype, dot, sums, spans, total);
     for (int t = 0; t < M; ++t) sums[t] += spans;
   }
   for (int t = 0; t < M; ++t) store(acc + size_t{t0 + t} * kPanelRows, total[t]);
@@ -111,14 +123,19 @@ void packed_f32(const WeightView& w, const GemvInput& in, uint32_t row0, uint32_
 
 #if defined(METAL_LORA_HAS_BF16_DOT)
 /// bf16 x: both halves of a dword become a bf16 pair by one table lookup (exact: q ≤ 15). An int8
-/// q is 16·high + low, two exact lookups whose dot products have an accumulator each.
-template <bool kInt8, int M>
+/// q is 16·high + low, two exact lookups whose dot products have an accumulator each. An NF4 level
+/// is the sum of two bf16: twice int4's lookups and dot products, of which a core that waits for
+/// memory has some to spare.
+template <Codes kCodes, int M>
 void packed_bf16(const WeightView& w, const GemvInput& in, uint32_t row0, uint32_t t0, float* acc) {
   const PanelGeometry g = panel_geometry(w.params);
   const uint32_t spans = w.params.group_size / kSumSpan, all_spans = in.k / kSumSpan;
   const uint8_t* block =
       static_cast<const uint8_t*>(w.data) + size_t{row0 / kPanelRows} * g.panel_bytes;
-  const I16 low = nibble_table(1.0f), high = kInt8 ? nibble_table(16.0f) : low;
+  constexpr bool kInt8 = kCodes == Codes::int8, kNf4 = kCodes == Codes::nf4;
+  const Nf4Tables nf4 = nf4_tables();
+  const I16 low = kNf4 ? nf4.high : nibble_table(1.0f);
+  const I16 high = kInt8 ? nibble_table(16.0f) : low;
   V16 total[M];
   const uint16_t* x[M];
   const float* sums[M];
@@ -130,7 +147,7 @@ void packed_bf16(const WeightView& w, const GemvInput& in, uint32_t row0, uint32
   for (uint32_t group = 0; group < g.groups; ++group, block += g.block_bytes) {
     V16 dot[M][kAccumulators];
     for (int t = 0; t < M; ++t) dot[t][0] = dot[t][1] = zero();
-    for (size_t at = 2 * g.scales_bytes; at < g.block_bytes; at += kPanelStepBytes) {
+    for (size_t at = g.data_offset; at < g.block_bytes; at += kPanelStepBytes) {
       prefetch_once(block + at + kPrefetchBytes);
       const I16 v = load_int(block + at);
       const I16 q0 = nibble_pairs(v, low), q1 = nibble_pairs(shift_right<4>(v), high);
@@ -148,24 +165,35 @@ void packed_bf16(const WeightView& w, const GemvInput& in, uint32_t row0, uint32
           dot[t][0] = bf16_dot(dot[t][0], q2, broadcast_pair(xt + 4));
           dot[t][1] = bf16_dot(dot[t][1], q3, broadcast_pair(xt + 6));
         }
-        x[t] = xt + (kInt8 ? 4 : 8);
       }
+      if constexpr (kNf4) {
+        const I16 r0 = nibble_pairs(v, nf4.low), r1 = nibble_pairs(shift_right<4>(v), nf4.low);
+        const I16 r2 = nibble_pairs(shift_right<8>(v), nf4.low);
+        const I16 r3 = nibble_pairs(shift_right<12>(v), nf4.low);
+        for (int t = 0; t < M; ++t) {
+          dot[t][0] = bf16_dot(dot[t][0], r0, broadcast_pair(x[t]));
+          dot[t][1] = bf16_dot(dot[t][1], r1, broadcast_pair(x[t] + 2));
+          dot[t][0] = bf16_dot(dot[t][0], r2, broadcast_pair(x[t] + 4));
+          dot[t][1] = bf16_dot(dot[t][1], r3, broadcast_pair(x[t] + 6));
+        }
+      }
+      for (int t = 0; t < M; ++t) x[t] += kStepK<kCodes>;
     }
     prefetch_once(block + kPrefetchBytes);
-    close_group<M>(block, g, w.params.scales_dtype, dot, sums, spans, total);
+    close_group<kCodes, M>(block, g, w.params.scales_dtype, dot, sums, spans, total);
     for (int t = 0; t < M; ++t) sums[t] += spans;
   }
   for (int t = 0; t < M; ++t) store(acc + size_t{t0 + t} * kPanelRows, total[t]);
 }
 #endif
 
-template <bool kInt8>
+template <Codes kCodes>
 void packed_panel(const WeightView& w, const GemvInput& in, uint32_t row0, float* acc) {
   for_token_tiles(in.m, [&]<int M>(uint32_t t0) {
 #if defined(METAL_LORA_HAS_BF16_DOT)
-    if (in.bf16 != nullptr) return packed_bf16<kInt8, M>(w, in, row0, t0, acc);
+    if (in.bf16 != nullptr) return packed_bf16<kCodes, M>(w, in, row0, t0, acc);
 #endif
-    packed_f32<kInt8, M>(w, in, row0, t0, acc);
+    packed_f32<kCodes, M>(w, in, row0, t0, acc);
   });
 }
 
@@ -207,6 +235,20 @@ struct AffineRows {
     return fma(kInt8 ? load_bytes(data + value) : load_nibbles(data + value / 2), scale, bias);
   }
   V16 first(size_t, size_t, size_t) const { return zero(); }  // groups are multiples of 32
+};
+
+/// Rows of an NF4 weight.
+struct Nf4Rows {
+  const WeightView& w;
+  const uint8_t* data;
+  size_t k;
+  explicit Nf4Rows(const WeightView& weight)
+      : w(weight), data(static_cast<const uint8_t*>(weight.data)), k(weight.params.k) {}
+  V16 at(size_t row, size_t i) const {
+    const size_t value = row * k + i;
+    return mul(load_nf4(data + value / 2), broadcast(nf4_absmax(w, value / kNf4Block)));
+  }
+  V16 first(size_t, size_t, size_t) const { return zero(); }  // k is a multiple of 64
 };
 
 /// Lanes of the sums of R rows from `row` and M tokens, to dots[t·16 + r]; rows past the last
@@ -329,11 +371,14 @@ inline void panel(
   const bool packed = w.params.layout == WeightLayout::cpu_packed;
   switch (w.params.format) {
     case WeightFormat::int4:
-      return packed ? packed_panel<false>(w, in, row0, acc)
+      return packed ? packed_panel<Codes::int4>(w, in, row0, acc)
                     : dense_panel<AffineRows<false>>(w, in, row0, rows, acc);
     case WeightFormat::int8:
-      return packed ? packed_panel<true>(w, in, row0, acc)
+      return packed ? packed_panel<Codes::int8>(w, in, row0, acc)
                     : dense_panel<AffineRows<true>>(w, in, row0, rows, acc);
+    case WeightFormat::nf4:
+      return packed ? packed_panel<Codes::nf4>(w, in, row0, acc)
+                    : dense_panel<Nf4Rows>(w, in, row0, rows, acc);
     case WeightFormat::f32:
       return dense_panel<RowsF32>(w, in, row0, rows, acc);
     case WeightFormat::f16:
@@ -486,6 +531,9 @@ inline void dequantize(const WeightView& w, uint32_t row0, uint32_t rows, float*
     case WeightFormat::int8:
       return packed ? dequantize_packed_rows(w, row0, rows, out)
                     : dequantize_row_major<AffineRows<true>>(w, row0, rows, out);
+    case WeightFormat::nf4:
+      return packed ? dequantize_packed_rows(w, row0, rows, out)
+                    : dequantize_row_major<Nf4Rows>(w, row0, rows, out);
     case WeightFormat::f32:
       return dequantize_row_major<RowsF32>(w, row0, rows, out);
     case WeightFormat::f16:

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "kernels/cpu/gemv_convert.h"
+#include "kernels/nf4.h"
 
 // A file that wants the plain loops whatever the compiler may use defines METAL_LORA_SIMD_PLAIN.
 #if !defined(METAL_LORA_SIMD_PLAIN)

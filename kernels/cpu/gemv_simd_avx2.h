@@ -140,14 +140,34 @@ inline V16 low_nibble(I16 x) {
 inline V16 low_byte(I16 x) {
   return low_bits(x, 255);
 }
-/// 16 consecutive nibbles (8 bytes) as f32.
-inline V16 load_nibbles(const uint8_t* p) {
+/// NF4 levels: a permutation picks by the low three bits, bit 3 chooses between two of them.
+inline __m256 nf4_level8(__m256i q) {
+  const __m256 negative = _mm256_loadu_ps(kNf4Levels), positive = _mm256_loadu_ps(kNf4Levels + 8);
+  return _mm256_blendv_ps(
+      _mm256_permutevar8x32_ps(negative, q),
+      _mm256_permutevar8x32_ps(positive, q),
+      _mm256_castsi256_ps(_mm256_slli_epi32(q, 28)));
+}
+/// The NF4 level of each dword's low nibble.
+inline V16 nf4_level(I16 x) {
+  return {nf4_level8(x.a), nf4_level8(x.b)};
+}
+/// Each of 16 consecutive nibbles (8 bytes) at the bottom of a dword, other bits above it.
+inline I16 spread_nibbles(const uint8_t* p) {
   int32_t word[2];
   std::memcpy(word, p, sizeof(word));
   const __m256i shift = _mm256_set_epi32(28, 24, 20, 16, 12, 8, 4, 0);
-  return low_nibble(
-      {_mm256_srlv_epi32(_mm256_set1_epi32(word[0]), shift),
-       _mm256_srlv_epi32(_mm256_set1_epi32(word[1]), shift)});
+  return {
+      _mm256_srlv_epi32(_mm256_set1_epi32(word[0]), shift),
+      _mm256_srlv_epi32(_mm256_set1_epi32(word[1]), shift)};
+}
+/// The NF4 levels of 16 consecutive nibbles.
+inline V16 load_nf4(const uint8_t* p) {
+  return nf4_level(spread_nibbles(p));
+}
+/// 16 consecutive nibbles as f32.
+inline V16 load_nibbles(const uint8_t* p) {
+  return low_nibble(spread_nibbles(p));
 }
 /// 16 bytes as f32.
 inline V16 load_bytes(const uint8_t* p) {

@@ -223,12 +223,24 @@ inline V16 low_nibble(I16 a) {
 inline V16 low_byte(I16 a) {
   return {_mm512_cvtepi32_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(0xff)))};
 }
-/// 16 consecutive nibbles (8 bytes) as f32.
-inline V16 load_nibbles(const uint8_t* p) {
+/// The NF4 level of each dword's low nibble.
+inline V16 nf4_level(I16 a) {
+  return {_mm512_permutexvar_ps(a.v, _mm512_loadu_ps(kNf4Levels))};
+}
+/// Each of 16 consecutive nibbles (8 bytes) at the bottom of a dword, other bits above it.
+inline I16 spread_nibbles(const uint8_t* p) {
   const __m512i both = _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   const __m512i dword = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
   const __m512i shift = _mm512_set_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0);
-  return low_nibble({_mm512_srlv_epi32(_mm512_permutexvar_epi32(dword, both), shift)});
+  return {_mm512_srlv_epi32(_mm512_permutexvar_epi32(dword, both), shift)};
+}
+/// The NF4 levels of 16 consecutive nibbles.
+inline V16 load_nf4(const uint8_t* p) {
+  return nf4_level(spread_nibbles(p));
+}
+/// 16 consecutive nibbles as f32.
+inline V16 load_nibbles(const uint8_t* p) {
+  return low_nibble(spread_nibbles(p));
 }
 /// 16 bytes as f32.
 inline V16 load_bytes(const uint8_t* p) {
@@ -250,6 +262,20 @@ inline I16 nibble_table(float multiplier) {
     words[i] = bf16_of_float(static_cast<float>(i & 15) * multiplier);
   }
   return {_mm512_load_si512(words)};
+}
+/// The NF4 levels as the sum of two bf16, twice each: the upper part and what is left of the level,
+/// rounded. Their sum is within 2^-18 of the level, relative to it.
+struct Nf4Tables {
+  I16 high, low;
+};
+inline Nf4Tables nf4_tables() {
+  alignas(64) uint16_t high[32], low[32];
+  for (int i = 0; i < 32; ++i) {
+    const float level = kNf4Levels[i & 15];
+    high[i] = bf16_of_float(level);
+    low[i] = bf16_of_float(level - float_of_bf16(high[i]));
+  }
+  return {{_mm512_load_si512(high)}, {_mm512_load_si512(low)}};
 }
 inline I16 broadcast_pair(const uint16_t* p) {
   int32_t pair;

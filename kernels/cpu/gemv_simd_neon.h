@@ -145,11 +145,36 @@ inline V16 widen_bytes(uint8x16_t bytes) {
 inline V16 load_bytes(const uint8_t* p) {
   return widen_bytes(vld1q_u8(p));
 }
-/// 16 consecutive nibbles (8 bytes) as f32.
-inline V16 load_nibbles(const uint8_t* p) {
+/// 16 consecutive nibbles (8 bytes), a byte each.
+inline uint8x16_t spread_nibbles(const uint8_t* p) {
   const uint8x8_t bytes = vld1_u8(p);
   const uint8x8_t low = vand_u8(bytes, vdup_n_u8(15)), high = vshr_n_u8(bytes, 4);
-  return widen_bytes(vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high)));
+  return vcombine_u8(vzip1_u8(low, high), vzip2_u8(low, high));
+}
+/// 16 consecutive nibbles as f32.
+inline V16 load_nibbles(const uint8_t* p) {
+  return widen_bytes(spread_nibbles(p));
+}
+/// The NF4 level of each dword's low nibble: the 64 bytes of the table are one lookup, whose byte
+/// indices are 4·q + {0, 1, 2, 3}.
+inline V16 nf4_level(const I16& a) {
+  uint8x16x4_t table;
+  for (int i = 0; i < 4; ++i) table.val[i] = vreinterpretq_u8_f32(vld1q_f32(kNf4Levels + 4 * i));
+  return quarters([&](int i) {
+    const uint32x4_t q = vandq_u32(a.v[i], vdupq_n_u32(15));
+    const uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100), q, vdupq_n_u32(0x04040404));
+    return vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(at)));
+  });
+}
+/// The NF4 levels of 16 consecutive nibbles.
+inline V16 load_nf4(const uint8_t* p) {
+  const uint8x16_t bytes = spread_nibbles(p);
+  const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
+  return nf4_level(
+      {{vmovl_u16(vget_low_u16(low)),
+        vmovl_u16(vget_high_u16(low)),
+        vmovl_u16(vget_low_u16(high)),
+        vmovl_u16(vget_high_u16(high))}});
 }
 
 }  // namespace metal_lora::cpu::METAL_LORA_SIMD_NS

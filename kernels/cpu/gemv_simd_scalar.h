@@ -107,6 +107,14 @@ inline V16 low_nibble(const I16& a) {
 inline V16 low_byte(const I16& a) {
   return each([&](int i) { return static_cast<float>(static_cast<int>(a.v[i] & 255u)); });
 }
+/// The NF4 level of each dword's low nibble.
+inline V16 nf4_level(const I16& a) {
+  return each([&](int i) { return kNf4Levels[a.v[i] & 15u]; });
+}
+/// The NF4 levels of 16 consecutive nibbles (8 bytes).
+inline V16 load_nf4(const uint8_t* p) {
+  return each([=](int i) { return kNf4Levels[(p[i / 2] >> (4 * (i & 1))) & 15]; });
+}
 /// 16 consecutive nibbles (8 bytes) as f32.
 inline V16 load_nibbles(const uint8_t* p) {
   return each([=](int i) { return static_cast<float>((p[i / 2] >> (4 * (i & 1))) & 15); });

@@ -13,7 +13,7 @@ namespace {
 
 /// Where value i (of step_k) of a row sits in its dword of a packed step.
 uint32_t packed_shift(WeightFormat format, uint32_t i) {
-  const uint32_t bits = format == WeightFormat::int4 ? 4 : 8;
+  const uint32_t bits = format == WeightFormat::int8 ? 8 : 4;
   return (i & 1) * 16 + (i >> 1) * bits;
 }
 
@@ -38,9 +38,11 @@ void copy_scale(const WeightParams& p, const void* from, size_t from_i, void* to
 }  // namespace
 
 bool can_pack(const WeightParams& p) {
+  const bool nf4 = p.format == WeightFormat::nf4;
   const bool affine = p.format == WeightFormat::int4 || p.format == WeightFormat::int8;
-  const bool grouped = p.group_size == 32 || p.group_size == 64 || p.group_size == 128;
-  return affine && grouped && p.n > 0 && p.n % kPanelRows == 0 && p.k > 0 &&
+  const bool grouped = nf4 ? p.group_size == kNf4Block
+                           : p.group_size == 32 || p.group_size == 64 || p.group_size == 128;
+  return (affine || nf4) && grouped && p.n > 0 && p.n % kPanelRows == 0 && p.k > 0 &&
          p.k % p.group_size == 0;
 }
 
@@ -58,11 +60,16 @@ void pack_weight(const WeightView& w, void* packed) {
     for (uint32_t group = 0; group < g.groups; ++group, block += g.block_bytes) {
       for (uint32_t r = 0; r < kPanelRows; ++r) {
         const size_t row = size_t{panel} * kPanelRows + r;
-        copy_scale(p, w.scales, row * g.groups + group, block, r);
-        copy_scale(p, w.biases, row * g.groups + group, block + g.scales_bytes, r);
+        if (p.format == WeightFormat::nf4) {
+          const float absmax = nf4_absmax(w, row * g.groups + group);
+          std::memcpy(block + r * sizeof(absmax), &absmax, sizeof(absmax));
+        } else {
+          copy_scale(p, w.scales, row * g.groups + group, block, r);
+          copy_scale(p, w.biases, row * g.groups + group, block + g.scales_bytes, r);
+        }
         const uint32_t* words = static_cast<const uint32_t*>(w.data) + row * row_words +
                                 group * (p.group_size / g.step_k);
-        uint8_t* to = block + 2 * g.scales_bytes + r * sizeof(uint32_t);
+        uint8_t* to = block + g.data_offset + r * sizeof(uint32_t);
         for (uint32_t s = 0; s < p.group_size / g.step_k; ++s, to += kPanelStepBytes) {
           uint32_t out = 0;
           for (uint32_t i = 0; i < g.step_k; ++i) {
@@ -86,10 +93,12 @@ void unpack_weight(const WeightView& w, void* data, void* scales, void* biases) 
       for (uint32_t r = 0; r < kPanelRows; ++r) {
         const size_t row = size_t{panel} * kPanelRows + r;
         copy_scale(p, block, r, scales, row * g.groups + group);
-        copy_scale(p, block + g.scales_bytes, r, biases, row * g.groups + group);
+        if (p.format != WeightFormat::nf4) {
+          copy_scale(p, block + g.scales_bytes, r, biases, row * g.groups + group);
+        }
         uint32_t* words =
             static_cast<uint32_t*>(data) + row * row_words + group * (p.group_size / g.step_k);
-        const uint8_t* from = block + 2 * g.scales_bytes + r * sizeof(uint32_t);
+        const uint8_t* from = block + g.data_offset + r * sizeof(uint32_t);
         for (uint32_t s = 0; s < p.group_size / g.step_k; ++s, from += kPanelStepBytes) {
           uint32_t in, out = 0;
           std::memcpy(&in, from, sizeof(in));

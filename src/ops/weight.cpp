@@ -9,6 +9,7 @@
 #include <mlx/utils.h>
 
 #include "kernels/cpu/lora_quantized.h"
+#include "kernels/nf4.h"
 #include "src/ops/checks.h"
 #include "src/ops/weight_view.h"
 
@@ -31,23 +32,46 @@ std::shared_ptr<std::byte[]> allocate(size_t bytes) {
   return {p, [](std::byte* q) { std::free(q); }};
 }
 
-bool is_affine(const WeightParams& p) {
+bool quantized_format(const WeightParams& p) {
   return p.format >= WeightFormat::int4;
 }
 int bits_of(const WeightParams& p) {
-  return p.format == WeightFormat::int4 ? 4 : 8;
+  return p.format == WeightFormat::int8 ? 8 : 4;
+}
+
+/// Shape of an NF4 weight of n rows of k.
+WeightParams nf4_params(const char* op, uint32_t n, uint32_t k, bool double_quant) {
+  if (k % kNf4Block != 0) ops::refuse(op, "in", "a multiple of 64", std::to_string(k));
+  WeightParams p;
+  p.n = n;
+  p.k = k;
+  p.format = WeightFormat::nf4;
+  p.group_size = kNf4Block;
+  p.double_quant = double_quant;
+  return p;
 }
 
 size_t row_major_data_bytes(const WeightParams& p) {
   const size_t count = static_cast<size_t>(p.n) * p.k;
-  if (is_affine(p)) return count * bits_of(p) / 8;
+  if (quantized_format(p)) return count * bits_of(p) / 8;
   return count * (p.format == WeightFormat::f32 ? 4 : 2);
 }
 
 size_t scales_bytes(const WeightParams& p) {
-  return is_affine(p)
-             ? static_cast<size_t>(p.n) * (p.k / p.group_size) * dtype_bytes(p.scales_dtype)
-             : 0;
+  if (!quantized_format(p)) return 0;
+  const size_t groups = static_cast<size_t>(p.n) * (p.k / p.group_size);
+  return p.double_quant ? groups : groups * dtype_bytes(p.scales_dtype);
+}
+
+/// f32 values behind a double-quantised NF4 weight's biases.
+size_t nested_values(const WeightParams& p) {
+  const size_t groups = static_cast<size_t>(p.n) * (p.k / kNf4Block);
+  return kNf4NestedHead + (groups + kNf4NestedBlock - 1) / kNf4NestedBlock;
+}
+
+size_t biases_bytes(const WeightParams& p) {
+  if (p.format == WeightFormat::nf4) return p.double_quant ? nested_values(p) * sizeof(float) : 0;
+  return scales_bytes(p);
 }
 
 WeightFormat dense_format(mx::Dtype dtype) {
@@ -126,6 +150,36 @@ Weight Weight::affine(
   return view(p, kept, (*kept)[0].data<void>(), (*kept)[1].data<void>(), (*kept)[2].data<void>());
 }
 
+Weight Weight::nf4(const mx::array& q, const mx::array& absmax) {
+  constexpr const char* kOp = "Weight::nf4";
+  ops::check_shape(kOp, "q", q, {-1, -1});
+  ops::check_dtype(kOp, "q", q, mx::uint32);
+  const int n = q.shape(0), k = q.shape(1) * 8;
+  const WeightParams p = nf4_params(kOp, static_cast<uint32_t>(n), static_cast<uint32_t>(k), false);
+  ops::check_shape(kOp, "absmax", absmax, {n, k / static_cast<int>(kNf4Block)});
+  ops::check_dtype(kOp, "absmax", absmax, mx::float32);
+  auto kept = std::make_shared<std::array<mx::array, 2>>(
+      std::array<mx::array, 2>{mx::contiguous(q), mx::contiguous(absmax)});
+  mx::eval((*kept)[0], (*kept)[1]);
+  return view(p, kept, (*kept)[0].data<void>(), (*kept)[1].data<void>());
+}
+
+Weight Weight::nf4(const mx::array& q, const mx::array& codes, const mx::array& table) {
+  constexpr const char* kOp = "Weight::nf4";
+  ops::check_shape(kOp, "q", q, {-1, -1});
+  ops::check_dtype(kOp, "q", q, mx::uint32);
+  const int n = q.shape(0), k = q.shape(1) * 8;
+  const WeightParams p = nf4_params(kOp, static_cast<uint32_t>(n), static_cast<uint32_t>(k), true);
+  ops::check_shape(kOp, "codes", codes, {n, k / static_cast<int>(kNf4Block)});
+  ops::check_dtype(kOp, "codes", codes, mx::uint8);
+  ops::check_shape(kOp, "table", table, {static_cast<int>(nested_values(p))});
+  ops::check_dtype(kOp, "table", table, mx::float32);
+  auto kept = std::make_shared<std::array<mx::array, 3>>(
+      std::array<mx::array, 3>{mx::contiguous(q), mx::contiguous(codes), mx::contiguous(table)});
+  mx::eval((*kept)[0], (*kept)[1], (*kept)[2]);
+  return view(p, kept, (*kept)[0].data<void>(), (*kept)[1].data<void>(), (*kept)[2].data<void>());
+}
+
 Weight Weight::view(
     const WeightParams& params,
     std::shared_ptr<const void> owner,
@@ -145,6 +199,7 @@ Weight Weight::prepared() const {
   if (params_.layout == WeightLayout::cpu_packed || !cpu::can_pack(params_)) return *this;
   WeightParams packed = params_;
   packed.layout = WeightLayout::cpu_packed;
+  packed.double_quant = false;
   auto bytes = allocate(cpu::packed_weight_bytes(params_));
   cpu::pack_weight(ops::weight_view(*this), bytes.get());
   const void* data = bytes.get();
@@ -152,7 +207,7 @@ Weight Weight::prepared() const {
 }
 
 Weight Weight::quantized(int bits, int group_size) const {
-  if (is_affine(params_)) return *this;
+  if (is_quantized()) return *this;
   WeightParams p = params_;
   p.format = bits == 4 ? WeightFormat::int4 : WeightFormat::int8;
   p.group_size = static_cast<uint32_t>(group_size);
@@ -165,6 +220,21 @@ Weight Weight::quantized(int bits, int group_size) const {
   cpu::quantize_affine(
       p, dense.data<float>(), data, data + data_bytes, data + data_bytes + scale_bytes);
   return view(p, bytes, data, data + data_bytes, data + data_bytes + scale_bytes);
+}
+
+Weight Weight::quantized_nf4(bool double_quant) const {
+  if (is_quantized()) return *this;
+  const WeightParams p = nf4_params("Weight::quantized_nf4", params_.n, params_.k, double_quant);
+  const auto aligned = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
+  const size_t data_bytes = aligned(row_major_data_bytes(p)),
+               scale_bytes = aligned(scales_bytes(p));
+  auto bytes = allocate(data_bytes + scale_bytes + biases_bytes(p));
+  auto* data = bytes.get();
+  auto* scales = data + data_bytes;
+  auto* biases = double_quant ? scales + scale_bytes : nullptr;
+  auto dense = rows(0, p.n);
+  cpu::quantize_nf4(p, dense.data<float>(), data, scales, biases);
+  return view(p, std::move(bytes), data, scales, biases);
 }
 
 mx::array Weight::rows(uint32_t begin, uint32_t end) const {
@@ -188,7 +258,7 @@ mx::array Weight::dequantized() const {
 
 size_t Weight::nbytes() const {
   if (params_.layout == WeightLayout::cpu_packed) return cpu::packed_weight_bytes(params_);
-  return row_major_data_bytes(params_) + 2 * scales_bytes(params_);
+  return row_major_data_bytes(params_) + scales_bytes(params_) + biases_bytes(params_);
 }
 
 }  // namespace metal_lora
