@@ -48,3 +48,495 @@ inline float dropout_apply(
 }
 
 }  // namespace metal_lora
+
+// @region matrix_lanes :
+// Which element of an 8x8 simdgroup_matrix a lane holds: (row, column) and (row, column + 1).
+namespace metal_lora {
+
+inline uint lane_row(uint lane) {
+  return ((lane >> 4) & 1) * 4 + ((lane >> 1) & 3);
+}
+
+inline uint lane_column(uint lane) {
+  return ((lane >> 3) & 1) * 4 + (lane & 1) * 2;
+}
+
+}  // namespace metal_lora
+
+// @region lora_gradient_tile : dropout matrix_lanes
+namespace metal_lora {
+
+constant constexpr uint kGradTokens = 16;    // tokens a step
+constant constexpr uint kGradColumns = 128;  // 8 simdgroups of 16
+constant constexpr uint kGradThreads = 256;
+
+struct DropoutMask {
+  ulong seed;
+  uint threshold;
+  float keep_scale;
+};
+
+// left(m, r) of a product over tokens: v or u as stored.
+template <typename P>
+struct StoredLeft {
+  P values;
+  uint rank;
+  float at(uint m, uint r) const { return values[m * rank + r]; }
+};
+
+// The adapter's columns of the tokens' ids: A [rank, vocab]. Ids outside [0, vocab) count nothing.
+template <typename P, typename Ids>
+struct GatheredLeft {
+  P a;
+  Ids ids;
+  uint vocab;
+  float at(uint m, uint r) const {
+    const uint id = uint(ids[m]);
+    return id < vocab ? float(a[r * vocab + id]) : 0.0f;
+  }
+};
+
+struct GradientOutput {
+  device float* values;
+  uint row_stride;     // between ranks
+  uint column_stride;  // between columns
+};
+
+// out[r, c] = scale · Σ_m left(m, r) · right[m, c] for RT ranks from rank0 and 128 columns from
+// column0. Tokens in order, 8 a matrix product; f32 matrices, so that v and u keep their bits.
+template <int RT, bool DROP, typename Left, typename Right>
+inline void gradient_tile(
+    const Left left,
+    Right right,
+    const uint tokens,
+    const uint columns,
+    const uint rank,
+    const uint rank0,
+    const uint column0,
+    const float scale,
+    const DropoutMask mask,
+    const GradientOutput out,
+    threadgroup float* left_tile,   // [16][RT + 4]
+    threadgroup float* right_tile,  // [16][132]
+    const uint simd_id,
+    const uint lane) {
+  constexpr uint kLeftStride = RT + 4, kRightStride = kGradColumns + 4;
+  const uint thread_id = simd_id * 32 + lane;
+  simdgroup_matrix<float, 8, 8> acc[RT / 8][2];
+  for (uint i = 0; i < RT / 8; ++i) {
+    for (uint j = 0; j < 2; ++j) acc[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+  }
+  const uint column = thread_id % kGradColumns, first_row = thread_id / kGradColumns;
+  for (uint m0 = 0; m0 < tokens; m0 += kGradTokens) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint i = thread_id; i < kGradTokens * RT; i += kGradThreads) {
+      const uint m = i / RT, r = i % RT;
+      const bool inside = m0 + m < tokens && rank0 + r < rank;
+      left_tile[m * kLeftStride + r] = inside ? left.at(m0 + m, rank0 + r) : 0.0f;
+    }
+    // A token's key costs two 64-bit mixes: each lane makes one and passes it on.
+    DropoutKey own;
+    if (DROP) own = dropout_key(mask.seed, m0 + (lane % kGradTokens));
+    for (uint m = first_row; m < kGradTokens; m += kGradThreads / kGradColumns) {
+      float value = 0.0f;
+      if (m0 + m < tokens && column0 + column < columns) {
+        value = float(right[(m0 + m) * columns + column0 + column]);
+      }
+      if (DROP) {
+        DropoutKey key;
+        key.add = simd_shuffle(own.add, ushort(m));
+        key.flip = simd_shuffle(own.flip, ushort(m));
+        value = dropout_apply(key, column0 + column, mask.threshold, mask.keep_scale, value);
+      }
+      right_tile[m * kRightStride + column] = value;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint m = 0; m < kGradTokens; m += 8) {
+      simdgroup_matrix<float, 8, 8> a, b[2];
+      for (uint j = 0; j < 2; ++j) {
+        simdgroup_load(
+            b[j], right_tile + m * kRightStride + simd_id * 16 + j * 8, kRightStride);
+      }
+      for (uint i = 0; i < RT / 8; ++i) {
+        simdgroup_load(a, left_tile + m * kLeftStride + i * 8, kLeftStride, ulong2(0, 0), true);
+        for (uint j = 0; j < 2; ++j) simdgroup_multiply_accumulate(acc[i][j], a, b[j], acc[i][j]);
+      }
+    }
+  }
+  for (uint i = 0; i < RT / 8; ++i) {
+    const uint r = rank0 + i * 8 + lane_row(lane);
+    for (uint j = 0; j < 2; ++j) {
+      const uint c = column0 + simd_id * 16 + j * 8 + lane_column(lane);
+      for (uint e = 0; e < 2; ++e) {
+        if (r < rank && c + e < columns) {
+          out.values[r * out.row_stride + (c + e) * out.column_stride] =
+              scale * acc[i][j].thread_elements()[e];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace metal_lora
+
+// @region lora_grad : lora_gradient_tile
+namespace metal_lora {
+
+// Threadgroups [0, ⌈k/128⌉) of x make dA's columns, the others dB's; y counts chunks of RT ranks.
+// p: scale, dropout threshold, keep_scale, seed (low, high).
+template <int RT, bool DROP, typename X, typename V, typename G, typename U, typename P>
+inline void lora_grad(
+    X x,
+    V v,
+    G dy,
+    U u,
+    P p,
+    const uint tokens,
+    const uint k,
+    const uint n,
+    const uint rank,
+    device float* da,
+    device float* db,
+    threadgroup float* left_tile,
+    threadgroup float* right_tile,
+    const uint3 group,
+    const uint simd_id,
+    const uint lane) {
+  const float scale = as_type<float>(p[0]);
+  const uint tiles = (k + kGradColumns - 1) / kGradColumns, rank0 = group.y * RT;
+  DropoutMask mask;
+  mask.seed = ulong(p[3]) | (ulong(p[4]) << 32);
+  mask.threshold = p[1];
+  mask.keep_scale = as_type<float>(p[2]);
+  GradientOutput out;
+  if (group.x < tiles) {
+    StoredLeft<V> left;
+    left.values = v;
+    left.rank = rank;
+    out.values = da;
+    out.row_stride = k;
+    out.column_stride = 1;
+    gradient_tile<RT, DROP>(
+        left, x, tokens, k, rank, rank0, group.x * kGradColumns, scale, mask, out, left_tile,
+        right_tile, simd_id, lane);
+  } else {
+    StoredLeft<U> left;
+    left.values = u;
+    left.rank = rank;
+    out.values = db;
+    out.row_stride = 1;
+    out.column_stride = rank;
+    gradient_tile<RT, false>(
+        left, dy, tokens, n, rank, rank0, (group.x - tiles) * kGradColumns, scale, mask, out,
+        left_tile, right_tile, simd_id, lane);
+  }
+}
+
+}  // namespace metal_lora
+
+// @region lora_embedding_grad : lora_gradient_tile
+namespace metal_lora {
+
+constant constexpr uint kEmbedRanks = 16;
+
+// dA[r, id] = scale · Σ_{t: ids[t] = id} Σ_d B[d, r] · dy[t, d] for 256 ids, one a thread, and 16
+// ranks. Each token belongs to one tile of ids, so that its product with B is made once for each
+// chunk of ranks; tokens are taken in order.
+template <typename Ids, typename G, typename B>
+inline void embedding_grad_a(
+    Ids ids,
+    G dy,
+    B b,
+    const uint tokens,
+    const uint vocab,
+    const uint dims,
+    const uint rank,
+    const uint id0,
+    const uint rank0,
+    const float scale,
+    device float* da,
+    threadgroup float* products,  // [16]
+    threadgroup uint* matches,    // [8]
+    const uint simd_id,
+    const uint lane) {
+  const uint own = id0 + simd_id * 32 + lane;
+  float sum[kEmbedRanks];
+  for (uint r = 0; r < kEmbedRanks; ++r) sum[r] = 0.0f;
+  for (uint t0 = 0; t0 < tokens; t0 += kGradThreads) {
+    const uint mine = t0 + simd_id * 32 + lane;
+    // One below id0 wraps around to far above it.
+    const bool match = mine < tokens && uint(ids[mine]) - id0 < kGradThreads;
+    const uint bits = simd_sum(match ? 1u << lane : 0u);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (lane == 0) matches[simd_id] = bits;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint s = 0; s < kGradThreads / 32; ++s) {
+      for (uint left = matches[s]; left != 0; left &= left - 1) {
+        const uint t = t0 + s * 32 + ctz(left);
+        for (uint r = simd_id; r < kEmbedRanks; r += kGradThreads / 32) {
+          float dot = 0.0f;
+          if (rank0 + r < rank) {
+            for (uint d = lane; d < dims; d += 32) {
+              dot += float(b[d * rank + rank0 + r]) * float(dy[t * dims + d]);
+            }
+          }
+          dot = simd_sum(dot);
+          if (lane == 0) products[r] = dot;
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (uint(ids[t]) == own) {
+          for (uint r = 0; r < kEmbedRanks; ++r) sum[r] += products[r];
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+      }
+    }
+  }
+  if (own >= vocab) return;
+  for (uint r = 0; r < kEmbedRanks && rank0 + r < rank; ++r) {
+    da[(rank0 + r) * vocab + own] = scale * sum[r];
+  }
+}
+
+// Threadgroups [0, ⌈vocab/256⌉) of x make dA, the others dB's tiles of 128 dims; y counts chunks of
+// 16 ranks. p: scale.
+template <typename Ids, typename G, typename A, typename B, typename P>
+inline void lora_embedding_grad(
+    Ids ids,
+    G dy,
+    A a,
+    B b,
+    P p,
+    const uint tokens,
+    const uint vocab,
+    const uint dims,
+    const uint rank,
+    device float* da,
+    device float* db,
+    threadgroup float* left_tile,
+    threadgroup float* right_tile,
+    threadgroup uint* matches,
+    const uint3 group,
+    const uint simd_id,
+    const uint lane) {
+  const float scale = as_type<float>(p[0]);
+  const uint tiles = (vocab + kGradThreads - 1) / kGradThreads, rank0 = group.y * kEmbedRanks;
+  if (group.x < tiles) {
+    embedding_grad_a(
+        ids, dy, b, tokens, vocab, dims, rank, group.x * kGradThreads, rank0, scale, da, left_tile,
+        matches, simd_id, lane);
+    return;
+  }
+  GatheredLeft<A, Ids> left;
+  left.a = a;
+  left.ids = ids;
+  left.vocab = vocab;
+  GradientOutput out;
+  out.values = db;
+  out.row_stride = 1;
+  out.column_stride = rank;
+  DropoutMask none;
+  none.seed = 0;
+  none.threshold = 0;
+  none.keep_scale = 1.0f;
+  gradient_tile<int(kEmbedRanks), false>(
+      left, dy, tokens, dims, rank, rank0, (group.x - tiles) * kGradColumns, scale, none, out,
+      left_tile, right_tile, simd_id, lane);
+}
+
+}  // namespace metal_lora
+
+// @region adamw_norm :
+// ‖g‖₂ in f32 without overflow or underflow (Blue, ACM TOMS 4, 1978): squares of large, middling
+// and small values are summed apart, scaled by 2^∓70. Not finite exactly where a gradient is not
+// finite or the norm itself exceeds f32.
+namespace metal_lora {
+
+constant constexpr uint kAdamThreads = 256;
+constant constexpr float kTwo40 = 1.099511627776e12f;
+constant constexpr float kTwo70 = 1.180591620717411303424e21f;
+constant constexpr float kTwoMinus40 = 1.0f / kTwo40;
+constant constexpr float kTwoMinus70 = 1.0f / kTwo70;
+
+struct SquareSums {
+  float large, middle, small;
+};
+
+template <typename G>
+inline SquareSums sum_squares(G grad, const uint begin, const uint end, const uint thread_id) {
+  SquareSums sums;
+  sums.large = 0.0f;
+  sums.middle = 0.0f;
+  sums.small = 0.0f;
+  for (uint i = begin + thread_id; i < end; i += kAdamThreads) {
+    const float g = grad[i], size = fabs(g);
+    if (size > kTwo40) {
+      sums.large += (g * kTwoMinus70) * (g * kTwoMinus70);
+    } else if (size < kTwoMinus40) {
+      sums.small += (g * kTwo70) * (g * kTwo70);
+    } else {
+      sums.middle += g * g;  // NaN too
+    }
+  }
+  return sums;
+}
+
+// The same sums in every thread: lanes, then simdgroups in order.
+inline SquareSums reduce_squares(
+    SquareSums sums, threadgroup float* scratch /* [24] */, const uint simd_id, const uint lane) {
+  sums.large = simd_sum(sums.large);
+  sums.middle = simd_sum(sums.middle);
+  sums.small = simd_sum(sums.small);
+  if (lane == 0) {
+    scratch[simd_id * 3] = sums.large;
+    scratch[simd_id * 3 + 1] = sums.middle;
+    scratch[simd_id * 3 + 2] = sums.small;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  sums.large = scratch[0];
+  sums.middle = scratch[1];
+  sums.small = scratch[2];
+  for (uint s = 1; s < kAdamThreads / 32; ++s) {
+    sums.large += scratch[s * 3];
+    sums.middle += scratch[s * 3 + 1];
+    sums.small += scratch[s * 3 + 2];
+  }
+  return sums;
+}
+
+inline float norm_of(SquareSums sums) {
+  // != is true of NaN: it must not be lost.
+  if (sums.large != 0.0f) return precise::sqrt(sums.large + sums.middle * kTwoMinus70 * kTwoMinus70) * kTwo70;
+  if (sums.middle != 0.0f) return precise::sqrt(sums.middle + sums.small * kTwoMinus70 * kTwoMinus70);
+  return precise::sqrt(sums.small) * kTwoMinus70;
+}
+
+// partial [threadgroups, 3]: each threadgroup's chunk of the gradients. p: count, chunk.
+template <typename G, typename P>
+inline void adamw_norm(
+    G grad,
+    P p,
+    device float* partial,
+    threadgroup float* scratch,
+    const uint group,
+    const uint simd_id,
+    const uint lane) {
+  const uint begin = group * p[1], end = min(p[0], begin + p[1]);
+  const SquareSums sums = reduce_squares(
+      sum_squares(grad, begin, end, simd_id * 32 + lane), scratch, simd_id, lane);
+  if (simd_id == 0 && lane == 0) {
+    partial[group * 3] = sums.large;
+    partial[group * 3 + 1] = sums.middle;
+    partial[group * 3 + 2] = sums.small;
+  }
+}
+
+}  // namespace metal_lora
+
+// @region adamw : adamw_norm
+namespace metal_lora {
+
+// h: grad_scale, clip_norm, beta1, beta2, keep, step_size, 1/√bias2, eps.
+template <typename W, typename G, typename M, typename V, typename H>
+inline void adamw_apply(
+    W param,
+    G grad,
+    M m,
+    V v,
+    H h,
+    const SquareSums sums,
+    const uint begin,
+    const uint end,
+    device float* new_param,
+    device float* new_m,
+    device float* new_v,
+    device float* grad_norm,
+    device int* skipped,
+    const uint group,
+    const uint thread_id) {
+  const float norm = norm_of(sums) * fabs(h[0]);
+  const bool finite = (as_type<uint>(norm) & 0x7f800000u) != 0x7f800000u;
+  if (group == 0 && thread_id == 0) {
+    grad_norm[0] = norm;
+    skipped[0] = finite ? 0 : 1;
+  }
+  if (!finite) {
+    for (uint i = begin + thread_id; i < end; i += kAdamThreads) {
+      new_param[i] = param[i];
+      new_m[i] = m[i];
+      new_v[i] = v[i];
+    }
+    return;
+  }
+  const float clip = h[1] > 0.0f ? min(1.0f, h[1] / (norm + 1e-6f)) : 1.0f;
+  const float factor = h[0] * clip, beta1 = h[2], beta2 = h[3];
+  const float rest1 = 1.0f - beta1, rest2 = 1.0f - beta2;
+  for (uint i = begin + thread_id; i < end; i += kAdamThreads) {
+    const float g = grad[i] * factor;
+    const float mi = fma(beta1, m[i], rest1 * g);
+    const float vi = fma(beta2, v[i], rest2 * g * g);
+    const float direction = mi / fma(precise::sqrt(vi), h[6], h[7]);
+    new_m[i] = mi;
+    new_v[i] = vi;
+    new_param[i] = fma(-h[5], direction, h[4] * param[i]);
+  }
+}
+
+// One threadgroup: the norm, then the update. p: count.
+template <typename W, typename G, typename M, typename V, typename H, typename P>
+inline void adamw_single(
+    W param,
+    G grad,
+    M m,
+    V v,
+    H h,
+    P p,
+    device float* new_param,
+    device float* new_m,
+    device float* new_v,
+    device float* grad_norm,
+    device int* skipped,
+    threadgroup float* scratch,
+    const uint simd_id,
+    const uint lane) {
+  const uint thread_id = simd_id * 32 + lane;
+  const SquareSums sums =
+      reduce_squares(sum_squares(grad, 0, p[0], thread_id), scratch, simd_id, lane);
+  adamw_apply(
+      param, grad, m, v, h, sums, 0, p[0], new_param, new_m, new_v, grad_norm, skipped, 0,
+      thread_id);
+}
+
+// The update after adamw_norm: every threadgroup sums the same partials in the same order.
+// p: count, chunk of a threadgroup, number of partials (at most 256).
+template <
+    typename W, typename G, typename M, typename V, typename S, typename H, typename P>
+inline void adamw_update(
+    W param,
+    G grad,
+    M m,
+    V v,
+    S partial,
+    H h,
+    P p,
+    device float* new_param,
+    device float* new_m,
+    device float* new_v,
+    device float* grad_norm,
+    device int* skipped,
+    threadgroup float* scratch,
+    const uint group,
+    const uint simd_id,
+    const uint lane) {
+  const uint thread_id = simd_id * 32 + lane;
+  SquareSums sums;
+  sums.large = thread_id < p[2] ? partial[thread_id * 3] : 0.0f;
+  sums.middle = thread_id < p[2] ? partial[thread_id * 3 + 1] : 0.0f;
+  sums.small = thread_id < p[2] ? partial[thread_id * 3 + 2] : 0.0f;
+  sums = reduce_squares(sums, scratch, simd_id, lane);
+  const uint begin = group * p[1];
+  adamw_apply(
+      param, grad, m, v, h, sums, begin, min(p[0], begin + p[1]), new_param, new_m, new_v,
+      grad_norm, skipped, group, thread_id);
+}
+
+}  // namespace metal_lora
