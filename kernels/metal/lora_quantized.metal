@@ -1,0 +1,210 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+
+// @region weight_packed : common
+// What the 4- and 8-bit policies share: a run's words, and values that lanes of one group exchange.
+namespace metal_lora {
+
+template <int WORDS>
+struct PackedRun {
+  Pack<uint, WORDS> words;
+};
+
+// WORDS words from word index `at`, or zeros.
+template <int WORDS, typename P>
+inline PackedRun<WORDS> load_packed(P from, uint at, bool valid) {
+  PackedRun<WORDS> out;
+  for (int i = 0; i < WORDS; ++i) {
+    out.words.v[i] = 0;
+  }
+  if (valid) {
+    out.words = load_pack<uint, WORDS>(from + at);
+  }
+  return out;
+}
+
+// Eight codes of BITS each from word 8·unit·BITS/32 on.
+template <int BITS, int WORDS>
+inline void unpack_codes(thread const PackedRun<WORDS>& run, int unit, thread uint (&codes)[8]) {
+  for (int i = 0; i < 8; ++i) {
+    const int bit = (unit * 8 + i) * BITS;
+    codes[i] = (run.words.v[bit / 32] >> (bit % 32)) & ((1u << BITS) - 1u);
+  }
+}
+
+}  // namespace metal_lora
+
+// @region weight_affine : weight_packed
+namespace metal_lora {
+
+// w = q · scale + bias over groups of GROUP along a row, MLX's packing. SHARE adjacent lanes take
+// runs of one group: the first reads its scale, the second its bias, so both are read once.
+// C is the type that products are made in: x's.
+template <typename C, int BITS, int GROUP, int RUN, int SHARE, typename PW, typename PS>
+struct AffineWeight {
+  typedef C Value;
+  typedef PackedRun<RUN * BITS / 32> Run;
+  struct Group {
+    float scale, bias;
+  };
+  enum { kRun = RUN, kGroup = GROUP };
+  PW w;
+  PS scales, biases;
+  uint columns;
+
+  inline Group group(uint row, uint column, int valid, uint lane) const {
+    const uint at = (row * columns + column) / GROUP;
+    Group out;
+    out.scale = 0.0f;
+    out.bias = 0.0f;
+    if (SHARE == 1) {
+      if (valid > 0) {
+        out.scale = float(scales[at]);
+        out.bias = float(biases[at]);
+      }
+      return out;
+    }
+    const uint turn = lane % SHARE;
+    float mine = 0.0f;
+    if (valid > 0 && turn == 0) {
+      mine = float(scales[at]);
+    }
+    if (valid > 0 && turn == 1) {
+      mine = float(biases[at]);
+    }
+    out.scale = simd_shuffle(mine, ushort(lane - turn));
+    out.bias = simd_shuffle(mine, ushort(lane - turn + 1));
+    return out;
+  }
+  inline Run run(uint row, uint column, int valid) const {
+    return load_packed<RUN * BITS / 32>(w, (row * columns + column) / (32 / BITS), valid > 0);
+  }
+  template <typename Out>
+  inline void unpack(thread const Run& run, Group group, int unit, thread Pack<Out, 8>& out) const {
+    uint codes[8];
+    unpack_codes<BITS>(run, unit, codes);
+    for (int i = 0; i < 8; ++i) {
+      out.v[i] = Out(fma(float(codes[i]), group.scale, group.bias));
+    }
+  }
+};
+
+template <typename C, int BITS, int GROUP, int RUN, int SHARE, typename PW, typename PS>
+inline AffineWeight<C, BITS, GROUP, RUN, SHARE, PW, PS> affine_weight(
+    PW w, PS scales, PS biases, uint columns) {
+  AffineWeight<C, BITS, GROUP, RUN, SHARE, PW, PS> out;
+  out.w = w;
+  out.scales = scales;
+  out.biases = biases;
+  out.columns = columns;
+  return out;
+}
+
+}  // namespace metal_lora
+
+// @region nf4_table :
+namespace metal_lora {
+
+// The 16 levels of NF4 (Dettmers et al., QLoRA, 2023, appendix E): quantiles of a normal
+// distribution scaled to [-1, 1], with an exact zero.
+constant float kNf4Levels[16] = {
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f};
+
+}  // namespace metal_lora
+
+// @region weight_nf4 : weight_packed nf4_table
+namespace metal_lora {
+
+// The scale of block i of 64 weights: stored as it is …
+template <typename PS>
+struct PlainAbsmax {
+  PS absmax;
+  inline float at(uint block) const { return absmax[block]; }
+};
+template <typename PS>
+inline PlainAbsmax<PS> plain_absmax(PS absmax) {
+  PlainAbsmax<PS> out;
+  out.absmax = absmax;
+  return out;
+}
+
+// … or double-quantised: code[q]·absmax2[block / 256] + offset. table: {offset, code[256],
+// absmax2[…]}.
+template <typename PS, typename PT>
+struct DoubleQuantAbsmax {
+  PS codes;
+  PT table;
+  inline float at(uint block) const {
+    return fma(table[1 + uint(codes[block])], table[257 + block / 256], table[0]);
+  }
+};
+template <typename PS, typename PT>
+inline DoubleQuantAbsmax<PS, PT> double_quant_absmax(PS codes, PT table) {
+  DoubleQuantAbsmax<PS, PT> out;
+  out.codes = codes;
+  out.table = table;
+  return out;
+}
+
+// w = level[q] · absmax over blocks of 64 along a row; SHARE adjacent lanes take runs of one block,
+// the first reads its absmax.
+template <typename C, int RUN, int SHARE, typename PW, typename Absmax>
+struct Nf4Weight {
+  typedef C Value;
+  typedef PackedRun<RUN / 8> Run;
+  struct Group {
+    float absmax;
+  };
+  enum { kRun = RUN, kGroup = 64 };
+  PW w;
+  Absmax absmax;
+  uint columns;
+
+  inline Group group(uint row, uint column, int valid, uint lane) const {
+    const uint turn = lane % SHARE;
+    float mine = 0.0f;
+    if (valid > 0 && turn == 0) {
+      mine = absmax.at((row * columns + column) / 64);
+    }
+    Group out;
+    out.absmax = simd_shuffle(mine, ushort(lane - turn));
+    return out;
+  }
+  inline Run run(uint row, uint column, int valid) const {
+    return load_packed<RUN / 8>(w, (row * columns + column) / 8, valid > 0);
+  }
+  template <typename Out>
+  inline void unpack(thread const Run& run, Group group, int unit, thread Pack<Out, 8>& out) const {
+    uint codes[8];
+    unpack_codes<4>(run, unit, codes);
+    for (int i = 0; i < 8; ++i) {
+      out.v[i] = Out(kNf4Levels[codes[i]] * group.absmax);
+    }
+  }
+};
+
+template <typename C, int RUN, int SHARE, typename PW, typename Absmax>
+inline Nf4Weight<C, RUN, SHARE, PW, Absmax> nf4_weight(PW w, Absmax absmax, uint columns) {
+  Nf4Weight<C, RUN, SHARE, PW, Absmax> out;
+  out.w = w;
+  out.absmax = absmax;
+  out.columns = columns;
+  return out;
+}
+
+}  // namespace metal_lora
