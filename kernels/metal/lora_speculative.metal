@@ -235,15 +235,13 @@ inline int draw_token(
   return last;
 }
 
-// p: 1/temperature, seed (low, high).
+// p: drafts, vocab, 1/temperature, seed (low, high).
 template <bool HAS_Q, typename L, typename D, typename Q, typename P>
 inline void verify_sampled(
     L logits,
     D drafts,
     Q q,
     P p,
-    const uint count,
-    const uint vocab,
     device int* accepted,
     device int* next_token,
     threadgroup float* spans,
@@ -251,11 +249,12 @@ inline void verify_sampled(
     const uint sequence,
     const uint simd_id,
     const uint lane) {
-  const DropoutKey key = dropout_key(ulong(p[1]) | (ulong(p[2]) << 32), sequence);
+  const uint count = p[0], vocab = p[1];
+  const DropoutKey key = dropout_key(ulong(p[3]) | (ulong(p[4]) << 32), sequence);
   TokenWeights<L, Q> weights;
   weights.logits = logits;
   weights.q = q;
-  weights.inv_t = as_type<float>(p[0]);
+  weights.inv_t = as_type<float>(p[2]);
   weights.excluded = -1;
   weights.kind = kTargetWeight;
   weights.row = ulong(sequence) * (count + 1) * vocab;

@@ -49,21 +49,7 @@ inline float dropout_apply(
 
 }  // namespace metal_lora
 
-// @region matrix_lanes :
-// Which element of an 8x8 simdgroup_matrix a lane holds: (row, column) and (row, column + 1).
-namespace metal_lora {
-
-inline uint lane_row(uint lane) {
-  return ((lane >> 4) & 1) * 4 + ((lane >> 1) & 3);
-}
-
-inline uint lane_column(uint lane) {
-  return ((lane >> 3) & 1) * 4 + (lane & 1) * 2;
-}
-
-}  // namespace metal_lora
-
-// @region lora_gradient_tile : dropout matrix_lanes
+// @region lora_gradient_tile : dropout tiles
 namespace metal_lora {
 
 constant constexpr uint kGradTokens = 16;    // tokens a step
@@ -164,9 +150,9 @@ inline void gradient_tile(
     }
   }
   for (uint i = 0; i < RT / 8; ++i) {
-    const uint r = rank0 + i * 8 + lane_row(lane);
+    const uint r = rank0 + i * 8 + fragment_row(lane);
     for (uint j = 0; j < 2; ++j) {
-      const uint c = column0 + simd_id * 16 + j * 8 + lane_column(lane);
+      const uint c = column0 + simd_id * 16 + j * 8 + fragment_column(lane);
       for (uint e = 0; e < 2; ++e) {
         if (r < rank && c + e < columns) {
           out.values[r * out.row_stride + (c + e) * out.column_stride] =
