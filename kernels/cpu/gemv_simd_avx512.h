@@ -263,19 +263,11 @@ inline I16 nibble_table(float multiplier) {
   }
   return {_mm512_load_si512(words)};
 }
-/// The NF4 levels as the sum of two bf16, twice each: the upper part and what is left of the level,
-/// rounded. Their sum is within 2^-18 of the level, relative to it.
-struct Nf4Tables {
-  I16 high, low;
-};
-inline Nf4Tables nf4_tables() {
-  alignas(64) uint16_t high[32], low[32];
-  for (int i = 0; i < 32; ++i) {
-    const float level = kNf4Levels[i & 15];
-    high[i] = bf16_of_float(level);
-    low[i] = bf16_of_float(level - float_of_bf16(high[i]));
-  }
-  return {{_mm512_load_si512(high)}, {_mm512_load_si512(low)}};
+/// bf16 of the NF4 levels, twice.
+inline I16 nf4_table() {
+  alignas(64) uint16_t words[32];
+  for (int i = 0; i < 32; ++i) words[i] = bf16_of_float(kNf4Levels[i & 15]);
+  return {_mm512_load_si512(words)};
 }
 inline I16 broadcast_pair(const uint16_t* p) {
   int32_t pair;

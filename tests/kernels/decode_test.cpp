@@ -39,13 +39,15 @@ Bounded rounded(Bounded a, DType dtype) {
   return {a.v, std::hypot(a.e, unit * std::fabs(a.v) + smallest)};
 }
 
-/// Σ a_i·w_i for exact w; weight_size: what f32 adds up for each unit of a_i beyond |w_i|.
-Bounded dot(const Row& a, const double* w, double weight_size) {
+/// Σ a_i·w_i for w known up to weight_rounding·|w|; weight_size: what f32 adds up for each unit of
+/// a_i beyond |w_i|.
+Bounded dot(const Row& a, const double* w, double weight_size, double weight_rounding = 0) {
   Bounded sum;
   double size = 0, variance = 0;
   for (size_t i = 0; i < a.size(); ++i) {
     sum.v += a[i].v * w[i];
     variance += a[i].e * a[i].e * w[i] * w[i];
+    variance += std::pow(weight_rounding * a[i].v * w[i], 2);
     size += std::fabs(a[i].v) * (std::fabs(w[i]) + weight_size);
   }
   sum.e = std::hypot(std::sqrt(variance), std::sqrt(a.size() + 8.0) * kEps * size);
@@ -59,6 +61,7 @@ struct Shape {
   WeightFormat format = WeightFormat::f32;
   WeightLayout layout = WeightLayout::row_major;
   DType lora_dtype = DType::f32;
+  double weight_rounding = 0;  ///< of a packed NF4 weight's levels where products are bf16
 };
 
 /// A random linear in both worlds.
@@ -68,6 +71,7 @@ struct Linear {
   std::vector<float> bias;
   std::vector<double> exact, a_exact, b_exact;
   double weight_size = 0;  // affine: |q·scale| and |bias| are added apart
+  double weight_rounding = 0;
   LoraParams lora;
   uint32_t n = 0, k = 0;
 
@@ -76,6 +80,7 @@ struct Linear {
     std::vector<float> values(size_t{n} * k);
     for (float& v : values) v = normal(rng);
     make_weight(values, s);
+    weight_rounding = s.weight_rounding;
     lora.rank = s.rank;
     lora.scale = 1.5f;
     lora.dtype = s.lora_dtype;
@@ -91,8 +96,9 @@ struct Linear {
     p.n = n;
     p.k = k;
     p.format = s.format;
-    p.group_size = 32;
-    p.scales_dtype = DType::f16;
+    const bool nf4 = s.format == WeightFormat::nf4;
+    p.group_size = nf4 ? 64 : 32;
+    p.scales_dtype = nf4 ? DType::f32 : DType::f16;
     data.resize(values.size() * 4);
     scales.resize(values.size() / 16);
     biases.resize(values.size() / 16);
@@ -100,6 +106,8 @@ struct Linear {
       for (size_t i = 0; i < values.size(); ++i) {
         write_float(data.data(), static_cast<DType>(s.format), i, values[i]);
       }
+    } else if (nf4) {
+      quantize_nf4(p, values.data(), data.data(), scales.data(), nullptr);
     } else {
       quantize_affine(p, values.data(), data.data(), scales.data(), biases.data());
       for (float v : values) weight_size = std::max(weight_size, 3.0 * std::fabs(v));
@@ -138,7 +146,7 @@ struct Linear {
     Row u, y;
     for (uint32_t j = 0; j < lora.rank; ++j) u.push_back(dot(x, &a_exact[size_t{j} * k], 0));
     for (uint32_t r = 0; r < n; ++r) {
-      Bounded sum = dot(x, &exact[size_t{r} * k], weight_size);
+      Bounded sum = dot(x, &exact[size_t{r} * k], weight_size, weight_rounding);
       if (lora.rank > 0) {
         const Bounded extra = dot(u, &b_exact[size_t{r} * lora.rank], 0);
         sum.v += lora.scale * extra.v;
@@ -466,6 +474,22 @@ TEST_F(Decode, QuantisedWeights) {
         check(s, dtype, 4, 2);
         if (HasFatalFailure()) return;
       }
+    }
+  }
+}
+
+TEST_F(Decode, Nf4Weights) {
+  for (DType dtype : kDTypes) {
+    for (WeightLayout layout : {WeightLayout::row_major, WeightLayout::cpu_packed}) {
+      Shape s;
+      s.format = WeightFormat::nf4;
+      s.layout = layout;
+      s.q_heads = 8;
+      s.ffn = 128;
+      s.rank = 8;
+      if (dtype == DType::bf16) s.weight_rounding = 0x1p-9;
+      check(s, dtype, 4, 2);
+      if (HasFatalFailure()) return;
     }
   }
 }

@@ -17,7 +17,7 @@ namespace {
 
 constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
 constexpr double kEps = 0x1p-24;
-constexpr uint32_t kVocab = 64, kDims = 96;
+constexpr uint32_t kVocab = 64, kDims = 128;
 
 double rounding(DType dtype) {
   return dtype == DType::f32 ? kEps : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
@@ -58,8 +58,9 @@ Table make_table(WeightFormat format, WeightLayout layout, std::mt19937& rng) {
   p.n = kVocab;
   p.k = kDims;
   p.format = format;
-  p.group_size = 32;
-  p.scales_dtype = DType::f16;
+  const bool nf4 = format == WeightFormat::nf4;
+  p.group_size = nf4 ? 64 : 32;
+  p.scales_dtype = nf4 ? DType::f32 : DType::f16;
   t.data.resize(values.size() * 4);
   if (format <= WeightFormat::bf16) {
     for (size_t i = 0; i < values.size(); ++i) {
@@ -70,7 +71,11 @@ Table make_table(WeightFormat format, WeightLayout layout, std::mt19937& rng) {
   }
   t.scales.resize(values.size() / 32 * 2);
   t.biases.resize(t.scales.size());
-  quantize_affine(p, values.data(), t.data.data(), t.scales.data(), t.biases.data());
+  if (nf4) {
+    quantize_nf4(p, values.data(), t.data.data(), t.scales.data(), nullptr);
+  } else {
+    quantize_affine(p, values.data(), t.data.data(), t.scales.data(), t.biases.data());
+  }
   t.view.data = t.data.data();
   t.view.scales = t.scales.data();
   t.view.biases = t.biases.data();
@@ -117,9 +122,9 @@ class Embedding : public testing::Test {
 };
 
 TEST_F(Embedding, ForwardFromEveryFormatAndLayout) {
-  for (uint32_t f = 0; f < 7; ++f) {
-    const auto format = static_cast<WeightFormat>(f < 5 ? f : f - 2);
-    const auto layout = f >= 5 ? WeightLayout::cpu_packed : WeightLayout::row_major;
+  for (uint32_t f = 0; f < 9; ++f) {
+    const auto format = static_cast<WeightFormat>(f < 6 ? f : f - 3);
+    const auto layout = f >= 6 ? WeightLayout::cpu_packed : WeightLayout::row_major;
     Table table = make_table(format, layout, rng_);
     for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::neon}) {
       if (!set_active_isa(isa)) continue;

@@ -171,6 +171,7 @@ struct WeightCase {
   WeightLayout layout;
   DType scales;
   uint32_t group_size;
+  bool double_quant = false;
 };
 
 const WeightCase kWeightCases[] = {
@@ -181,12 +182,16 @@ const WeightCase kWeightCases[] = {
     {WeightFormat::int4, WeightLayout::row_major, DType::bf16, 64},
     {WeightFormat::int8, WeightLayout::row_major, DType::f16, 32},
     {WeightFormat::int4, WeightLayout::cpu_packed, DType::f16, 32},
-    {WeightFormat::int8, WeightLayout::cpu_packed, DType::f32, 64}};
+    {WeightFormat::int8, WeightLayout::cpu_packed, DType::f32, 64},
+    {WeightFormat::nf4, WeightLayout::row_major, DType::f32, 64},
+    {WeightFormat::nf4, WeightLayout::row_major, DType::f32, 64, true},
+    {WeightFormat::nf4, WeightLayout::cpu_packed, DType::f32, 64, true}};
 
 void check_weight(const WeightCase& wc, DType a_type, bool backward, uint32_t row0, uint32_t rows) {
   std::mt19937 rng(77);
   const uint32_t m = 11, n = 144, k = 192;
-  const Weight w = random_weight(rng, wc.format, n, k, wc.group_size, wc.scales, wc.layout);
+  const Weight w =
+      random_weight(rng, wc.format, n, k, wc.group_size, wc.scales, wc.layout, wc.double_quant);
   const uint32_t inner = backward ? rows : k, outer = backward ? k : rows;
   const Array a = random_array(rng, a_type, m * (inner + 3));
   const Sums sums = multiply(

@@ -16,6 +16,7 @@
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/lora_quantized.h"
 #include "kernels/cpu/thread_pool.h"
+#include "kernels/nf4.h"
 
 namespace metal_lora::cpu {
 namespace {
@@ -76,7 +77,8 @@ Weight random_weight(WeightParams p, std::mt19937& rng) {
     w.view.data = w.data.data();
     return w;
   }
-  const uint32_t bits = p.format == WeightFormat::int4 ? 4 : 8;
+  const bool nf4 = p.format == WeightFormat::nf4;
+  const uint32_t bits = p.format == WeightFormat::int8 ? 8 : 4;
   const size_t groups = count / p.group_size;
   w.data.resize(count * bits / 8 + 64);
   for (uint8_t& byte : w.data) byte = static_cast<uint8_t>(rng());
@@ -86,7 +88,8 @@ Weight random_weight(WeightParams p, std::mt19937& rng) {
   for (size_t i = 0; i < count; ++i) {
     const uint8_t byte = w.data[i * bits / 8];
     const int q = bits == 8 ? byte : byte >> (4 * (i & 1)) & 15;
-    w.exact[i] = q * scales.exact[i / p.group_size] + biases.exact[i / p.group_size];
+    const double scale = scales.exact[i / p.group_size];
+    w.exact[i] = nf4 ? kNf4Levels[q] * scale : q * scale + biases.exact[i / p.group_size];
   }
   w.scales = std::move(scales.bytes);
   w.biases = std::move(biases.bytes);
@@ -151,7 +154,11 @@ void expect_matches(
   const WeightParams& p = b.weight.view.params;
   const uint32_t rank = b.view.lora.params.rank;
   const double scale = b.view.lora.params.scale;
-  const bool affine = p.format >= WeightFormat::int4;
+  const bool affine = p.format == WeightFormat::int4 || p.format == WeightFormat::int8;
+  // Where x is multiplied in bf16, the packed form rounds NF4's levels to it.
+  const bool levels_rounded = p.format == WeightFormat::nf4 && dtype == DType::bf16 &&
+                              p.layout == WeightLayout::cpu_packed &&
+                              active_isa() == Isa::avx512_bf16;
   for (uint32_t t = 0; t < m; ++t) {
     std::vector<double> u(rank), u_size(rank);
     for (uint32_t j = 0; j < rank; ++j) {
@@ -165,7 +172,7 @@ void expect_matches(
       }
     }
     for (uint32_t r = 0; r < p.n; ++r) {
-      double y = 0, size = 0, extra = 0;
+      double y = 0, size = 0, extra = 0, levels = 0;
       for (uint32_t i = 0; i < p.k; ++i) {
         const double xi = x.exact[size_t{t} * p.k + i];
         const double w = b.weight.exact[size_t{r} * p.k + i];
@@ -174,6 +181,7 @@ void expect_matches(
         // samples stay under 6, so (255 + 1)·6 bounds a term of int8 and (15 + 1)·6 of int4.
         const double most = p.format == WeightFormat::int8 ? 1536.0 : 96.0;
         size += (affine ? most : std::fabs(w)) * std::fabs(xi);
+        if (levels_rounded) levels += kEpsBf16 * std::fabs(w * xi);
       }
       for (uint32_t j = 0; j < rank; ++j) {
         const double bj = b.b.exact[size_t{r} * rank + j] * scale;
@@ -184,8 +192,8 @@ void expect_matches(
         y += b.bias[r] + b.residual.exact[size_t{t} * p.n + r];
         extra = std::fabs(b.bias[r]) + std::fabs(b.residual.exact[size_t{t} * p.n + r]);
       }
-      const double tolerance =
-          chain_error(p.k + rank + 8.0, size + extra) + rounding(dtype) * std::fabs(y) + 0x1p-24;
+      const double tolerance = chain_error(p.k + rank + 8.0, size + extra) + levels +
+                               rounding(dtype) * (std::fabs(y) + levels) + 0x1p-24;
       ASSERT_NEAR(read_float(b.y.data(), dtype, size_t{t} * p.n + r), y, tolerance)
           << what << " token " << t << " row " << r;
     }
@@ -265,6 +273,25 @@ TEST_F(Gemv, AffineFormatsMatchTheReference) {
   }
 }
 
+TEST_F(Gemv, Nf4MatchesTheReference) {
+  const uint32_t ns[] = {1, 16, 31, 33, 64};
+  uint32_t i = 0;
+  for (WeightLayout layout : {WeightLayout::row_major, WeightLayout::cpu_packed}) {
+    for (DType dtype : kDTypes) {
+      for (uint32_t m = 1; m <= 8; ++m, ++i) {
+        WeightParams p;
+        p.format = WeightFormat::nf4;
+        p.layout = layout;
+        p.group_size = 64;
+        p.k = 64 * (1 + i % 4);
+        p.n = layout == WeightLayout::cpu_packed ? 16 * (1 + i % 5) : ns[i % 5];
+        check(p, m, dtype, i % 2 == 0 ? 0 : 16, kDTypes[i / 2 % 3]);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
 TEST_F(Gemv, ManyRowsAndThreads) {
   WeightParams p;
   p.n = 4097;
@@ -292,14 +319,15 @@ TEST_F(Gemv, TokensAreIndependentBitForBit) {
   for (Isa isa : isas()) {
     ASSERT_TRUE(set_active_isa(isa));
     for (DType dtype : kDTypes) {
-      for (uint32_t f = 0; f < 7; ++f) {
+      for (uint32_t f = 0; f < 9; ++f) {
         WeightParams p;
-        p.format = static_cast<WeightFormat>(f < 5 ? f : f - 2);
-        p.layout = f >= 5 ? WeightLayout::cpu_packed : WeightLayout::row_major;
-        p.group_size = 32;
-        p.scales_dtype = DType::f16;
+        p.format = static_cast<WeightFormat>(f < 6 ? f : f - 3);
+        p.layout = f >= 6 ? WeightLayout::cpu_packed : WeightLayout::row_major;
+        const bool nf4 = p.format == WeightFormat::nf4;
+        p.group_size = nf4 ? 64 : 32;
+        p.scales_dtype = nf4 ? DType::f32 : DType::f16;
         p.n = 16 * 40;
-        p.k = 32 * 7;
+        p.k = nf4 ? 64 * 3 : 32 * 7;
         Values x = random_values(size_t{8} * p.k, dtype, rng_);
         Branch b = random_branch(p, 8, dtype, 16, DType::bf16, rng_);
         connect(b, 16, DType::bf16, true);

@@ -17,6 +17,7 @@
 #include "kernels/cpu/lora_kernels.h"
 #include "kernels/cpu/lora_quantized.h"
 #include "kernels/cpu/thread_pool.h"
+#include "kernels/nf4.h"
 
 namespace metal_lora::test {
 
@@ -105,10 +106,6 @@ struct Weight {
   }
 };
 
-inline bool is_affine(WeightFormat f) {
-  return f == WeightFormat::int4 || f == WeightFormat::int8;
-}
-
 inline void fill_affine(std::mt19937& rng, Weight& w) {
   WeightParams& p = w.params;
   const uint32_t bits = p.format == WeightFormat::int4 ? 4 : 8, per_word = 32 / bits;
@@ -127,6 +124,41 @@ inline void fill_affine(std::mt19937& rng, Weight& w) {
   }
 }
 
+/// absmax of an NF4 weight from what is stored: product and sum rounded to f32 one after the other.
+inline float nf4_absmax_of(const uint8_t* codes, const float* nested, size_t i) {
+  const float scaled =
+      static_cast<float>(double{nested[1 + codes[i]]} * double{nested[257 + i / 256]});
+  return static_cast<float>(double{scaled} + double{nested[0]});
+}
+
+inline void fill_nf4(std::mt19937& rng, Weight& w) {
+  WeightParams& p = w.params;
+  const size_t count = size_t{p.n} * p.k, blocks = count / 64;
+  std::uniform_real_distribution<double> size(0.5, 2.0);
+  std::vector<double> absmax(blocks);
+  for (double& a : absmax) a = size(rng);
+  w.scales = make_array(DType::f32, absmax);
+  if (p.double_quant) {
+    std::vector<double> nested(257 + (blocks + 255) / 256);
+    nested[0] = 1.25;
+    for (size_t i = 0; i < 256; ++i) nested[1 + i] = (static_cast<double>(i) - 128) / 128;
+    for (size_t i = 257; i < nested.size(); ++i) nested[i] = size(rng) / 3;
+    w.biases = make_array(DType::f32, nested);
+    w.scales.bytes.resize(blocks);
+    const auto* stored = reinterpret_cast<const float*>(w.biases.bytes.data());
+    for (size_t i = 0; i < blocks; ++i) {
+      w.scales.bytes[i] = static_cast<unsigned char>(rng());
+      w.scales.values[i] = nf4_absmax_of(w.scales.bytes.data(), stored, i);
+    }
+  }
+  w.data.bytes.resize(count / 2);
+  for (unsigned char& byte : w.data.bytes) byte = static_cast<unsigned char>(rng());
+  for (size_t i = 0; i < count; ++i) {
+    const uint32_t q = w.data.bytes[i / 2] >> (4 * (i % 2)) & 15u;
+    w.values.push_back(static_cast<float>(double{kNf4Levels[q]} * w.scales.values[i / 64]));
+  }
+}
+
 inline Weight random_weight(
     std::mt19937& rng,
     WeightFormat format,
@@ -134,20 +166,23 @@ inline Weight random_weight(
     uint32_t k,
     uint32_t group_size = 32,
     DType scales_dtype = DType::f32,
-    WeightLayout layout = WeightLayout::row_major) {
+    WeightLayout layout = WeightLayout::row_major,
+    bool double_quant = false) {
   Weight w;
   w.params = {n, k, format, WeightLayout::row_major, 0, scales_dtype};
-  if (!is_affine(format)) {
+  if (format <= WeightFormat::bf16) {
     w.data = random_array(rng, static_cast<DType>(format), size_t{n} * k);
     w.values = w.data.values;
     return w;
   }
   w.params.group_size = group_size;
-  fill_affine(rng, w);
+  w.params.double_quant = double_quant;
+  format == WeightFormat::nf4 ? fill_nf4(rng, w) : fill_affine(rng, w);
   if (layout == WeightLayout::cpu_packed) {
     w.packed.resize(cpu::packed_weight_bytes(w.params));
     cpu::pack_weight(w.view(), w.packed.data());
     w.params.layout = layout;
+    w.params.double_quant = false;
   }
   return w;
 }

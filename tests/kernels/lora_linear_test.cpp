@@ -18,6 +18,7 @@ struct BranchSpec {
   uint32_t group_size = 32;
   WeightLayout layout = WeightLayout::row_major;
   DType scales = DType::f32;
+  bool double_quant = false;
 };
 
 struct Case {
@@ -63,7 +64,8 @@ class Linear {
     for (const BranchSpec& s : c.branches) {
       Branch b;
       b.spec = s;
-      b.w = random_weight(rng, s.format, s.n, c.k, s.group_size, s.scales, s.layout);
+      b.w =
+          random_weight(rng, s.format, s.n, c.k, s.group_size, s.scales, s.layout, s.double_quant);
       b.a = random_array(rng, c.adapter_dtype, size_t{s.rank} * c.k, 0.5);
       b.b = random_array(rng, c.adapter_dtype, size_t{s.n} * s.rank, 0.5);
       b.bias = random_array(rng, DType::f32, s.n);
@@ -306,6 +308,14 @@ const std::vector<Case>& cases() {
            D::bf16,
            {{80, int8, 4, 2.0f, 0.5f, false, true, 64, WeightLayout::cpu_packed},
             {96, int4, 20, 2.0f, 0, false, false, 64, WeightLayout::cpu_packed, D::bf16}}});
+      list.push_back(
+          {21,
+           320,
+           d,
+           D::f32,
+           {{64, nf4, 8, 0.7f, 0, true, false, 64, WeightLayout::cpu_packed},
+            {37, nf4, 5, -1.0f, 0, false, true, 64},
+            {33, nf4, 0, 0.0f, 0, false, false, 64, WeightLayout::row_major, D::f32, true}}});
     }
     return list;
   }();

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/cpu/gemv_kernels.h"
+#include "kernels/nf4.h"
 
 namespace metal_lora::cpu {
 namespace {
@@ -31,7 +32,10 @@ struct RowMajor {
   std::vector<float> exact;  // fma(q, scale, bias), one rounding
 };
 
+RowMajor random_nf4(const WeightParams& p, std::mt19937& rng);
+
 RowMajor random_weight(const WeightParams& p, std::mt19937& rng) {
+  if (p.format == WeightFormat::nf4) return random_nf4(p, rng);
   RowMajor w;
   const uint32_t bits = p.format == WeightFormat::int4 ? 4 : 8;
   const size_t count = size_t{p.n} * p.k, groups = count / p.group_size;
@@ -57,10 +61,43 @@ RowMajor random_weight(const WeightParams& p, std::mt19937& rng) {
   return w;
 }
 
+/// The same of NF4: level·absmax, one rounding.
+RowMajor random_nf4(const WeightParams& p, std::mt19937& rng) {
+  RowMajor w;
+  const size_t count = size_t{p.n} * p.k, blocks = count / kNf4Block;
+  w.data.resize(count / 2);
+  for (uint8_t& byte : w.data) byte = static_cast<uint8_t>(rng());
+  std::uniform_real_distribution<float> size(0.1f, 3.0f);
+  std::vector<float> absmax(blocks);
+  if (p.double_quant) {
+    w.scales.resize(blocks);
+    for (uint8_t& code : w.scales) code = static_cast<uint8_t>(rng());
+    std::vector<float> nested(kNf4NestedHead + (blocks + 255) / 256);
+    for (float& v : nested) v = size(rng);
+    w.biases.resize(nested.size() * 4);
+    std::memcpy(w.biases.data(), nested.data(), w.biases.size());
+    for (size_t i = 0; i < blocks; ++i) {
+      const double product = double{nested[1 + w.scales[i]]} * double{nested[257 + i / 256]};
+      absmax[i] = static_cast<float>(double{static_cast<float>(product)} + double{nested[0]});
+    }
+  } else {
+    for (float& v : absmax) v = size(rng);
+    w.scales.resize(blocks * 4);
+    std::memcpy(w.scales.data(), absmax.data(), w.scales.size());
+  }
+  for (size_t i = 0; i < count; ++i) {
+    const int q = w.data[i / 2] >> (4 * (i & 1)) & 15;
+    w.exact.push_back(static_cast<float>(double{kNf4Levels[q]} * double{absmax[i / kNf4Block]}));
+  }
+  w.view = {p, w.data.data(), w.scales.data(), p.double_quant ? w.biases.data() : nullptr};
+  return w;
+}
+
 /// Scalar code without a fused multiply-add rounds q·scale first, which matters where the product
 /// needs more than 24 bits: f32 scales only.
 float allowed(const WeightParams& p, Isa isa, float value, float bias_size) {
   if (isa != Isa::scalar || p.scales_dtype != DType::f32) return 0.0f;
+  if (p.format == WeightFormat::nf4) return 0.0f;
   return 0x1p-23f * (std::fabs(value) + 2 * bias_size);
 }
 
@@ -78,6 +115,14 @@ std::vector<WeightParams> all_params() {
         out.push_back(p);
       }
     }
+  }
+  for (uint32_t k : {64u, 320u}) {
+    WeightParams p;
+    p.n = 48 * 64;  // more than one block of 256 absmax
+    p.k = k;
+    p.format = WeightFormat::nf4;
+    p.group_size = kNf4Block;
+    out.push_back(p);
   }
   return out;
 }
@@ -103,6 +148,13 @@ TEST_F(Quantized, CanPackOnlyWhatHasAPackedForm) {
   EXPECT_FALSE(can_pack(p));
   p = all_params().front();
   p.format = WeightFormat::f16;
+  EXPECT_FALSE(can_pack(p));
+  p = all_params().back();
+  EXPECT_TRUE(can_pack(p));
+  p.k = 96;
+  EXPECT_FALSE(can_pack(p));
+  p.k = 128;
+  p.group_size = 128;
   EXPECT_FALSE(can_pack(p));
 }
 
