@@ -1,0 +1,232 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+#include <dlfcn.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <map>
+#include <mutex>
+
+#include "src/frontend/compiler.h"
+#include "src/frontend/hash.h"
+#include "src/library_impl.h"
+#include "src/lint/lint.h"
+
+namespace metal_emulator {
+namespace {
+
+namespace fs = std::filesystem;
+using frontend::Hash;
+
+fs::path cache_folder(const CompileOptions& options) {
+  if (!options.cache_dir.empty()) {
+    return options.cache_dir;
+  }
+  if (const char* set = std::getenv("METAL_EMULATOR_CACHE"); set && *set) {
+    return set;
+  }
+  if (const char* home = std::getenv("HOME"); home && *home) {
+    return fs::path(home) / ".cache" / "metal-emulator";
+  }
+  return fs::temp_directory_path() / "metal-emulator-cache";
+}
+
+// Changes when the headers, the compiler or this machine's flags do.
+uint64_t toolchain_hash() {
+  Hash hash;
+  for (const fs::path& folder : {frontend::shim_folder(), frontend::lint_shim_folder()}) {
+    hash.add_folder(folder);
+  }
+  hash.add(frontend::compiler());
+  hash.add_program(frontend::compiler());
+  for (const std::string& flag : frontend::code_flags()) {
+    hash.add(flag);
+  }
+  return hash.value();
+}
+
+// The toolchain is looked at once per process and setting: it does not change under a run.
+uint64_t cached_toolchain_hash() {
+  static std::mutex mutex;
+  static std::map<std::string, uint64_t> known;
+  const std::string key = frontend::shim_folder().string() + "\n" +
+                          frontend::lint_shim_folder().string() + "\n" + frontend::compiler();
+  std::lock_guard lock(mutex);
+  auto [found, fresh] = known.try_emplace(key, 0);
+  if (fresh) {
+    found->second = toolchain_hash();
+  }
+  return found->second;
+}
+
+// Text that includes no file of the user is known by itself, without preprocessing it.
+bool self_contained(std::string_view text, const CompileOptions& options) {
+  return options.include_dirs.empty() && text.find("#include \"") == std::string_view::npos &&
+         text.find("__has_include") == std::string_view::npos &&
+         std::all_of(options.defines.begin(), options.defines.end(), [](const std::string& d) {
+           return d.find('"') == std::string::npos && d.find('<') == std::string::npos;
+         });
+}
+
+Hash options_hash(const CompileOptions& options) {
+  Hash hash;
+  hash.add(cached_toolchain_hash());
+  hash.add(options.file_name);
+  hash.add(uint64_t{options.lint});
+  for (const std::string& define : options.defines) {
+    hash.add("-D" + define);
+  }
+  for (const std::string& kernel : options.kernels) {
+    hash.add("-k" + kernel);
+  }
+  return hash;
+}
+
+void refuse(const std::vector<std::string>& messages) {
+  if (messages.empty()) {
+    return;
+  }
+  std::string all;
+  for (const std::string& message : messages) {
+    all += (all.empty() ? "" : "\n") + message;
+  }
+  throw CompileError(all);
+}
+
+// The library in the cache; built when it is not there.
+fs::path cached(std::string_view text, const CompileOptions& options) {
+  Hash hash = options_hash(options);
+  const fs::path folder = cache_folder(options);
+  if (self_contained(text, options)) {
+    hash.add(text);
+    const fs::path library = folder / (hash.hexadecimal() + ".so");
+    if (fs::exists(library)) {
+      return library;
+    }
+    const frontend::Translation translation = frontend::translate(text, options);
+    refuse(options.lint ? lint(text, options) : std::vector<std::string>{});
+    frontend::build(translation, library);
+    return library;
+  }
+  const frontend::Translation translation = frontend::translate(text, options);
+  hash.add(translation.text);
+  const fs::path library = folder / (hash.hexadecimal() + ".so");
+  if (!fs::exists(library)) {
+    refuse(options.lint ? lint(text, options) : std::vector<std::string>{});
+    frontend::build(translation, library);
+  }
+  return library;
+}
+
+ArgumentInfo argument_info(const abi::Arg& arg) {
+  ArgumentInfo info{};
+  info.kind = arg.kind == abi::ArgKind::buffer ? ArgumentInfo::Kind::buffer
+              : arg.kind == abi::ArgKind::threadgroup_memory
+                  ? ArgumentInfo::Kind::threadgroup_memory
+                  : ArgumentInfo::Kind::built_in;
+  info.index = arg.index;
+  info.read_only = arg.read_only;
+  info.name = arg.name;
+  return info;
+}
+
+void describe(Library::Impl& impl) {
+  const abi::Library& table = *impl.table;
+  for (uint32_t i = 0; i < table.kernel_count; i++) {
+    KernelInfo info;
+    info.name = table.kernels[i].name;
+    for (uint32_t a = 0; a < table.kernels[i].arg_count; a++) {
+      info.arguments.push_back(argument_info(table.kernels[i].args[a]));
+    }
+    impl.kernels.push_back(std::move(info));
+  }
+  for (uint32_t i = 0; i < table.constant_count; i++) {
+    const abi::FunctionConstant& c = table.constants[i];
+    impl.function_constants.push_back({c.index, c.name, c.bytes});
+  }
+}
+
+}  // namespace
+
+Library::Impl::~Impl() {
+  if (handle) {
+    dlclose(handle);
+  }
+}
+
+Library::Library(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+
+const std::vector<KernelInfo>& Library::kernels() const { return impl_->kernels; }
+
+const std::vector<FunctionConstantInfo>& Library::function_constants() const {
+  return impl_->function_constants;
+}
+
+const KernelInfo* Library::find(std::string_view kernel) const {
+  for (const KernelInfo& info : impl_->kernels) {
+    if (info.name == kernel) {
+      return &info;
+    }
+  }
+  return nullptr;
+}
+
+namespace {
+
+std::shared_ptr<const Library::Impl> load_impl(const fs::path& library) {
+  auto impl = std::make_shared<Library::Impl>();
+  impl->path = fs::absolute(library);
+  impl->handle = dlopen(impl->path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!impl->handle) {
+    const char* why = dlerror();
+    throw CompileError("cannot load " + impl->path.string() + ": " + (why ? why : "unknown"));
+  }
+  using Entry = const abi::Library* (*)();
+  const Entry entry = reinterpret_cast<Entry>(dlsym(impl->handle, "metal_emulator_library"));
+  if (!entry) {
+    throw CompileError(impl->path.string() + " is not a library of the emulator");
+  }
+  impl->table = entry();
+  if (impl->table->version != abi::kVersion) {
+    throw CompileError(
+        impl->path.string() + " was built for version " + std::to_string(impl->table->version) +
+        " of the emulator's interface, this is version " + std::to_string(abi::kVersion) +
+        "; hint: build it again");
+  }
+  describe(*impl);
+  return impl;
+}
+
+}  // namespace
+
+Library load(const fs::path& library) { return Library(load_impl(library)); }
+
+Library compile(std::string_view text, const CompileOptions& options) {
+  const fs::path library = cached(text, options);
+  // One handle per process for equal text.
+  static std::mutex mutex;
+  static std::map<std::string, std::weak_ptr<const Library::Impl>> loaded;
+  std::lock_guard lock(mutex);
+  std::weak_ptr<const Library::Impl>& slot = loaded[library.string()];
+  if (std::shared_ptr<const Library::Impl> known = slot.lock()) {
+    return Library(std::move(known));
+  }
+  std::shared_ptr<const Library::Impl> fresh = load_impl(library);
+  slot = fresh;
+  return Library(std::move(fresh));
+}
+
+void compile_to(std::string_view text, const fs::path& library, const CompileOptions& options) {
+  const frontend::Translation translation = frontend::translate(text, options);
+  refuse(options.lint ? lint(text, options) : std::vector<std::string>{});
+  frontend::build(translation, library);
+}
+
+std::vector<std::string> lint(std::string_view text, const CompileOptions& options) {
+  return linting::check(text, options);
+}
+
+}  // namespace metal_emulator
