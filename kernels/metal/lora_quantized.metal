@@ -150,7 +150,9 @@ struct DoubleQuantAbsmax {
   PS codes;
   PT table;
   inline float at(uint block) const {
-    return fma(table[1 + uint(codes[block])], table[257 + block / 256], table[0]);
+    // The product is rounded first, as on the CPU, unless the compiler contracts it: one ulp.
+    const float product = table[1 + uint(codes[block])] * table[257 + block / 256];
+    return product + table[0];
   }
 };
 template <typename PS, typename PT>

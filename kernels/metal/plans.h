@@ -53,15 +53,15 @@ enum class Form : uint32_t { automatic, fused, split };
 struct LoraShape {
   uint32_t m = 0, n = 0, k = 0;
   WeightFormat format = WeightFormat::f32;
-  uint32_t group_size = 0;           ///< affine formats: 32, 64 or 128; divides k
-  DType scales_dtype = DType::f32;   ///< affine formats: of scales and biases
-  bool double_quant = false;         ///< NF4 only: uint8 absmax, see WeightFormat
-  uint32_t rank = 0;                 ///< 0: no adapter; at most 256
+  uint32_t group_size = 0;          ///< affine formats: 32, 64 or 128; divides k
+  DType scales_dtype = DType::f32;  ///< affine formats: of scales and biases
+  bool double_quant = false;        ///< NF4 only: uint8 absmax, see WeightFormat
+  uint32_t rank = 0;                ///< 0: no adapter; at most 256
   float scale = 0.0f;
-  DType dtype = DType::f32;          ///< of x, y, dy, dx
-  DType lora_dtype = DType::f32;     ///< of A and B
-  bool has_bias = false;             ///< f32 [n]; forward only
-  float dropout = 0.0f;              ///< on the adapter's input, in [0, 1)
+  DType dtype = DType::f32;       ///< of x, y, dy, dx
+  DType lora_dtype = DType::f32;  ///< of A and B
+  bool has_bias = false;          ///< f32 [n]; forward only
+  float dropout = 0.0f;           ///< on the adapter's input, in [0, 1)
   uint64_t dropout_seed = 0;
   bool wants_u = false;  ///< forward: also u [m, rank] f32 = drop(x)·Aᵀ; dx: v [m, rank] f32 = dy·B
   Form form = Form::automatic;
