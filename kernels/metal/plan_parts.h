@@ -6,9 +6,9 @@
 
 #include <bit>
 #include <cstdint>
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels/metal/plans.h"
 
@@ -36,7 +36,7 @@ inline uint32_t float_word(float value) {
 
 /// One bit for each input that MLX passes in the constant space. It is part of the signature, and a
 /// kernel's name must differ where its text does: MLX compiles again when one name's text changes.
-inline int constant_inputs(std::initializer_list<uint64_t> sizes) {
+inline int constant_inputs(const std::vector<uint64_t>& sizes) {
   int mask = 0, bit = 1;
   for (const uint64_t size : sizes) {
     if (size < 8) mask |= bit;

@@ -18,7 +18,7 @@ constexpr uint32_t kChunk = 4096;  // elements of an AdamW threadgroup: 16 a thr
 const Entry kGrad = {
     "lora_grad",
     {"lora_grad"},
-    {"x", "v", "dy", "u"},
+    {"x", "v", "dy", "u", "p"},
     {"da", "db"},
     R"(
 threadgroup float left_tile[metal_lora::kGradTokens * (RT + 4)];
@@ -32,7 +32,7 @@ metal_lora::lora_grad<RT, DROP>(
 const Entry kEmbeddingGrad = {
     "lora_embedding_grad",
     {"lora_embedding_grad"},
-    {"ids", "dy", "a", "b"},
+    {"ids", "dy", "a", "b", "p"},
     {"da", "db"},
     R"(
 threadgroup float left_tile[metal_lora::kGradTokens * (metal_lora::kEmbedRanks + 4)];
@@ -47,7 +47,7 @@ metal_lora::lora_embedding_grad(
 const Entry kAdamWSingle = {
     "adamw",
     {"adamw"},
-    {"param", "grad", "m", "v", "h"},
+    {"param", "grad", "m", "v", "h", "p"},
     {"new_param", "new_m", "new_v", "grad_norm", "skipped"},
     R"(
 threadgroup float scratch[24];
@@ -59,7 +59,7 @@ metal_lora::adamw_single(
 const Entry kAdamWNorm = {
     "adamw_norm",
     {"adamw_norm"},
-    {"grad"},
+    {"grad", "p"},
     {"partial"},
     R"(
 threadgroup float scratch[24];
@@ -71,7 +71,7 @@ metal_lora::adamw_norm(
 const Entry kAdamWUpdate = {
     "adamw_update",
     {"adamw"},
-    {"param", "grad", "m", "v", "partial", "h"},
+    {"param", "grad", "m", "v", "partial", "h", "p"},
     {"new_param", "new_m", "new_v", "grad_norm", "skipped"},
     R"(
 threadgroup float scratch[24];

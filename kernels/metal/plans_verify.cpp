@@ -13,7 +13,7 @@ constexpr const char* kName = "verify_tokens";
 const Entry kGreedy = {
     "verify_greedy",
     {"verify_greedy"},
-    {"logits", "draft_tokens"},
+    {"logits", "draft_tokens", "p"},
     {"accepted", "next_token"},
     R"(
 threadgroup float values[metal_lora::kVerifySimdgroups];
@@ -26,7 +26,7 @@ metal_lora::verify_greedy(
 const Entry kCertain = {
     "verify_certain",
     {"verify_sampled"},
-    {"logits", "draft_tokens"},
+    {"logits", "draft_tokens", "p"},
     {"accepted", "next_token"},
     R"(
 threadgroup float spans[metal_lora::kVerifySimdgroups];
@@ -39,7 +39,7 @@ metal_lora::verify_sampled<false>(
 const Entry kSampled = {
     "verify_sampled",
     {"verify_sampled"},
-    {"logits", "draft_tokens", "draft_probs"},
+    {"logits", "draft_tokens", "draft_probs", "p"},
     {"accepted", "next_token"},
     R"(
 threadgroup float spans[metal_lora::kVerifySimdgroups];
