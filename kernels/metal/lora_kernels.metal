@@ -1,5 +1,28 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
+//
+// y [m, n] = x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ for 1 … 8 tokens (the matrix-vector form), and what all
+// linear kernels share: operands, weight policies. The tiled form and dx are in lora_tiled.metal,
+// packed weights in lora_quantized.metal; plans_forward.cpp chooses.
+//
+// Tile: 16 simdgroups (8 for eight tokens: registers) x 4 rows of W each; x staged in threadgroup
+// memory in chunks of up to 16 KiB and read from there by all rows; W goes past it once, 16 bytes a
+// lane. u = x·Aᵀ is summed over the same chunks, stays in threadgroup memory, and B's columns are
+// added to the rows' sums before their one simd_sum: A·x never leaves the chip, y is written once.
+//
+// Bytes read, n x k weights of w bytes, T = n / (64·passes) threadgroups, l = bytes of A's elements:
+//   one dispatch: n·k·w  +  T·rank·k·l  +  n·rank·l  +  T·m·k·bytes(x)
+//   split:        n·k·w  +    rank·k·l  +  n·rank·l  +  (T + rank)·m·k·bytes(x)  +  T·m·rank·4
+// so one dispatch repeats A by rank·l / (64·passes·w) of W's bytes: 1/4 for rank 16, all 16-bit.
+//
+// Ladder (m = 1, n = k = 1024, rank 16, f16; emulator's counters, bytes from device memory;
+// unique: 2.16 MB, of which W 2.10):
+//   rows per threadgroup   threadgroups   A read     x read    all      barriers  simd_sums
+//   4                      256            8.39 MB    0.52 MB   5.10x    768       5120
+//   16                     64             2.10 MB    0.13 MB   2.01x    192       2048
+//   64                     16             0.52 MB    0.03 MB   1.24x    48        1280
+//   split (16 + 64)        16 + 64        0.03 MB    0.16 MB   1.07x    16 + 128  1152
+// In all of them W is read 1.00x and B 1.00x.
 
 // @region common :
 // Wide loads, compute types and the small structs that kernels take their operands in. Pointers are
