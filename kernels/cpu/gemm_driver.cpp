@@ -349,6 +349,11 @@ void write_row(
     const float* sums) {
   if (out.y) {
     const size_t size = out.dtype == DType::f32 ? 4 : 2, at = (row * n + n0) * size;
+    std::array<float, kTaskColumns> with_added;
+    if (out.added && out.added[row]) {
+      for (uint32_t j = 0; j < count; ++j) with_added[j] = sums[j] + out.added[row][n0 + j];
+      sums = with_added.data();
+    }
     kernels.finish_row(
         out.dtype,
         sums,

@@ -93,6 +93,8 @@ struct Output {
   DType dtype = DType::f32;
   const float* bias = nullptr;
   const void* residual = nullptr;
+  /// f32 [n] to add to each row before it is rounded, by row of the output; null entries: nothing.
+  const float* const* added = nullptr;
   // … or f32: c[i · row_stride + j · column_stride] = alpha · sum + beta · c.
   float* c = nullptr;
   size_t row_stride = 0, column_stride = 1;

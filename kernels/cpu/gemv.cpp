@@ -5,11 +5,12 @@
 // of 32, medians by thread CPU time on a busy machine; 100 % = a prefetching loop that only adds up
 // the same bytes, 13 … 18 GB/s, measured in the same run):
 //   v1 int4 panels, two exact bf16 lookups and dot products per dword       89 % (22 GB/s in L2)
-//      int8 panels, low and high nibble apart, same loop                    97 … 103 % (30 GB/s in L2)
-//      f32 x: eight f32 lookups and FMAs per dword                          78 % (18 GB/s in L2)
-//      AVX2, f32 x: shift, mask, convert, FMA                               50 %
+//      int8 panels, low and high nibble apart, same loop                    97 … 103 % (30 GB/s in
+//      L2) f32 x: eight f32 lookups and FMAs per dword                          78 % (18 GB/s in
+//      L2) AVX2, f32 x: shift, mask, convert, FMA                               50 %
 //   v2 adapters ride along as tickets of the same region: rank 16 on everything + 24 % of a token
-//   v3 B·u by whole registers, one reduction tree per 16 rows of A          + 13 … 22 %; 3.5 … 8 % if
+//   v3 B·u by whole registers, one reduction tree per 16 rows of A          + 13 … 22 %; 3.5 … 8 %
+//   if
 //      the adapter is in cache. The rest is bytes: 9.8 MB of bf16 adapters beside 98 MB of weights.
 //   4 tokens cost 1.7x one, 8 tokens about 3.5x: there the dot product unit (one a cycle) limits.
 // The next 10 %: adapters in 8 bits (half the bytes), or kept in the outer cache, which the
@@ -89,9 +90,6 @@ void run_u_ticket(
   }
 }
 
-namespace {
-
-/// acc -> y = acc + bias + residual, in y's dtype.
 void write_rows(
     const LoraBranch& b, DType dtype, uint32_t m, uint32_t row0, uint32_t rows, const float* acc) {
   const size_t n = b.weight.params.n;
@@ -105,6 +103,36 @@ void write_rows(
     }
   }
 }
+
+GemvTokens::GemvTokens(
+    const GemvKernels& kernels, uint32_t m, uint32_t k, DType dtype, const void* x) {
+  in.m = m;
+  in.k = k;
+  const size_t spans = k % 32 == 0 ? k / 32 : 0, values = dtype == DType::f32 ? 0 : k;
+  scratch.reset(new float[m * (spans + values) + 1]);
+  if (dtype == DType::f32) {
+    in.f32 = static_cast<const float*>(x);
+  } else {
+    kernels.widen(size_t{m} * k, dtype, x, scratch.get());
+    in.f32 = scratch.get();
+  }
+  if (dtype == DType::bf16) in.bf16 = static_cast<const uint16_t*>(x);
+  if (spans > 0) {
+    float* sums = scratch.get() + m * values;
+    kernels.sums(m, k, in.f32, sums);
+    in.sums = sums;
+  }
+}
+
+size_t gemv_helpers(size_t weight_bytes, uint32_t m, uint32_t tickets) {
+  // Below this a second thread's wake-up costs more than it saves.
+  constexpr size_t kWorthSharingBytes = 64 * 1024;
+  return weight_bytes * m < kWorthSharingBytes
+             ? 1
+             : std::min<size_t>(static_cast<size_t>(thread_count()), tickets);
+}
+
+namespace {
 
 constexpr size_t kMaxBranches = 8;
 
@@ -174,12 +202,7 @@ void forward_region(const GemvInput& in, DType dtype, const LoraBranch* branches
     bytes += row_bytes * l.weight.params.n;
   }
   region.tickets += region.u_tickets;
-  // Below this a second thread's wake-up costs more than it saves.
-  constexpr size_t kWorthSharingBytes = 64 * 1024;
-  const size_t helpers = bytes * in.m < kWorthSharingBytes
-                             ? 1
-                             : std::min<size_t>(static_cast<size_t>(threads), region.tickets);
-  parallel_for(helpers, [&](size_t) {
+  parallel_for(gemv_helpers(bytes, in.m, region.tickets), [&](size_t) {
     for (;;) {
       const uint32_t ticket = region.state.next.fetch_add(1, std::memory_order_relaxed);
       if (ticket >= region.tickets) return;
@@ -193,26 +216,9 @@ void forward_region(const GemvInput& in, DType dtype, const LoraBranch* branches
 void lora_gemv_forward(
     uint32_t m, uint32_t k, DType dtype, const void* x, const LoraBranch* branches, size_t count) {
   if (m == 0) return;
-  const GemvKernels& kernels = gemv_kernels();
-  GemvInput in;
-  in.m = m;
-  in.k = k;
-  const size_t spans = k % 32 == 0 ? k / 32 : 0, values = dtype == DType::f32 ? 0 : k;
-  const std::unique_ptr<float[]> scratch(new float[m * (spans + values) + 1]);
-  if (dtype == DType::f32) {
-    in.f32 = static_cast<const float*>(x);
-  } else {
-    kernels.widen(size_t{m} * k, dtype, x, scratch.get());
-    in.f32 = scratch.get();
-  }
-  if (dtype == DType::bf16) in.bf16 = static_cast<const uint16_t*>(x);
-  if (spans > 0) {
-    float* sums = scratch.get() + m * values;
-    kernels.sums(m, k, in.f32, sums);
-    in.sums = sums;
-  }
+  const GemvTokens tokens(gemv_kernels(), m, k, dtype, x);
   for (size_t first = 0; first < count; first += kMaxBranches) {
-    forward_region(in, dtype, branches + first, std::min(kMaxBranches, count - first));
+    forward_region(tokens.in, dtype, branches + first, std::min(kMaxBranches, count - first));
   }
 }
 

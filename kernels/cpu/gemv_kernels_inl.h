@@ -382,6 +382,7 @@ inline void panel(
 template <class Rows>
 void expand_rows(
     const WeightView& b,
+    uint32_t rank,
     float scale,
     uint32_t m,
     const float* u,
@@ -389,7 +390,6 @@ void expand_rows(
     uint32_t rows,
     float* acc) {
   const Rows reader(b);
-  const uint32_t rank = b.params.k;
   for (uint32_t t = 0; t < m; ++t) {
     const float* ut = u + size_t{t} * rank;
     V16 dot[kPanelRows];
@@ -425,22 +425,24 @@ inline void expand_narrow(
 inline void expand(
     const LoraView& lora, uint32_t m, const float* u, uint32_t row0, uint32_t rows, float* acc) {
 #if defined(METAL_LORA_HAS_NARROW_ROWS)
-  if (lora.params.dtype == DType::bf16 && rows == kPanelRows) {
+  const bool dense = lora.b_stride == 0 || lora.b_stride == lora.params.rank;
+  if (lora.params.dtype == DType::bf16 && rows == kPanelRows && dense) {
     if (lora.params.rank == 16) return expand_narrow<16>(lora, m, u, row0, acc);
     if (lora.params.rank == 8) return expand_narrow<8>(lora, m, u, row0, acc);
   }
 #endif
   WeightView b;
-  b.params.k = lora.params.rank;
+  const uint32_t rank = lora.params.rank;
+  b.params.k = lora.b_stride != 0 ? lora.b_stride : rank;
   b.data = lora.b;
   const float scale = lora.params.scale;
   switch (lora.params.dtype) {
     case DType::f32:
-      return expand_rows<RowsF32>(b, scale, m, u, row0, rows, acc);
+      return expand_rows<RowsF32>(b, rank, scale, m, u, row0, rows, acc);
     case DType::f16:
-      return expand_rows<RowsF16>(b, scale, m, u, row0, rows, acc);
+      return expand_rows<RowsF16>(b, rank, scale, m, u, row0, rows, acc);
     case DType::bf16:
-      return expand_rows<RowsBf16>(b, scale, m, u, row0, rows, acc);
+      return expand_rows<RowsBf16>(b, rank, scale, m, u, row0, rows, acc);
   }
 }
 

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <atomic>
+#include <memory>
 #include <thread>
 
 #include "kernels/cpu/gemv_kernels.h"
@@ -55,6 +56,20 @@ struct GemvLinear {
   uint32_t tickets() const { return (panels() + panels_per_ticket - 1) / panels_per_ticket; }
   uint32_t u_tickets() const { return (lora.params.rank + kPanelRows - 1) / kPanelRows; }
 };
+
+/// Tokens in the forms that the kernels read; owns what had to be converted.
+struct GemvTokens {
+  GemvTokens(const GemvKernels& kernels, uint32_t m, uint32_t k, DType dtype, const void* x);
+  GemvInput in;
+  std::unique_ptr<float[]> scratch;
+};
+
+/// acc -> y = acc + bias + residual, in y's dtype, for rows [row0, row0 + rows) of W.
+void write_rows(
+    const LoraBranch& b, DType dtype, uint32_t m, uint32_t row0, uint32_t rows, const float* acc);
+
+/// Threads worth waking for so many bytes of weights read for m tokens.
+size_t gemv_helpers(size_t weight_bytes, uint32_t m, uint32_t tickets);
 
 /// Bytes of W per row, scales and biases included.
 size_t weight_row_bytes(const WeightParams& p);

@@ -20,6 +20,7 @@ struct LoraView {
   LoraParams params;
   const void* a = nullptr;
   const void* b = nullptr;
+  uint32_t b_stride = 0;  ///< elements between rows of B where not rank (gemv's expansion only)
 };
 
 /// One of the projections that share an input x (q, k, v or gate, up).
@@ -73,6 +74,51 @@ void lora_embedding_backward(
     const WeightParams& table,
     const LoraView& lora,
     const void* dy,
+    float* da,
+    float* db);
+
+/// Adapters packed side by side: A [adapters, max_rank, k], B [adapters, n, max_rank] in
+/// params.dtype, of which adapter i uses its first ranks[i] ≤ max_rank rows and columns; the rest
+/// is not read.
+struct LoraBankView {
+  LoraMultiParams params;
+  const void* a = nullptr;
+  const void* b = nullptr;
+  const int32_t* ranks = nullptr;
+  const float* scales = nullptr;
+};
+
+/// y[t] = W·x[t] + bias + scales[i]·B_i·(A_i·x[t]), i = adapter_index[t], −1: the base only.
+/// x [m, k], y [m, n] of `dtype`; bias [n] or null. u [m, max_rank] f32 or null: A_i·x[t], zero
+/// where there is none, for the backward pass. m ≤ kGemvMaxTokens takes the bandwidth-bound form,
+/// more the tiled one; within a form a token's result is bitwise independent of all others and of
+/// the thread count. Indices in [−1, adapters) and ranks in [0, max_rank]: the caller checks.
+/// After Chen et al., Punica (arXiv:2310.18547) and Sheng et al., S-LoRA (arXiv:2311.03285).
+/// Thread-safe.
+void lora_linear_multi_forward(
+    uint32_t m,
+    DType dtype,
+    const void* x,
+    const WeightView& weight,
+    const LoraBankView& bank,
+    const int32_t* adapter_index,
+    const float* bias,
+    void* y,
+    float* u);
+
+/// Its gradients: dx [m, k] of `dtype`; da [adapters, max_rank, k], db [adapters, n, max_rank] f32,
+/// summed over each adapter's tokens in order, 0 beyond its rank and for adapters without tokens.
+/// Each may be null. u: from the forward pass (needed for db).
+void lora_linear_multi_backward(
+    uint32_t m,
+    DType dtype,
+    const void* x,
+    const WeightView& weight,
+    const LoraBankView& bank,
+    const int32_t* adapter_index,
+    const void* dy,
+    const float* u,
+    void* dx,
     float* da,
     float* db);
 

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: MIT
 #include <algorithm>
 
+#include "kernels/cpu/gemm_jobs.h"
 #include "kernels/cpu/gemm_skinny.h"
 #include "kernels/cpu/lora_kernels.h"
 #include "kernels/cpu/thread_pool.h"
@@ -142,14 +143,8 @@ class TiledBackward {
     return product;
   }
 
-  /// One product with rank rows over the tokens: its left side is [m, rank] f32, read transposed.
-  struct GradientJob {
-    MatrixView left;
-    Product product;
-  };
-
   void adapter_gradients() {
-    std::vector<GradientJob> jobs;
+    std::vector<GemmJob> jobs;
     for (size_t b = 0; b < branches_.size(); ++b) {
       const LoraBranch& branch = branches_[b];
       const LoraParams& lora = branch.lora.params;
@@ -157,64 +152,42 @@ class TiledBackward {
       const uint32_t n = branch.weight.params.n;
       if (branch.da) {
         const DropMask* drop = lora.dropout > 0.0f ? &masks_[b] : nullptr;
-        GradientJob job = gradient_job(k_, {{x_, dtype_, k_}, nullptr, 0, false, drop});
-        job.left = {v_ + places_[b].v_column, DType::f32, v_columns_};
+        GemmJob job = gradient_job(
+            lora.rank,
+            k_,
+            {v_ + places_[b].v_column, DType::f32, v_columns_},
+            {{x_, dtype_, k_}, nullptr, 0, false, drop});
         job.product.out.c = branch.da;
         job.product.out.row_stride = k_;
-        set_rows(job, lora.rank);
         jobs.push_back(job);
       }
       if (branch.db) {
-        GradientJob job = gradient_job(n, {{branch.dy, dtype_, n}, nullptr, 0, false, nullptr});
-        job.left = {branch.u_saved, DType::f32, lora.rank};
+        GemmJob job = gradient_job(
+            lora.rank,
+            n,
+            {branch.u_saved, DType::f32, lora.rank},
+            {{branch.dy, dtype_, n}, nullptr, 0, false, nullptr});
         job.product.out.c = branch.db;
         job.product.out.row_stride = 1;
         job.product.out.column_stride = lora.rank;
         job.product.out.alpha = lora.scale;
-        set_rows(job, lora.rank);
         jobs.push_back(job);
       }
     }
-    pack_and_run(jobs);
+    run_jobs(kernels_, jobs);
   }
 
-  GradientJob gradient_job(uint32_t n, const Columns& right) const {
-    GradientJob job;
+  /// One product with rank rows over the tokens: its left side is [m, rank] f32, read transposed.
+  GemmJob gradient_job(
+      uint32_t rank, uint32_t n, const MatrixView& left, const Columns& right) const {
+    GemmJob job;
+    job.left = left;
+    job.transposed = true;
+    job.rows = rank;
+    job.k = m_;
     job.product.n = n;
     job.product.segments = {{m_, 0, right, nullptr}};
     return job;
-  }
-
-  void set_rows(GradientJob& job, uint32_t rank) const {
-    job.product.a.rows = RowPanels(rank, kernels_.max_rows);
-    job.product.a.panel_steps = steps_of(compute_, m_);
-  }
-
-  void pack_and_run(std::vector<GradientJob>& jobs) {
-    size_t words = 0;
-    struct PanelAt {
-      size_t job;
-      uint32_t panel;
-    };
-    std::vector<PanelAt> panels;
-    for (size_t j = 0; j < jobs.size(); ++j) {
-      const PackedRows& a = jobs[j].product.a;
-      words += size_t{a.rows.count} * a.rows.height * a.panel_steps;
-      for (uint32_t p = 0; p < a.rows.count; ++p) panels.push_back({j, p});
-    }
-    uint32_t* out = static_cast<uint32_t*>(thread_scratch().panels.bytes(words * 4));
-    for (GradientJob& job : jobs) {
-      PackedRows& a = job.product.a;
-      a.data = out;
-      out += size_t{a.rows.count} * a.rows.height * a.panel_steps;
-    }
-    parallel_for(panels.size(), [&](size_t i) {
-      const GradientJob& job = jobs[panels[i].job];
-      pack_row_panel(kernels_, job.left, true, 0, m_, job.product.a, 0, panels[i].panel);
-    });
-    std::vector<Product> products;
-    for (const GradientJob& job : jobs) products.push_back(job.product);
-    run_products(kernels_, products);
   }
 
   const uint32_t m_, k_;
