@@ -158,7 +158,8 @@ std::vector<std::string> code_flags() {
       "-x", "c++", "-std=c++17", "-O2", "-fPIC", "-w", "-ferror-limit=20",
       "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing",
       // The kernel's own fma() fuses; nothing else does, so that results do not depend on the CPU.
-      "-ffp-contract=off", "-Xclang", "-ffloat16-excess-precision=none",
+      "-ffp-contract=off", "-Xclang", "-ffloat16-excess-precision=none", "-Xclang",
+      "-fbfloat16-excess-precision=none", "-fwrapv", "-fdebug-compilation-dir=.",
       // One access in the text is one access in the counters.
       "-fno-vectorize", "-fno-slp-vectorize", "-fconvergent-functions",
       "-fno-optimize-sibling-calls", "-fno-threadsafe-statics",

@@ -208,9 +208,7 @@ class Rewriter {
     }
     // The pointer is formed here, where the names mean what they say.
     const std::string pointer = "metal_emulator_kernel_" + std::to_string(number);
-    Token& first = tokens_[d.begin];
     pointers_.push_back({d.begin, name, last + 1, pointer});
-    (void)first;
     entries_.push_back({host_name, function, "::" + d.scope + pointer});
   }
 
@@ -414,7 +412,7 @@ class Rewriter {
     for (size_t i = 0; i < entries_.size(); i++) {
       const KernelEntry& e = entries_[i];
       const std::string id = std::to_string(i), args = "args_" + std::to_string(e.function);
-      out += "void thunk_" + id + "(const Context& context) { glue::call(" + e.pointer + ", " + args +
+      out += "METAL_EMULATOR_RAW void thunk_" + id + "(const Context& context) { glue::call(" + e.pointer + ", " + args +
              ", context); }\n";
       kernels += "{\"" + e.host_name + "\", thunk_" + id + ", " + args + ", " +
                  std::to_string(functions_[e.function].arguments.size()) + "}, ";
@@ -430,7 +428,7 @@ class Rewriter {
     // A sentinel keeps the arrays from being empty.
     out += "const Kernel kernels[] = {" + kernels + "{nullptr, nullptr, nullptr, 0}};\n" +
            "const FunctionConstant constants[] = {" + constants +
-           "{0, nullptr, nullptr, 0, nullptr}};\n" + "void constants_changed() { " + updates + "}\n" +
+           "{0, nullptr, nullptr, 0, nullptr}};\n" + "METAL_EMULATOR_RAW void constants_changed() { " + updates + "}\n" +
            "const Library library = {kVersion, kernels, " + std::to_string(entries_.size()) +
            ", constants, " + std::to_string(constants_.size()) +
            ", &set_hooks, &constants_changed, kShimDirectory};\n}}}\n" +

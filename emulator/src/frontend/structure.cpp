@@ -400,7 +400,8 @@ size_t match_angle(const TokenStream& stream, size_t open) {
       i = match_bracket(stream, i) + 1;
       continue;
     }
-    if (token.is("<")) {
+    // After a value `<` compares: enable_if_t<sizeof(T) < 8>.
+    if (token.is("<") && (i == open || stream.tokens[i - 1].is_identifier())) {
       depth++;
     } else if (token.is(">")) {
       if (--depth == 0) {

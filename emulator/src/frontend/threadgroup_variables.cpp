@@ -199,23 +199,30 @@ class ThreadgroupRewriter {
   std::vector<Token>& tokens_;
 };
 
+// Members and program-scope variables may point to threadgroup memory, not be there.
+void refuse_outside_functions(const TokenStream& stream, const Declaration& d) {
+  bool threadgroup = false, pointer = false;
+  for (size_t i = d.head; i < d.name; i++) {
+    const size_t close = stream.tokens[i].is("<") ? match_angle(stream, i) : kNone;
+    i = close == kNone ? i : close;
+    threadgroup = threadgroup || stream.tokens[i].is("threadgroup");
+    pointer = pointer || stream.tokens[i].is("*") || stream.tokens[i].is("&");
+  }
+  if (threadgroup && !pointer) {
+    throw CompileError(
+        stream.where(d.begin) + ": error: threadgroup variable " + stream.tokens[d.name].text +
+        " outside a function");
+  }
+}
+
 void walk(ThreadgroupRewriter& rewriter, const TokenStream& stream,
           const std::vector<Declaration>& declarations) {
   for (const Declaration& d : declarations) {
     if (d.kind == Declaration::Kind::function && d.body_open != kNone) {
       rewriter.body(d.body_open, d.body_close);
     }
-    if (d.kind == Declaration::Kind::variable) {
-      for (size_t i = d.head; d.name != kNone && i < d.name; i++) {
-        if (stream.tokens[i].is("*") || stream.tokens[i].is("&") || stream.tokens[i].is("<")) {
-          break;
-        }
-        if (stream.tokens[i].is("threadgroup")) {
-          throw CompileError(
-              stream.where(i) + ": error: threadgroup variable " + stream.tokens[d.name].text +
-              " outside a function");
-        }
-      }
+    if (d.kind == Declaration::Kind::variable && d.name != kNone) {
+      refuse_outside_functions(stream, d);
     }
     walk(rewriter, stream, d.members);
   }
