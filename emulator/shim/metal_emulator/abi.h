@@ -121,9 +121,6 @@ struct Collective {
 /// Filled by the runtime. `site` is a return address inside the kernel's code, for file and line.
 struct Hooks {
   const Lane* const* current;
-  const uint32_t* dispatch_generation;
-  char* threadgroup_base;            ///< variable i lives at base + (i << threadgroup_shift)
-  uint32_t threadgroup_shift;
 
   // Called directly by the instrumentation: the runtime takes their return address as the site.
   void (*read1)(const void*);
@@ -142,6 +139,7 @@ struct Hooks {
   void (*function_exit)();
 
   void (*atomic)(const volatile void*, uint32_t bytes, bool writes, const void* site);
+  void (*atomic_store)(const volatile void*, uint32_t bytes, const void* site);
   /// On behalf of the whole simdgroup, from a matrix collective's finish.
   void (*simdgroup_read)(const void*, size_t bytes, const void* site);
   void (*simdgroup_write)(void*, size_t bytes, const void* site);
@@ -149,7 +147,8 @@ struct Hooks {
   void (*threadgroup_barrier)(uint32_t mem_flags, const void* site);
   void (*simdgroup_barrier)(uint32_t mem_flags, const void* site);
   void* (*threadgroup_variable)(ThreadgroupSlot&, size_t bytes, size_t alignment, const void* site);
-  uint32_t (*active_mask)();         ///< lanes of the running simdgroup that have not returned
+  /// Copies value, once per threadgroup; later calls for the same variable do nothing.
+  void (*threadgroup_initialize)(void* variable, const void* value, size_t bytes);
 
   // UBSan's minimal news; `what` is a literal.
   void (*misaligned)(const void* address, size_t alignment, const void* site);
