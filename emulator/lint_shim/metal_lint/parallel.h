@@ -40,6 +40,12 @@ enum memory_order { memory_order_relaxed, memory_order_seq_cst };
 void atomic_thread_fence(mem_flags, memory_order);
 void atomic_thread_fence(mem_flags, memory_order, thread_scope);
 
+// OpenCL has types of these names built in.
+#define atomic_int metal_atomic_int
+#define atomic_uint metal_atomic_uint
+#define atomic_bool metal_atomic_bool
+#define atomic_float metal_atomic_float
+#define atomic_ulong metal_atomic_ulong
 template <class T>
 struct atomic {
   T value_;
