@@ -10,11 +10,12 @@
 namespace metal_emulator {
 namespace glue {
 
+// All of this is inlined into the thunk, which is not instrumented.
+METAL_EMULATOR_INLINE uint32_t threads(const abi::Uint3& t) { return t.x * t.y * t.z; }
 METAL_EMULATOR_INLINE abi::Uint3 built_in(abi::ArgKind kind, const abi::Context& c) {
   using K = abi::ArgKind;
   const abi::Lane& lane = *c.lane;
   const abi::Grid& grid = *c.grid;
-  const auto threads = [](const abi::Uint3& t) { return t.x * t.y * t.z; };
   const abi::Uint3 &group = grid.threadgroup, &size = grid.threads_per_threadgroup,
                    &nominal = grid.nominal_threadgroup;
   switch (kind) {

@@ -11,7 +11,7 @@
 namespace metal_emulator {
 namespace abi {
 const Hooks* hooks __attribute__((visibility("hidden"))) = nullptr;
-METAL_EMULATOR_RAW static void set_hooks(const Hooks* table) { hooks = table; }
+[[maybe_unused]] METAL_EMULATOR_RAW static void set_hooks(const Hooks* table) { hooks = table; }
 static constexpr const char kThisFile[] = __FILE__;
 namespace detail {
 /// The folder of Metal's headers: this file's path without "/metal_emulator/library.h".
