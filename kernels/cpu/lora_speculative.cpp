@@ -31,10 +31,9 @@ inline float exp_of_negative(float x) {
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   constexpr float kRound = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer
   constexpr float kSmallest = -87.0f;
-  const float clamped = x < kSmallest ? kSmallest : x;
-  const float shifted = clamped * kLog2e + kRound;
+  const float shifted = x * kLog2e + kRound;
   const float n = shifted - kRound;
-  const float r = (clamped - n * kLn2High) - n * kLn2Low;
+  const float r = (x - n * kLn2High) - n * kLn2Low;
   float p = 1.0f / 720;
   p = p * r + 1.0f / 120;
   p = p * r + 1.0f / 24;
@@ -45,7 +44,9 @@ inline float exp_of_negative(float x) {
   // n as the low bits of `shifted`: a conversion of NaN to an integer would not be defined.
   const uint32_t exponent = std::bit_cast<uint32_t>(shifted) << 23;
   const float value = p * std::bit_cast<float>(exponent + (127u << 23));
-  return x < kSmallest ? 0.0f : value;
+  // Below the smallest, value is anything: a mask, not a branch, so that loops vectorise.
+  const uint32_t keep = 0u - static_cast<uint32_t>(!(x < kSmallest));
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(value) & keep);
 }
 
 uint64_t mix64(uint64_t x) {  // splitmix64's finaliser (Steele et al., OOPSLA 2014)
@@ -82,7 +83,7 @@ struct Row {
 
   bool usable() const { return std::isfinite(largest) && std::isfinite(sum) && sum > 0.0f; }
 
-  float exponential(uint32_t v) const {
+  float exponential(size_t v) const {
     return exp_of_negative((logits[v] - largest) * inverse_temperature);
   }
 
@@ -100,7 +101,7 @@ struct Row {
     sum = 0.0f;
     if (!std::isfinite(largest)) return;
     float spans[kSpans];
-    sum = span_sums([&](uint32_t at) { return exponential(at); }, spans);
+    sum = span_sums([&](size_t at) { return exponential(at); }, spans);
   }
 
   /// spans[s] = Σ weight(v) of span s; returns their sum.
@@ -111,11 +112,11 @@ struct Row {
     for (uint32_t s = 0; s < kSpans; ++s) {
       const uint32_t end = std::min(vocab, (s + 1) * span);
       float lanes[kLanes] = {};
-      uint32_t v = std::min(end, s * span);
+      size_t v = std::min(end, s * span);  // as wide as an address: loops over it vectorise
       for (; v + kLanes <= end; v += kLanes) {
-        for (uint32_t i = 0; i < kLanes; ++i) lanes[i] += weight(v + i);
+        for (size_t i = 0; i < kLanes; ++i) lanes[i] += weight(v + i);
       }
-      for (uint32_t i = 0; v + i < end; ++i) lanes[i] += weight(v + i);
+      for (size_t i = 0; v + i < end; ++i) lanes[i] += weight(v + i);
       spans[s] = sum_of(lanes);
       total += spans[s];
     }
@@ -220,18 +221,17 @@ struct Sequence {
       r.measure();
       if (!r.usable()) return {i, -1};
       const float u = uniform(p.seed, index, 2 * i + 1);
-      const auto target = [&](uint32_t v) { return r.exponential(v); };
+      const auto target = [&](size_t v) { return r.exponential(v); };
       if (i == p.drafts) return {i, r.draw(target, u)};
       if (kept(r, i)) continue;
       int32_t next;
       if (q) {
         const float* proposal = q + size_t{i} * p.vocab;
         next = r.draw(
-            [&](uint32_t v) { return std::max(0.0f, r.exponential(v) / r.sum - proposal[v]); }, u);
+            [&](size_t v) { return std::max(0.0f, r.exponential(v) / r.sum - proposal[v]); }, u);
       } else {
         const auto refused = static_cast<uint32_t>(drafts[i]);
-        next =
-            r.draw([&](uint32_t v) { return v == refused ? 0.0f : r.exponential(v) / r.sum; }, u);
+        next = r.draw([&](size_t v) { return v == refused ? 0.0f : r.exponential(v) / r.sum; }, u);
       }
       return {i, next >= 0 ? next : r.draw(target, u)};
     }
