@@ -1,12 +1,10 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 #include <dlfcn.h>
-#include <sys/stat.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
-#include <iterator>
 #include <map>
 #include <mutex>
 
@@ -96,26 +94,55 @@ void refuse(const std::vector<std::string>& messages) {
   throw CompileError(all);
 }
 
-// The library in the cache; built when it is not there.
-fs::path cached(std::string_view text, const CompileOptions& options) {
+// The file that holds this code: another build of the emulator may translate otherwise.
+std::string own_module() {
+  Dl_info info{};
+  return dladdr(reinterpret_cast<const void*>(&own_module), &info) && info.dli_fname
+             ? fs::absolute(info.dli_fname).string()
+             : "/proc/self/exe";
+}
+
+// Names the text and everything that its translation depends on; only for self-contained text.
+Hash text_hash(std::string_view text, const CompileOptions& options) {
+  static const uint64_t module = [] {
+    Hash hash;
+    hash.add_program(own_module());
+    return hash.value();
+  }();
   Hash hash = options_hash(options);
-  const fs::path folder = cache_folder(options);
-  if (self_contained(text, options)) {
-    hash.add(text);
-    const fs::path library = folder / (hash.hexadecimal() + ".so");
-    if (fs::exists(library)) {
-      return library;
-    }
-    const frontend::Translation translation = frontend::translate(text, options);
-    refuse(options.lint ? lint(text, options) : std::vector<std::string>{});
-    frontend::build(translation, library);
-    return library;
+  hash.add(module);
+  hash.add(text);
+  return hash;
+}
+
+// "<text hash>.name" holds the file name of the text's library: unchanged text needs no translation.
+fs::path known_library(const fs::path& folder, const Hash& hash) {
+  std::ifstream in(folder / (hash.hexadecimal() + ".name"));
+  std::string name;
+  std::error_code code;
+  if (!std::getline(in, name) || !fs::exists(folder / name, code)) {
+    return {};
   }
+  return folder / name;
+}
+
+void remember(const fs::path& folder, const Hash& hash, const fs::path& library) {
+  const fs::path file = folder / (hash.hexadecimal() + ".name");
+  const frontend::TemporaryFolder temporary(folder);
+  const fs::path fresh = temporary.path() / "name";
+  std::ofstream(fresh) << library.filename().string() << "\n";
+  std::error_code code;
+  fs::rename(fresh, file, code);  // atomic; a lost race leaves an equal file
+}
+
+// The text's library in the cache; built when it is not there.
+fs::path translated(std::string_view text, const CompileOptions& options, const fs::path& folder) {
   const frontend::Translation translation = frontend::translate(text, options);
+  refuse(options.lint ? lint(text, options) : std::vector<std::string>{});
+  Hash hash = options_hash(options);
   hash.add(translation.text);
-  const fs::path library = folder / (hash.hexadecimal() + ".so");
+  fs::path library = folder / (hash.hexadecimal() + ".so");
   if (!fs::exists(library)) {
-    refuse(options.lint ? lint(text, options) : std::vector<std::string>{});
     frontend::build(translation, library);
   }
   return library;
@@ -205,18 +232,35 @@ std::shared_ptr<const Library::Impl> load_impl(const fs::path& library) {
 Library load(const fs::path& library) { return Library(load_impl(library)); }
 
 Library compile(std::string_view text, const CompileOptions& options) {
-  const fs::path library = cached(text, options);
-  // One handle per process for equal text.
+  // One handle per process for equal text; libraries close when their last user goes.
   static std::mutex mutex;
-  static std::map<std::string, std::weak_ptr<const Library::Impl>> loaded;
+  static std::map<std::string, std::weak_ptr<const Library::Impl>> by_text, by_path;
+  const fs::path folder = cache_folder(options);
+  const bool alone = self_contained(text, options);
+  const Hash hash = alone ? text_hash(text, options) : Hash();
+  const std::string key = folder.string() + "/" + hash.hexadecimal();
   std::lock_guard lock(mutex);
-  std::weak_ptr<const Library::Impl>& slot = loaded[library.string()];
-  if (std::shared_ptr<const Library::Impl> known = slot.lock()) {
-    return Library(std::move(known));
+  if (alone) {
+    if (std::shared_ptr<const Library::Impl> known = by_text[key].lock()) {
+      return Library(std::move(known));
+    }
   }
-  std::shared_ptr<const Library::Impl> fresh = load_impl(library);
-  slot = fresh;
-  return Library(std::move(fresh));
+  fs::path library = alone ? known_library(folder, hash) : fs::path();
+  if (library.empty()) {
+    library = translated(text, options, folder);
+    if (alone) {
+      remember(folder, hash, library);
+    }
+  }
+  std::shared_ptr<const Library::Impl> impl = by_path[library.string()].lock();
+  if (!impl) {
+    impl = load_impl(library);
+    by_path[library.string()] = impl;
+  }
+  if (alone) {
+    by_text[key] = impl;
+  }
+  return Library(std::move(impl));
 }
 
 void compile_to(std::string_view text, const fs::path& library, const CompileOptions& options) {

@@ -47,10 +47,13 @@ class Rewriter {
     rewrite_tokens(stream_, declarations);
     erase_duplicates(stream_, declarations);
     for (const Derived& d : derived_) {
-      tokens_[d.declaration_end - 1].after += " static void " + d.name + "__update() { " + d.name +
-                                              " = " +
-                                              edited_text(stream_, d.init_begin, d.init_end) +
-                                              "; }";
+      // Initialised by the update alone: a constructor of the library would run before the hooks.
+      tokens_[d.declaration_end - 1].after +=
+          " METAL_EMULATOR_RAW static void " + d.name + "__update() { " + d.name + " =" +
+          edited_text(stream_, d.init_begin, d.init_end) + "; }";
+      for (size_t i = d.init_begin - 1; i < d.init_end; i++) {
+        tokens_[i].erased = true;
+      }
     }
     check_wanted();
     RewriteResult result;
