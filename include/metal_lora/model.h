@@ -155,6 +155,15 @@ class Model {
       const AdapterWeights& adapter,
       int rows = 1) const;
 
+  /// The same as a graph, unevaluated and for any number of tokens: {logits, cache}. tokens int32
+  /// [n], position int32 scalar (tokens already in the cache), cache as KVCache keeps it.
+  std::pair<mlx::core::array, mlx::core::array> cached_forward(
+      const mlx::core::array& tokens,
+      const mlx::core::array& position,
+      mlx::core::array cache,
+      const AdapterWeights& adapter,
+      int rows) const;
+
   /// Σ weights·loss of a packed stream (f32 scalar); see ops::linear_cross_entropy.
   mlx::core::array loss(
       const mlx::core::array& tokens,

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include <mlx/array.h>
+#include <mlx/utils.h>
 
 #include "kernels/params.h"
 #include "metal_lora/weight.h"
@@ -36,6 +37,10 @@ struct LoraLinear {
 };
 
 namespace ops {
+
+/// The device of the active backend's graph nodes: what lies between ops (a reshape, a sum) must be
+/// built there too, or a step exported for a GPU would leave it.
+mlx::core::StreamOrDevice stream();
 
 /// y = x·Wᵀ + bias + scale·(drop(x)·Aᵀ)·Bᵀ for each linear; all share x [tokens, in] (q, k, v;
 /// gate, up), which is read and converted once. Returns [tokens, out] in x's dtype for each.
@@ -108,16 +113,17 @@ mlx::core::array attention(
     int window = 0);
 
 /// Writes k, v [tokens, kv_heads, head_dim] into a layer of the cache [layers, 2, capacity,
-/// kv_heads, head_dim] at `position`, then attends over its first position + tokens entries.
-/// Returns {out, cache}; the cache's buffer is reused when the caller lets go of it. Inference
-/// only.
+/// kv_heads, head_dim] at `position` (int32 scalar: one graph serves all steps), then attends over
+/// its first position + tokens entries, which must be at most `capacity` (checked when the kernel
+/// runs; Metal cannot refuse and shifts the write into the cache). Returns {out, cache}; the cache's
+/// buffer is reused when the caller lets go of it. Inference only.
 std::pair<mlx::core::array, mlx::core::array> cached_attention(
     const mlx::core::array& q,
     const mlx::core::array& k,
     const mlx::core::array& v,
     const mlx::core::array& cache,
     int layer,
-    int position,
+    const mlx::core::array& position,
     float scale,
     int window = 0);
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include <mlx/array.h>
 
@@ -67,6 +68,11 @@ class Weight {
   /// Bytes of data, scales and biases.
   size_t nbytes() const;
 
+  /// Data, scales and biases, those that there are, as arrays over the same bytes: uint32 [out,
+  /// in·bits/32] and the scales' type for quantised weights. Row-major weights only (Error internal
+  /// otherwise). Made once for all copies of this handle.
+  std::vector<mlx::core::array> arrays() const;
+
   const void* data() const { return data_; }
   const void* scales() const { return scales_; }
   const void* biases() const { return biases_; }
@@ -77,6 +83,8 @@ class Weight {
   const void* data_ = nullptr;
   const void* scales_ = nullptr;
   const void* biases_ = nullptr;
+  struct ArrayCache;
+  std::shared_ptr<ArrayCache> array_cache_;
 };
 
 /// MLX's type of a kernel's, and back (throws Error for others).

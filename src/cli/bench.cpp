@@ -12,6 +12,7 @@
 
 #include "metal_lora/error.h"
 #include "metal_lora/train.h"
+#include "src/cli/bench_counters.h"
 #include "src/cli/bench_ops.h"
 #include "src/cli/bench_timing.h"
 #include "src/cli/commands.h"
@@ -31,6 +32,7 @@ constexpr const char* kBenchFooter = R"(Examples:
   metal-lora bench prefill -m MODEL --prompt-tokens 256
   metal-lora bench train   -m MODEL --rank 8 --batch-size 4 --seq-length 256
   metal-lora bench ops --explain
+  metal-lora bench --counters
 
 ops gives ms, GFLOP/s, GB/s and the share of this machine's limit (register multiply-adds, streaming
 read), measured in the same run. decode, prefill and train run the whole program's path; --rank N uses
@@ -42,7 +44,7 @@ struct BenchFlags {
   int rank = 0;
   int prompt_tokens = 0, generate_tokens = 128, rounds = 5;
   int batch_size = 4, seq_length = 256, iters = 6;
-  bool explain = false;
+  bool explain = false, counters = false;
 };
 
 /// An adapter with small values everywhere, as after training.
@@ -319,6 +321,13 @@ void bench_train(Console& console, const BenchFlags& options) {
 }
 
 void run_bench(Console& console, const BenchFlags& options) {
+  if (options.counters) return bench_counters(console);
+  if (options.what.empty()) {
+    throw Error(
+        ErrorCode::invalid_input,
+        "[bench] what to measure must be ops, train, decode or prefill but is missing",
+        "metal-lora bench --help has examples");
+  }
   if (options.explain) return explain_forms(console, options);
   if (options.what == "ops") return report_ops(console);
   if (options.model.model.empty()) {
@@ -337,7 +346,6 @@ Command add_bench(CLI::App& parent) {
   CLI::App* app =
       parent.add_subcommand("bench", "Measure operations, training, decoding and prefill");
   app->add_option("what", options->what, "ops, train, decode or prefill")
-      ->required()
       ->check(CLI::IsMember({"ops", "train", "decode", "prefill"}));
   options->model.add_to(*app, "bfloat16");
   app->get_option("--model")->required(false);
@@ -367,6 +375,10 @@ Command add_bench(CLI::App& parent) {
       ->capture_default_str();
   app->add_flag(
       "--explain", options->explain, "Print which kernel each shape takes, and measure nothing");
+  app->add_flag(
+      "--counters",
+      options->counters,
+      "Count what the Metal kernels read, write and multiply, on the emulator (minutes)");
   app->footer(kBenchFooter);
   return {app, [options](Console& console) { run_bench(console, *options); }};
 }

@@ -5,31 +5,50 @@
 #include <cstdlib>
 #include <string>
 
+#include <mlx/backend/metal/metal.h>
+
 #include "metal_lora/error.h"
+
+namespace mx = mlx::core;
 
 namespace metal_lora {
 namespace {
 
+Backend best() {
+  return mx::metal::is_available() ? Backend::metal : Backend::cpu;
+}
+
 Backend choose() {
   const char* wanted = std::getenv("METAL_LORA_BACKEND");
-  if (wanted == nullptr || *wanted == '\0' || std::string_view(wanted) == "cpu")
-    return Backend::cpu;
-  for (auto other : {Backend::metal, Backend::cuda, Backend::emulator}) {
-    if (backend_name(other) == wanted) {
+  if (wanted == nullptr || *wanted == '\0') return best();
+  for (auto backend : {Backend::cpu, Backend::metal, Backend::cuda, Backend::emulator}) {
+    if (backend_name(backend) != wanted) continue;
+    if (backend == Backend::metal && !mx::metal::is_available()) {
       throw Error(
           ErrorCode::unsupported,
-          "[METAL_LORA_BACKEND] this build has kernels for cpu, got " + std::string(wanted),
+          "[METAL_LORA_BACKEND] metal needs an Apple GPU, and MLX finds none",
+          "METAL_LORA_BACKEND=emulator runs the same kernels on a CPU, slowly");
+    }
+    if (backend == Backend::cuda) {
+      throw Error(
+          ErrorCode::unsupported,
+          "[METAL_LORA_BACKEND] this build has kernels for cpu, metal and emulator, got cuda",
           "unset METAL_LORA_BACKEND");
     }
+    return backend;
   }
   throw Error(
       ErrorCode::invalid_input,
       "[METAL_LORA_BACKEND] must be cpu, metal, cuda or emulator, got " + std::string(wanted));
 }
 
+constexpr int kNotOverridden = -1;
+thread_local int overridden = kNotOverridden;
+
 }  // namespace
 
 Backend active_backend() {
+  if (overridden != kNotOverridden) return static_cast<Backend>(overridden);
   static const Backend backend = choose();
   return backend;
 }
@@ -46,6 +65,27 @@ std::string_view backend_name(Backend backend) {
       return "emulator";
   }
   return "unknown";
+}
+
+bool runs_metal_kernels(Backend backend) {
+  return backend == Backend::metal || backend == Backend::emulator;
+}
+
+mx::Stream backend_stream(Backend backend) {
+  if (backend != Backend::metal && backend != Backend::cuda) {
+    return mx::default_stream(mx::Device::cpu);
+  }
+  // MLX gives out streams of devices that it finds only.
+  return mx::is_available(mx::Device::gpu) ? mx::default_stream(mx::Device::gpu)
+                                           : mx::Stream(0, mx::Device::gpu);
+}
+
+BackendScope::BackendScope(Backend backend) : previous_(overridden) {
+  overridden = static_cast<int>(backend);
+}
+
+BackendScope::~BackendScope() {
+  overridden = previous_;
 }
 
 }  // namespace metal_lora

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: MIT
 #include "src/launch/launch.h"
 
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <future>
@@ -179,8 +180,38 @@ class KernelPrimitive : public mx::Primitive {
 
 }  // namespace
 
-Arrays launch(Launch launch) {
-  active_backend();  // refuses what this build does not have
+namespace {
+
+Arrays launch_metal(Launch launch, mx::StreamOrDevice stream) {
+  if (launch.mlx && !launch.metal) return launch.mlx(launch.inputs, stream);
+  if (!launch.metal) {
+    throw Error(
+        ErrorCode::unsupported,
+        std::string("[") + launch.kernel + "] has no " +
+            std::string(backend_name(active_backend())) + " kernel",
+        "METAL_LORA_BACKEND=cpu has one");
+  }
+  auto build = [metal = launch.metal, stream](const Arrays& in) { return metal(in, stream); };
+  if (!launch.vjp) return build(launch.inputs);
+  // MLX asks a custom function for all gradients; those that nobody uses are never evaluated.
+  auto gradients = [stream, vjp = launch.vjp, fixed = launch.not_differentiable](
+                       const Arrays& primals, const Arrays& cotangents, const Arrays& outputs) {
+    std::vector<int> wanted;
+    for (int i = 0; i < static_cast<int>(primals.size()); ++i) {
+      if (std::find(fixed.begin(), fixed.end(), i) == fixed.end()) wanted.push_back(i);
+    }
+    auto computed = vjp(primals, cotangents, wanted, outputs);
+    Arrays all;
+    for (const auto& primal : primals) all.push_back(mx::zeros_like(primal, stream));
+    for (size_t i = 0; i < wanted.size(); ++i) all[wanted[i]] = computed[i];
+    return all;
+  };
+  return mx::custom_vjp(build, gradients)(launch.inputs);
+}
+
+}  // namespace
+
+Arrays launch_cpu(Launch launch) {
   Arrays inputs = std::move(launch.inputs);
   launch.inputs.clear();
   std::vector<mx::Shape> shapes;
@@ -192,6 +223,19 @@ Arrays launch(Launch launch) {
   auto primitive = std::make_shared<KernelPrimitive>(
       mx::default_stream(mx::Device::cpu), std::make_shared<const Launch>(std::move(launch)));
   return mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs);
+}
+
+Arrays launch(Launch launch) {
+  switch (active_backend()) {
+    case Backend::cpu:
+      return launch_cpu(std::move(launch));
+    case Backend::emulator:
+    case Backend::metal:
+      return launch_metal(std::move(launch), backend_stream(active_backend()));
+    case Backend::cuda:
+      break;
+  }
+  throw Error(ErrorCode::unsupported, "[launch] this build has no CUDA kernels");
 }
 
 }  // namespace metal_lora

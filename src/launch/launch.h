@@ -12,6 +12,7 @@
 #include <vector>
 
 #include <mlx/array.h>
+#include <mlx/utils.h>
 
 namespace metal_lora {
 
@@ -30,12 +31,20 @@ struct OutputSpec {
 
 using Arrays = std::vector<mlx::core::array>;
 
+/// Builds an op's outputs as graph nodes from its inputs, on the stream it is given.
+using GraphFunction = std::function<Arrays(const Arrays& inputs, mlx::core::StreamOrDevice stream)>;
+
 struct Launch {
   const char* kernel;  ///< the name that all backends share
   Arrays inputs = {};
   std::vector<OutputSpec> outputs = {};
   /// Runs on the stream's thread; parameters and base weights are captured by value (handles).
   std::function<void(const KernelArgs&)> cpu = {};
+  /// The op as Metal kernels: nodes made by metal_dispatch(). Gradients come from `vjp`.
+  GraphFunction metal = {};
+  /// The op in MLX's own operations, which the Metal backend runs where the project has no kernel
+  /// and MLX's is good. Gradients are MLX's.
+  GraphFunction mlx = {};
   /// Gradients of inputs[argnums…]; empty: the op is not differentiable and says so.
   std::function<Arrays(
       const Arrays& primals,
@@ -43,6 +52,7 @@ struct Launch {
       const std::vector<int>& argnums,
       const Arrays& outputs)>
       vjp = {};
+  std::vector<int> not_differentiable = {};  ///< inputs that `vjp` refuses: ids, tables
   /// The same outputs in plain MLX, for jvp and vmap; empty: these say by name that there is none.
   std::function<Arrays(const Arrays&)> reference = {};
   /// The kernel checks what its inputs hold and may throw: eval then waits for it and rethrows.
@@ -51,5 +61,7 @@ struct Launch {
 
 /// Lazy outputs of one kernel dispatch. Inputs need not be contiguous or evaluated.
 Arrays launch(Launch launch);
+/// The same by Launch::cpu, whatever the backend: what the emulator's dispatches are made of.
+Arrays launch_cpu(Launch launch);
 
 }  // namespace metal_lora

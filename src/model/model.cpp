@@ -113,6 +113,7 @@ std::pair<mx::array, mx::array> Model::layer_forward(
     const AdapterWeights& adapter,
     const Attend& attend) const {
   const auto& layer = layers_[index];
+  const auto stream = ops::stream();
   const int tokens = residual.shape(0), head_dim = config_.head_dim;
   const float eps = config_.rms_norm_eps;
 
@@ -128,16 +129,16 @@ std::pair<mx::array, mx::array> Model::layer_forward(
       with_adapter(index, Slot::k_proj, adapter),
       with_adapter(index, Slot::v_proj, adapter)};
   auto qkv = ops::lora_linear(n, qkv_linears);
-  auto q = mx::reshape(qkv[0], {tokens, config_.num_attention_heads, head_dim});
-  auto k = mx::reshape(qkv[1], {tokens, config_.num_key_value_heads, head_dim});
-  auto v = mx::reshape(qkv[2], {tokens, config_.num_key_value_heads, head_dim});
+  auto q = mx::reshape(qkv[0], {tokens, config_.num_attention_heads, head_dim}, stream);
+  auto k = mx::reshape(qkv[1], {tokens, config_.num_key_value_heads, head_dim}, stream);
+  auto v = mx::reshape(qkv[2], {tokens, config_.num_key_value_heads, head_dim}, stream);
   if (layer.q_norm) {
     q = ops::rms_norm(q, *layer.q_norm, eps);
     k = ops::rms_norm(k, *layer.k_norm, eps);
   }
   auto attended = attend(ops::rope(q, table), ops::rope(k, table), v);
   auto o = ops::lora_linear(
-      mx::reshape(attended, {tokens, config_.num_attention_heads * head_dim}),
+      mx::reshape(attended, {tokens, config_.num_attention_heads * head_dim}, stream),
       with_adapter(index, Slot::o_proj, adapter));
 
   auto [h2, n2] = ops::add_rms_norm(o, h, *layer.post_norm, eps);
@@ -220,46 +221,58 @@ mx::array Model::loss(
       hidden(tokens, segments, adapter, checkpoint), head_, targets, weights, needs_grad);
 }
 
-mx::array Model::prefill(
-    std::span<const int32_t> tokens,
-    KVCache& cache,
+std::pair<mx::array, mx::array> Model::cached_forward(
+    const mx::array& tokens,
+    const mx::array& position,
+    mx::array cache,
     const AdapterWeights& adapter,
     int rows) const {
-  const int count = static_cast<int>(tokens.size());
-  std::vector<int32_t> positions(tokens.size());
-  std::iota(positions.begin(), positions.end(), cache.length_);
+  const auto stream = ops::stream();
+  const int count = tokens.shape(0);
   LoraLinear embedding{embedding_, std::nullopt, std::nullopt};
   if (const auto* lora = adapter.find_embedding()) embedding.lora = *lora;
-  auto residual = ops::lora_embedding(int_array(tokens), embedding, dtype_);
-  auto table =
-      ops::rope_table(int_array(positions), float_array(config_.inv_freq), config_.rope_factor);
+  auto residual = ops::lora_embedding(tokens, embedding, dtype_);
+  auto positions = mx::add(mx::arange(0, count, 1, mx::int32, stream), position, stream);
+  auto table = ops::rope_table(positions, float_array(config_.inv_freq), config_.rope_factor);
 
-  // The only reference to the cache's array goes through the chain of layers, so that each writes
-  // in place. A failure on the way leaves the cache empty-handed: generations do not outlive one.
-  mx::array chain = cache.data_;
-  cache.data_ = mx::array(0.0f);
   std::optional<mx::array> update;
   for (int i = 0; i < config_.num_hidden_layers; ++i) {
     const Attend attend = [&](const auto& q, const auto& k, const auto& v) {
       auto [out, next] = ops::cached_attention(
-          q, k, v, chain, i, cache.length_, attention_scale(), layers_[i].window);
-      chain = next;
+          q, k, v, cache, i, position, attention_scale(), layers_[i].window);
+      cache = next;
       return out;
     };
     auto [h, u] = layer_forward(i, residual, update ? &*update : nullptr, table, adapter, attend);
     residual = h;
     update = u;
   }
-  cache.data_ = chain;
-  auto first = mx::Shape{count - rows, 0};
-  auto last = mx::Shape{count, config_.hidden_size};
-  residual = mx::slice(residual, first, last);
+  const auto last_rows = [&](const mx::array& a) {
+    return mx::slice(a, {count - rows, 0}, {count, config_.hidden_size}, stream);
+  };
   auto normed =
       update ? ops::add_rms_norm(
-                   mx::slice(*update, first, last), residual, *final_norm_, config_.rms_norm_eps)
+                   last_rows(*update), last_rows(residual), *final_norm_, config_.rms_norm_eps)
                    .second
-             : ops::rms_norm(residual, *final_norm_, config_.rms_norm_eps);
-  return ops::logits(normed, head_);
+             : ops::rms_norm(last_rows(residual), *final_norm_, config_.rms_norm_eps);
+  return {ops::logits(normed, head_), cache};
+}
+
+mx::array Model::prefill(
+    std::span<const int32_t> tokens,
+    KVCache& cache,
+    const AdapterWeights& adapter,
+    int rows) const {
+  // The only reference to the cache's array goes through the chain of layers, so that each writes
+  // in place. A failure on the way leaves the cache empty-handed: generations do not outlive one.
+  auto [logits, next] = cached_forward(
+      int_array(tokens),
+      mx::array(cache.length_),
+      std::exchange(cache.data_, mx::array(0.0f)),
+      adapter,
+      rows);
+  cache.data_ = next;
+  return logits;
 }
 
 std::shared_ptr<const ops::DecodePlan> Model::make_plan(const AdapterWeights& wide) const {
@@ -321,7 +334,7 @@ mx::array Model::decode(
   }
   cache.reserve(cache.length_ + count);
   auto logits = [&] {
-    if (count > ops::kDecodeMaxTokens) return prefill(tokens, cache, adapter, rows);
+    if (count > ops::kDecodeMaxTokens || !ops::has_decode_step()) return prefill(tokens, cache, adapter, rows);
     if (!cache.plan_ || !cache.plan_adapter_.same(adapter)) {
       cache.plan_ = make_plan(adapter);
       cache.plan_adapter_ = adapter;

@@ -8,6 +8,7 @@
 #include "metal_lora/ops.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/mlx_ops.h"
 
 namespace mx = mlx::core;
 
@@ -107,6 +108,10 @@ mx::array attention(
                  args.out[0],
                  static_cast<float*>(args.out[1]));
            },
+       .mlx =
+           [scale, window](const Arrays& in, mx::StreamOrDevice s) {
+             return Arrays{with_mlx::attention(in, scale, window, s)};
+           },
        .vjp =
            [p](const Arrays& primals,
                const Arrays& cotangents,
@@ -134,39 +139,52 @@ std::pair<mx::array, mx::array> cached_attention(
     const mx::array& v,
     const mx::array& cache,
     int layer,
-    int position,
+    const mx::array& position,
     float scale,
     int window) {
   constexpr const char* kOp = "cached_attention";
-  AttentionParams p = checked_params(kOp, q, k, v, scale, window);
+  const AttentionParams params = checked_params(kOp, q, k, v, scale, window);
   check_shape(kOp, "cache", cache, {-1, 2, -1, k.shape(1), k.shape(2)});
   check_dtype(kOp, "cache", cache, q.dtype());
+  check_shape(kOp, "position", position, {});
+  check_dtype(kOp, "position", position, mx::int32);
   const int tokens = q.shape(0), capacity = cache.shape(2);
   if (k.shape(0) != tokens) refuse(kOp, "k", "as many tokens as q", shape_text(k));
   if (layer < 0 || layer >= cache.shape(0))
     refuse(kOp, "layer", "in the cache", std::to_string(layer));
-  if (position < 0 || position + tokens > capacity) {
-    refuse(
-        kOp,
-        "position + tokens",
-        fmt::format("at most {}", capacity),
-        std::to_string(position + tokens));
+  if (tokens > capacity) {
+    refuse(kOp, "tokens", fmt::format("at most {}", capacity), std::to_string(tokens));
   }
-  p.kv_offset = static_cast<uint32_t>(position);
-  p.kv_tokens = static_cast<uint32_t>(position + tokens);
-  const size_t token_bytes = p.k_stride * cache.itemsize();
+  const size_t token_bytes = params.k_stride * cache.itemsize();
   const size_t half_bytes = token_bytes * capacity;
   auto outputs = launch(
       {.kernel = kOp,
-       .inputs = {q, k, v, cache},
+       .inputs = {q, k, v, cache, position},
        .outputs = {{q.shape(), q.dtype()}, {cache.shape(), cache.dtype(), 3}},
-       .cpu = [=](const KernelArgs& args) {
-         auto* keys = static_cast<std::byte*>(args.out[1]) + 2 * half_bytes * layer;
-         auto* values = keys + half_bytes;
-         std::memcpy(keys + token_bytes * position, args.in[1], token_bytes * tokens);
-         std::memcpy(values + token_bytes * position, args.in[2], token_bytes * tokens);
-         cpu::attention_forward(p, args.in[0], keys, values, nullptr, args.out[0], nullptr);
-       }});
+       .cpu =
+           [=](const KernelArgs& args) {
+             const int at = *ints(args.in[4]);
+             if (at < 0 || at > capacity - tokens) {
+               refuse(
+                   kOp,
+                   "position + tokens",
+                   fmt::format("at most {}", capacity),
+                   fmt::format("{} + {}", at, tokens));
+             }
+             AttentionParams p = params;
+             p.kv_offset = static_cast<uint32_t>(at);
+             p.kv_tokens = static_cast<uint32_t>(at + tokens);
+             auto* keys = static_cast<std::byte*>(args.out[1]) + 2 * half_bytes * layer;
+             auto* values = keys + half_bytes;
+             std::memcpy(keys + token_bytes * at, args.in[1], token_bytes * tokens);
+             std::memcpy(values + token_bytes * at, args.in[2], token_bytes * tokens);
+             cpu::attention_forward(p, args.in[0], keys, values, nullptr, args.out[0], nullptr);
+           },
+       .mlx =
+           [=](const Arrays& in, mx::StreamOrDevice s) {
+             return with_mlx::cached_attention(in, layer, scale, window, s);
+           },
+       .may_throw = true});
   return {outputs[0], outputs[1]};
 }
 

@@ -7,6 +7,7 @@
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
 
+#include "src/launch/backend.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
 #include "src/ops/weight_view.h"
@@ -203,8 +204,12 @@ std::pair<mx::array, mx::array> decode_step(
   return {outputs[0], outputs[1]};
 }
 
+bool has_decode_step() {
+  return active_backend() == Backend::cpu;
+}
+
 mx::array logits(const mx::array& x, const Weight& head) {
-  return lora_linear(mx::astype(x, mx::float32), LoraLinear{head, std::nullopt, std::nullopt});
+  return lora_linear(mx::astype(x, mx::float32, stream()), LoraLinear{head, std::nullopt, std::nullopt});
 }
 
 }  // namespace metal_lora::ops

@@ -75,6 +75,9 @@ std::pair<mlx::core::array, mlx::core::array> decode_step(
 /// The most tokens that decode_step takes.
 inline constexpr int kDecodeMaxTokens = static_cast<int>(cpu::kGemvMaxTokens);
 
+/// Whether the active backend has decode_step; the others run a token as any other sequence.
+bool has_decode_step();
+
 /// f32 logits [rows, vocab] = x [rows, dims] · headᵀ. Inference only.
 mlx::core::array logits(const mlx::core::array& x, const Weight& head);
 

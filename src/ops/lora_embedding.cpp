@@ -2,8 +2,10 @@
 // SPDX-License-Identifier: MIT
 #include <mlx/ops.h>
 
+#include "kernels/metal/plans_train.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/metal_ops.h"
 #include "src/ops/weight_view.h"
 
 namespace mx = mlx::core;
@@ -33,6 +35,50 @@ void check_ids(const int32_t* ids, uint32_t tokens, uint32_t vocab) {
   }
 }
 
+metal::LoraEmbeddingShape metal_shape(
+    uint32_t tokens, DType dtype, const WeightParams& table, const LoraParams& lora) {
+  metal::LoraEmbeddingShape shape;
+  shape.tokens = tokens;
+  shape.vocab = table.n;
+  shape.dims = table.k;
+  shape.format = table.format;
+  shape.group_size = table.group_size;
+  shape.scales_dtype = table.scales_dtype;
+  shape.double_quant = table.double_quant;
+  shape.rank = lora.rank;
+  shape.scale = lora.scale;
+  shape.dtype = dtype;
+  shape.lora_dtype = lora.dtype;
+  return shape;
+}
+
+/// in: ids, then A and B if there is an adapter; out: y. Rows of ids outside the table are zero.
+Arrays forward_metal(
+    const metal::LoraEmbeddingShape& shape, const Weight& weight, const Arrays& in) {
+  metal_ops::NamedArrays arrays{{"ids", in[0]}};
+  metal_ops::bind_weight(arrays, weight);
+  if (shape.rank > 0) {
+    arrays.insert_or_assign("a", in[1]);
+    arrays.insert_or_assign("b", in[2]);
+  }
+  const mx::Shape y{static_cast<int>(shape.tokens), static_cast<int>(shape.dims)};
+  metal_ops::run_plans(
+      {metal_ops::planned(kOp, metal::plan_lora_embedding, shape)},
+      arrays,
+      {{"y", {y, to_mlx(shape.dtype)}}});
+  return {arrays.at("y")};
+}
+
+/// in: ids, A, B, dy; out: dA, dB.
+Arrays backward_metal(const metal::LoraEmbeddingShape& shape, const Arrays& in) {
+  metal_ops::NamedArrays arrays{{"ids", in[0]}, {"a", in[1]}, {"b", in[2]}, {"dy", in[3]}};
+  metal_ops::run_plans(
+      {metal_ops::planned(kOp, metal::plan_lora_embedding_grad, shape)},
+      arrays,
+      {{"da", {in[1].shape(), mx::float32}}, {"db", {in[2].shape(), mx::float32}}});
+  return {arrays.at("da"), arrays.at("db")};
+}
+
 }  // namespace
 
 mx::array lora_embedding(const mx::array& ids, const LoraLinear& table, mx::Dtype dtype) {
@@ -56,6 +102,12 @@ mx::array lora_embedding(const mx::array& ids, const LoraLinear& table, mx::Dtyp
             cpu::lora_embedding_forward(
                 tokens, kernel_dtype, id, weight_view(weight), view, args.out[0]);
           },
+      .metal =
+          [=](const Arrays& in, mx::StreamOrDevice) {
+            return forward_metal(
+                metal_shape(tokens, kernel_dtype, weight.params(), lora), weight, in);
+          },
+      .not_differentiable = {0},
       .may_throw = true};
   if (table.lora) {
     forward.inputs.push_back(table.lora->a);
@@ -68,21 +120,27 @@ mx::array lora_embedding(const mx::array& ids, const LoraLinear& table, mx::Dtyp
           {.kernel = "lora_embedding_backward",
            .inputs = {primals[0], primals[1], primals[2], cotangents[0]},
            .outputs = {{primals[1].shape(), mx::float32}, {primals[2].shape(), mx::float32}},
-           .cpu = [=](const KernelArgs& args) {
-             cpu::lora_embedding_backward(
-                 tokens,
-                 kernel_dtype,
-                 static_cast<const int32_t*>(args.in[0]),
-                 weight.params(),
-                 {lora, args.in[1], args.in[2]},
-                 args.in[3],
-                 static_cast<float*>(args.out[0]),
-                 static_cast<float*>(args.out[1]));
-           }});
+           .cpu =
+               [=](const KernelArgs& args) {
+                 cpu::lora_embedding_backward(
+                     tokens,
+                     kernel_dtype,
+                     static_cast<const int32_t*>(args.in[0]),
+                     weight.params(),
+                     {lora, args.in[1], args.in[2]},
+                     args.in[3],
+                     static_cast<float*>(args.out[0]),
+                     static_cast<float*>(args.out[1]));
+               },
+           .metal =
+               [=](const Arrays& in, mx::StreamOrDevice) {
+                 return backward_metal(
+                     metal_shape(tokens, kernel_dtype, weight.params(), lora), in);
+               }});
       Arrays result;
       for (int i : argnums) {
         if (i == 0) refuse(kOp, "the differentiated input", "A or B", "ids");
-        result.push_back(mx::astype(grads[i - 1], primals[i].dtype()));
+        result.push_back(mx::astype(grads[i - 1], primals[i].dtype(), stream()));
       }
       return result;
     };

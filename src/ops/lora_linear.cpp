@@ -4,6 +4,7 @@
 
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/lora_linear_group.h"
 #include "src/ops/weight_view.h"
 
 namespace mx = mlx::core;
@@ -12,20 +13,6 @@ namespace metal_lora::ops {
 namespace {
 
 constexpr const char* kOp = "lora_linear";
-
-/// What a branch is, without its arrays: those are graph inputs.
-struct Branch {
-  Weight weight;
-  LoraParams lora;
-  std::optional<mx::array> bias;
-  bool has_lora() const { return lora.rank > 0; }
-};
-
-struct Group {
-  uint32_t tokens = 0, in_features = 0;
-  DType dtype = DType::f32;
-  std::vector<Branch> branches;
-};
 
 LoraParams checked_lora(const Lora& lora, const Weight& weight) {
   check_shape(kOp, "A", lora.a, {-1, weight.in_features()});
@@ -93,11 +80,6 @@ void forward_cpu(const Group& group, const KernelArgs& args) {
       group.tokens, group.in_features, group.dtype, args.in[0], branches.data(), branches.size());
 }
 
-struct Wanted {
-  bool dx = false;
-  std::vector<bool> adapter;  ///< per branch
-};
-
 /// in: x, then per branch dy, and A, B, u where there is an adapter;
 /// out: dx if wanted, then dA and dB of each branch whose adapter's gradient is.
 void backward_cpu(const Group& group, const Wanted& wanted, const KernelArgs& args) {
@@ -158,9 +140,12 @@ Arrays vjp(
     in += 2;
   }
   back.cpu = [group, wanted](const KernelArgs& args) { backward_cpu(*group, wanted, args); };
+  back.metal = [group, wanted](const Arrays& in, mx::StreamOrDevice s) {
+    return lora_linear_backward_metal(*group, wanted, in, s);
+  };
   auto grads = launch(std::move(back));
   Arrays result;
-  for (int i : argnums) result.push_back(mx::astype(grads[gradient_of[i]], primals[i].dtype()));
+  for (int i : argnums) result.push_back(mx::astype(grads[gradient_of[i]], primals[i].dtype(), stream()));
   return result;
 }
 
@@ -203,6 +188,9 @@ Arrays lora_linear(const mx::array& x, std::span<const LoraLinear> linears) {
     forward.outputs.push_back({{x.shape(0), linears[i].lora->a.shape(0)}, mx::float32});
   }
   forward.cpu = [group](const KernelArgs& args) { forward_cpu(*group, args); };
+  forward.metal = [group](const Arrays& in, mx::StreamOrDevice) {
+    return lora_linear_metal(*group, in);
+  };
   forward.vjp =
       [group](
           const auto& primals, const auto& cotangents, const auto& argnums, const auto& outputs) {

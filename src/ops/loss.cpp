@@ -3,8 +3,12 @@
 #include <mlx/ops.h>
 
 #include "kernels/cpu/transformer_kernels.h"
+#include "kernels/metal/plans_train.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/export.h"
+#include "src/ops/metal_ops.h"
+#include "src/ops/mlx_ops.h"
 #include "src/ops/weight_view.h"
 
 namespace mx = mlx::core;
@@ -73,6 +77,17 @@ mx::array linear_cross_entropy(
                 needs_grad ? args.out[1] : nullptr,
                 nullptr);
           },
+      .mlx =
+          [head](const Arrays& in, mx::StreamOrDevice s) {
+            auto losses = with_mlx::token_losses(in[0], head, in[1], s);
+            // A token that does not count may have any target: no NaN of its may reach the sum.
+            auto counted = mx::where(
+                mx::equal(in[2], mx::array(0.0f), s),
+                mx::array(0.0f),
+                mx::multiply(in[2], losses, s),
+                s);
+            return Arrays{mx::sum(counted, s)};
+          },
       .reference =
           [head, needs_grad](const Arrays& in) {
             Arrays out{reference::linear_cross_entropy(in[0], head, in[1], in[2])};
@@ -120,7 +135,33 @@ mx::array token_losses(const mx::array& x, const Weight& head, const mx::array& 
                  nullptr,
                  static_cast<float*>(args.out[0]));
            },
+       .mlx =
+           [head](const Arrays& in, mx::StreamOrDevice s) {
+             return Arrays{with_mlx::token_losses(in[0], head, in[1], s)};
+           },
        .may_throw = true})[0];
+}
+
+Arrays adamw_metal(const Arrays& in, const mx::array& factors) {
+  metal_ops::NamedArrays arrays{
+      {"param", in[0]}, {"grad", in[1]}, {"m", in[2]}, {"v", in[3]}, {"h", factors}};
+  const uint64_t count = in[0].size();
+  const mx::Shape shape = in[0].shape();
+  metal_ops::run_plans(
+      metal_ops::planned("adamw", metal::plan_adamw, count),
+      arrays,
+      {{"partial", {{static_cast<int>(metal::adamw_partials(count)), 3}, mx::float32}},
+       {"new_param", {shape, mx::float32}},
+       {"new_m", {shape, mx::float32}},
+       {"new_v", {shape, mx::float32}},
+       {"grad_norm", {{1}, mx::float32}},
+       {"skipped", {{1}, mx::int32}}});
+  return {
+      arrays.at("new_param"),
+      arrays.at("new_m"),
+      arrays.at("new_v"),
+      mx::squeeze(arrays.at("grad_norm"), 0, stream()),
+      mx::squeeze(arrays.at("skipped"), 0, stream())};
 }
 
 AdamWOutput adamw(
@@ -149,16 +190,24 @@ AdamWOutput adamw(
             {v.shape(), mx::float32, 3},
             {{}, mx::float32},
             {{}, mx::int32}},
-       .cpu = [params](const KernelArgs& args) {
-         const auto result = cpu::adamw(
-             params,
-             static_cast<float*>(args.out[0]),
-             static_cast<const float*>(args.in[1]),
-             static_cast<float*>(args.out[1]),
-             static_cast<float*>(args.out[2]));
-         *static_cast<float*>(args.out[3]) = result.grad_norm;
-         *static_cast<int32_t*>(args.out[4]) = result.skipped ? 1 : 0;
-       }});
+       .cpu =
+           [params](const KernelArgs& args) {
+             const auto result = cpu::adamw(
+                 params,
+                 static_cast<float*>(args.out[0]),
+                 static_cast<const float*>(args.in[1]),
+                 static_cast<float*>(args.out[1]),
+                 static_cast<float*>(args.out[2]));
+             *static_cast<float*>(args.out[3]) = result.grad_norm;
+             *static_cast<int32_t*>(args.out[4]) = result.skipped ? 1 : 0;
+           },
+       .metal =
+           [params](const Arrays& in, mx::StreamOrDevice) {
+             const auto factors = metal::adamw_factors(params);
+             return adamw_metal(
+                 in,
+                 mx::array(factors.begin(), {static_cast<int>(factors.size())}, mx::float32));
+           }});
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 

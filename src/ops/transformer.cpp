@@ -8,6 +8,7 @@
 #include "metal_lora/ops.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/mlx_ops.h"
 
 namespace mx = mlx::core;
 
@@ -72,6 +73,10 @@ mx::array rope_launch(const mx::array& x, const mx::array& table, bool inverse) 
            [p](const KernelArgs& args) {
              cpu::rope(p, args.in[0], static_cast<const float*>(args.in[1]), args.out[0]);
            },
+       .mlx =
+           [](const Arrays& in, mx::StreamOrDevice s) {
+             return Arrays{with_mlx::rope(in[0], in[1], s)};
+           },
        .vjp =
            [inverse](
                const Arrays& primals,
@@ -104,6 +109,10 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
            [p](const KernelArgs& args) {
              cpu::add_rms_norm_forward(p, args.in[0], nullptr, args.in[1], nullptr, args.out[0]);
            },
+       .mlx =
+           [eps](const Arrays& in, mx::StreamOrDevice s) {
+             return Arrays{with_mlx::rms_norm(in[0], in[1], eps, s)};
+           },
        .vjp =
            [p](const Arrays& primals,
                const Arrays& cotangents,
@@ -133,6 +142,11 @@ std::pair<mx::array, mx::array> add_rms_norm(
            [p](const KernelArgs& args) {
              cpu::add_rms_norm_forward(
                  p, args.in[0], args.in[1], args.in[2], args.out[0], args.out[1]);
+           },
+       .mlx =
+           [eps](const Arrays& in, mx::StreamOrDevice s) {
+             auto h = mx::add(in[0], in[1], s);
+             return Arrays{h, with_mlx::rms_norm(h, in[2], eps, s)};
            },
        .vjp =
            [p](const Arrays& primals,
@@ -166,15 +180,20 @@ mx::array rope_table(const mx::array& positions, const mx::array& inv_freq, floa
       {.kernel = kOp,
        .inputs = {positions, inv_freq},
        .outputs = {{{tokens, head_dim}, mx::float32}},
-       .cpu = [=](const KernelArgs& args) {
-         cpu::rope_table(
-             static_cast<uint32_t>(tokens),
-             static_cast<uint32_t>(head_dim),
-             static_cast<const int32_t*>(args.in[0]),
-             static_cast<const float*>(args.in[1]),
-             factor,
-             static_cast<float*>(args.out[0]));
-       }})[0];
+       .cpu =
+           [=](const KernelArgs& args) {
+             cpu::rope_table(
+                 static_cast<uint32_t>(tokens),
+                 static_cast<uint32_t>(head_dim),
+                 static_cast<const int32_t*>(args.in[0]),
+                 static_cast<const float*>(args.in[1]),
+                 factor,
+                 static_cast<float*>(args.out[0]));
+           },
+       .mlx =
+           [factor](const Arrays& in, mx::StreamOrDevice s) {
+             return Arrays{with_mlx::rope_table(in[0], in[1], factor, s)};
+           }})[0];
 }
 
 mx::array rope(const mx::array& x, const mx::array& table) {
@@ -199,6 +218,10 @@ mx::array swiglu(const mx::array& gate, const mx::array& up) {
        .cpu =
            [=](const KernelArgs& args) {
              cpu::swiglu_forward(count, dtype, args.in[0], args.in[1], args.out[0]);
+           },
+       .mlx =
+           [](const Arrays& in, mx::StreamOrDevice s) {
+             return Arrays{with_mlx::swiglu(in[0], in[1], s)};
            },
        .vjp =
            [=](const Arrays& primals,

@@ -3,6 +3,7 @@
 #include "metal_lora/weight.h"
 
 #include <cstdlib>
+#include <mutex>
 
 #include <mlx/ops.h>
 #include <mlx/transforms.h>
@@ -10,6 +11,7 @@
 
 #include "kernels/cpu/lora_quantized.h"
 #include "kernels/nf4.h"
+#include "src/launch/backend.h"
 #include "src/ops/checks.h"
 #include "src/ops/weight_view.h"
 
@@ -192,10 +194,48 @@ Weight Weight::view(
   w.data_ = data;
   w.scales_ = scales;
   w.biases_ = biases;
+  w.array_cache_ = std::make_shared<ArrayCache>();
   return w;
 }
 
+struct Weight::ArrayCache {
+  std::once_flag once;
+  std::vector<mx::array> arrays;
+};
+
+std::vector<mx::array> Weight::arrays() const {
+  if (data_ == nullptr || params_.layout != WeightLayout::row_major) {
+    throw Error(ErrorCode::internal, "[Weight::arrays] the weight must be row-major but is packed");
+  }
+  std::call_once(array_cache_->once, [&] {
+    // The owner alone, not this handle: it holds the cache, which would then hold itself.
+    const auto over = [owner = owner_](const void* bytes, mx::Shape shape, mx::Dtype dtype) {
+      return mx::array(const_cast<void*>(bytes), std::move(shape), dtype, [owner](void*) {});
+    };
+    auto& out = array_cache_->arrays;
+    const int n = out_features(), k = in_features();
+    if (!is_quantized()) {
+      const auto dtype = params_.format == WeightFormat::f32   ? mx::float32
+                         : params_.format == WeightFormat::f16 ? mx::float16
+                                                               : mx::bfloat16;
+      out.push_back(over(data_, {n, k}, dtype));
+      return;
+    }
+    const int groups = k / static_cast<int>(params_.group_size);
+    out.push_back(over(data_, {n, k * bits_of(params_) / 32}, mx::uint32));
+    out.push_back(
+        over(scales_, {n, groups}, params_.double_quant ? mx::uint8 : to_mlx(params_.scales_dtype)));
+    if (params_.double_quant) {
+      out.push_back(over(biases_, {static_cast<int>(nested_values(params_))}, mx::float32));
+    } else if (params_.format != WeightFormat::nf4) {
+      out.push_back(over(biases_, {n, groups}, to_mlx(params_.scales_dtype)));
+    }
+  });
+  return array_cache_->arrays;
+}
+
 Weight Weight::prepared() const {
+  if (active_backend() != Backend::cpu) return *this;  // Metal kernels read rows as they are
   if (params_.layout == WeightLayout::cpu_packed || !cpu::can_pack(params_)) return *this;
   WeightParams packed = params_;
   packed.layout = WeightLayout::cpu_packed;

@@ -129,7 +129,13 @@ TEST_P(TransformerOp, CachedAttentionEqualsUncached) {
   std::vector<mx::array> outs;
   for (auto [begin, end] : {std::pair{0, first}, std::pair{first, tokens}}) {
     auto [out, next] = ops::cached_attention(
-        part(q, begin, end), part(k, begin, end), part(v, begin, end), chain, 1, begin, 0.2f);
+        part(q, begin, end),
+        part(k, begin, end),
+        part(v, begin, end),
+        chain,
+        1,
+        mx::array(begin),
+        0.2f);
     outs.push_back(out);
     chain = next;
   }

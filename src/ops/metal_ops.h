@@ -1,0 +1,44 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+//
+// From an op's shapes to dispatches of Metal kernels: binds arrays to the names that kernels use.
+#pragma once
+
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/metal/plans.h"
+#include "metal_lora/ops.h"
+#include "src/launch/launch.h"
+
+namespace metal_lora::ops::metal_ops {
+
+using NamedArrays = std::map<std::string, mlx::core::array, std::less<>>;
+using NamedOutputs = std::map<std::string, OutputSpec, std::less<>>;
+
+/// Adds a weight's arrays under the names w, scales and biases, as its format has them.
+void bind_weight(NamedArrays& arrays, const Weight& weight);
+
+/// Runs the plans in order. Each takes its inputs from `arrays` by name and leaves its outputs
+/// there, shaped as `outputs` says. A name that is missing is an Error internal.
+void run_plans(
+    const std::vector<metal::Plan>& plans, NamedArrays& arrays, const NamedOutputs& outputs);
+
+/// Calls a planner; what no kernel does (std::invalid_argument) becomes Error unsupported "[op] …".
+template <class Planner, class Shape>
+auto planned(const char* op, Planner planner, const Shape& shape) -> decltype(planner(shape));
+
+[[noreturn]] void refuse_plan(const char* op, const std::exception& why);
+
+template <class Planner, class Shape>
+auto planned(const char* op, Planner planner, const Shape& shape) -> decltype(planner(shape)) {
+  try {
+    return planner(shape);
+  } catch (const std::invalid_argument& why) {
+    refuse_plan(op, why);
+  }
+}
+
+}  // namespace metal_lora::ops::metal_ops
