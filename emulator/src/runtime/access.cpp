@@ -20,8 +20,12 @@ namespace {
 
 // atomic_update reads and writes; atomic_store only writes.
 enum class Access { read, write, atomic_read, atomic_update, atomic_store };
-constexpr bool writes(Access a) { return a != Access::read && a != Access::atomic_read; }
-constexpr bool is_atomic(Access a) { return a != Access::read && a != Access::write; }
+constexpr bool writes(Access a) {
+  return a != Access::read && a != Access::atomic_read;
+}
+constexpr bool is_atomic(Access a) {
+  return a != Access::read && a != Access::write;
+}
 
 /// A lane that goes on for so many accesses without a meeting, barrier or end never ends.
 constexpr uint64_t kAccessBudget = uint64_t(1) << 31;
@@ -73,8 +77,14 @@ uint32_t merge_reader(const Accessor& me, uint32_t old, uint8_t& flags) {
 }
 
 void report_race(
-    Machine& m, const Region& region, size_t offset, Access access, uint32_t other, bool other_wrote,
-    const Accessor& me, const void* site) {
+    Machine& m,
+    const Region& region,
+    size_t offset,
+    Access access,
+    uint32_t other,
+    bool other_wrote,
+    const Accessor& me,
+    const void* site) {
   const FindingKind kind = me.device ? FindingKind::race_device : FindingKind::race_threadgroup;
   if (!m.findings.add(kind, site)) return;
   const bool foreign = (other >> kClockShift) < me.first;
@@ -88,17 +98,24 @@ void report_race(
       other & kThreadMask,
       other & (kManyLanes | kManySimdgroups) ? " and others" : "");
   m.findings.set_text(
-      std::string(is_atomic(access) ? "atomic access" : writes(access) ? "write" : "read") + " of " +
-      m.where(region, region.data + offset) + " by " + m.who() + text);
+      std::string(
+          is_atomic(access) ? "atomic access"
+          : writes(access)  ? "write"
+                            : "read") +
+      " of " + m.where(region, region.data + offset) + " by " + m.who() + text);
 }
 
 [[gnu::noinline]] void report_outside(
-    Machine& m, const Region& region, const volatile void* p, size_t n, Access access,
+    Machine& m,
+    const Region& region,
+    const volatile void* p,
+    size_t n,
+    Access access,
     const void* site) {
   if (m.findings.add(FindingKind::out_of_bounds, site)) {
-    const std::string place = region.bytes == 0
-        ? "an address that belongs to no buffer"
-        : m.where(region, p) + (region.space == Space::threadgroup ? "" : "");
+    const std::string place =
+        region.bytes == 0 ? "an address that belongs to no buffer"
+                          : m.where(region, p) + (region.space == Space::threadgroup ? "" : "");
     m.findings.set_text(
         std::string(writes(access) ? "write" : "read") + " of " + std::to_string(n) + " bytes at " +
         place + " by " + m.who());
@@ -158,7 +175,8 @@ void track_read(
     if (i == 0 || reader[i] != last_reader) {
       last_reader = reader[i];
       merged = last_reader == me.tag ? me.tag : merge_reader(me, last_reader, flags[i]);
-    } else if ((last_reader >> kClockShift) != 0 && (last_reader >> kClockShift) < me.first && me.device) {
+    } else if (
+        (last_reader >> kClockShift) != 0 && (last_reader >> kClockShift) < me.first && me.device) {
       flags[i] |= kForeignReader;
     }
     reader[i] = merged;
@@ -185,7 +203,8 @@ void track_write(
       report_race(m, r, at + i, access, other, false, me, site);
     }
     // A plain write that nothing orders before other threads' atomics must stay visible to them.
-    const bool keep = atomic && !(flags[i] & kAtomicWriter) && (writer[i] >> kClockShift) >= me.window;
+    const bool keep =
+        atomic && !(flags[i] & kAtomicWriter) && (writer[i] >> kClockShift) >= me.window;
     if (keep) continue;
     writer[i] = me.tag;
     flags[i] = static_cast<uint8_t>(atomic ? flags[i] | kAtomicWriter : flags[i] & ~kAtomicWriter);
@@ -193,7 +212,12 @@ void track_write(
 }
 
 inline void access_region(
-    Machine& m, Region& r, const volatile void* p, size_t n, Access access, bool wide,
+    Machine& m,
+    Region& r,
+    const volatile void* p,
+    size_t n,
+    Access access,
+    bool wide,
     const void* site) {
   const size_t at = static_cast<size_t>(static_cast<const volatile char*>(p) - r.data);
   const bool write = writes(access);
@@ -338,7 +362,9 @@ void undefined(const char* what, int64_t value, const void* site) {
 
 }  // namespace
 
-void reset_access_budget() { access_budget = kAccessBudget; }
+void reset_access_budget() {
+  access_budget = kAccessBudget;
+}
 
 const abi::Hooks& hooks() {
   static const abi::Hooks table = [] {

@@ -51,8 +51,12 @@ bool& portable_choice() {
 }
 }  // namespace
 
-void Fiber::use_portable(bool portable) { portable_choice() = portable || !kHasSwitch; }
-bool Fiber::portable() { return portable_choice(); }
+void Fiber::use_portable(bool portable) {
+  portable_choice() = portable || !kHasSwitch;
+}
+bool Fiber::portable() {
+  return portable_choice();
+}
 
 void Fiber::prepare(char* stack, size_t bytes, void (*entry)()) {
   if (portable()) {
@@ -64,8 +68,8 @@ void Fiber::prepare(char* stack, size_t bytes, void (*entry)()) {
     return;
   }
   // The return address of a call that never was, the entry, six registers.
-  auto* top = reinterpret_cast<uintptr_t*>(
-      reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t(15));
+  auto* top =
+      reinterpret_cast<uintptr_t*>(reinterpret_cast<uintptr_t>(stack + bytes) & ~uintptr_t(15));
   *--top = 0;
   *--top = reinterpret_cast<uintptr_t>(entry);
   for (int i = 0; i < 6; i++) *--top = 0;

@@ -16,16 +16,26 @@ namespace metal_emulator {
 
 std::string_view finding_name(FindingKind kind) {
   switch (kind) {
-    case FindingKind::race_threadgroup: return "race_threadgroup";
-    case FindingKind::race_device: return "race_device";
-    case FindingKind::out_of_bounds: return "out_of_bounds";
-    case FindingKind::uninitialized_read: return "uninitialized_read";
-    case FindingKind::divergent_barrier: return "divergent_barrier";
-    case FindingKind::divergent_matrix_operation: return "divergent_matrix_operation";
-    case FindingKind::misaligned_access: return "misaligned_access";
-    case FindingKind::write_to_read_only: return "write_to_read_only";
-    case FindingKind::deadlock: return "deadlock";
-    case FindingKind::undefined_behavior: return "undefined_behavior";
+    case FindingKind::race_threadgroup:
+      return "race_threadgroup";
+    case FindingKind::race_device:
+      return "race_device";
+    case FindingKind::out_of_bounds:
+      return "out_of_bounds";
+    case FindingKind::uninitialized_read:
+      return "uninitialized_read";
+    case FindingKind::divergent_barrier:
+      return "divergent_barrier";
+    case FindingKind::divergent_matrix_operation:
+      return "divergent_matrix_operation";
+    case FindingKind::misaligned_access:
+      return "misaligned_access";
+    case FindingKind::write_to_read_only:
+      return "write_to_read_only";
+    case FindingKind::deadlock:
+      return "deadlock";
+    case FindingKind::undefined_behavior:
+      return "undefined_behavior";
   }
   return "unknown";
 }
@@ -82,7 +92,10 @@ std::vector<SourceLine> symbolize(
   if (offsets.empty()) return result;
   std::string output;
   for (const char* tool :
-       {"addr2line", "llvm-addr2line-19", "llvm-addr2line", "/usr/lib/llvm-19/bin/llvm-addr2line"}) {
+       {"addr2line",
+        "llvm-addr2line-19",
+        "llvm-addr2line",
+        "/usr/lib/llvm-19/bin/llvm-addr2line"}) {
     std::vector<std::string> arguments{tool, "-a", "-i", "-e", library.string()};
     for (const uintptr_t offset : offsets) {
       char text[32];
@@ -106,7 +119,7 @@ std::vector<SourceLine> symbolize(
     if (current >= result.size() || result[current].line != 0) continue;
     const SourceLine frame = parse_line(line);
     const bool skipped = !skipped_directory.empty() &&
-        frame.file.compare(0, skipped_directory.size(), skipped_directory) == 0;
+                         frame.file.compare(0, skipped_directory.size(), skipped_directory) == 0;
     if (!skipped) result[current] = frame;
   }
   return result;
@@ -137,7 +150,8 @@ std::vector<Finding> Findings::report(
   // A return address points behind the call: one byte back lies on the call's line.
   std::vector<uintptr_t> offsets;
   for (const Entry& e : entries_)
-    offsets.push_back(reinterpret_cast<uintptr_t>(e.site) - 1 - reinterpret_cast<uintptr_t>(library_base));
+    offsets.push_back(
+        reinterpret_cast<uintptr_t>(e.site) - 1 - reinterpret_cast<uintptr_t>(library_base));
   const std::vector<SourceLine> lines = symbolize(library, offsets, skipped_directory);
   std::vector<Finding> result;
   for (size_t i = 0; i < entries_.size(); i++) {
@@ -148,7 +162,12 @@ std::vector<Finding> Findings::report(
       same->count += entries_[i].count;
     else if (result.size() < limit)
       result.push_back(
-          {entries_[i].kind, kernel, lines[i].file, lines[i].line, entries_[i].text, entries_[i].count});
+          {entries_[i].kind,
+           kernel,
+           lines[i].file,
+           lines[i].line,
+           entries_[i].text,
+           entries_[i].count});
   }
   return result;
 }

@@ -198,7 +198,7 @@ uint32_t Machine::choose_meeting(const Simdgroup& g) const {
 
 void Machine::check_convergence(Simdgroup& g, uint32_t mask, const LaneState& lane) {
   const bool matrix = lane.collective->kind == abi::CollectiveKind::matrix ||
-      lane.collective->kind == abi::CollectiveKind::matrix_multiply;
+                      lane.collective->kind == abi::CollectiveKind::matrix_multiply;
   if (matrix ? mask == ~0u : mask == g.present) return;
   char text[160];
   std::snprintf(
@@ -222,10 +222,17 @@ void Machine::resolve(Simdgroup& g) {
   const abi::Collective& collective = *lane.collective;
   if (collective.kind != abi::CollectiveKind::simd) check_convergence(g, mask, lane);
   switch (collective.kind) {
-    case abi::CollectiveKind::simd: counters.simd_operations++; break;
-    case abi::CollectiveKind::simdgroup_barrier: counters.simdgroup_barriers++; break;
-    case abi::CollectiveKind::matrix: break;
-    case abi::CollectiveKind::matrix_multiply: counters.matrix_operations++; break;
+    case abi::CollectiveKind::simd:
+      counters.simd_operations++;
+      break;
+    case abi::CollectiveKind::simdgroup_barrier:
+      counters.simdgroup_barriers++;
+      break;
+    case abi::CollectiveKind::matrix:
+      break;
+    case abi::CollectiveKind::matrix_multiply:
+      counters.matrix_operations++;
+      break;
   }
   progress();
   g.exchange.mask = mask;
@@ -239,8 +246,7 @@ void Machine::resolve(Simdgroup& g) {
   }
 }
 
-void Machine::meet(
-    const abi::Collective& collective, const void* in, void* out, const void* site) {
+void Machine::meet(const abi::Collective& collective, const void* in, void* out, const void* site) {
   LaneState& lane = *current;
   Simdgroup& g = *lane.simdgroup;
   const uint32_t bit = 1u << lane.info.lane;
@@ -389,7 +395,7 @@ void* Machine::place(abi::ThreadgroupSlot& slot, size_t bytes, size_t alignment)
     threadgroup_bytes = (threadgroup_bytes + alignment - 1) / alignment * alignment + bytes;
     if (threadgroup_bytes > kThreadgroupMemoryLimit) {
       refusal = "threadgroup memory: " + std::to_string(threadgroup_bytes) +
-          " bytes, but Metal allows 32768";
+                " bytes, but Metal allows 32768";
       abandon();
     }
     slot.index = static_cast<uint32_t>(open_threadgroup_region(bytes).index);
@@ -448,7 +454,10 @@ void Machine::fault(int signal, const void* address, const void* code) {
   const char* p = static_cast<const char*>(address);
   const char* stack = stacks_ + size_t(current->info.thread) * kStackBytes;
   if (signal == SIGFPE) {
-    report(FindingKind::undefined_behavior, static_cast<const char*>(code) + 1, "integer division by zero");
+    report(
+        FindingKind::undefined_behavior,
+        static_cast<const char*>(code) + 1,
+        "integer division by zero");
   } else {
     std::snprintf(
         text,

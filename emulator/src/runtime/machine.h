@@ -50,11 +50,11 @@ struct LaneState {
 
 struct Simdgroup {
   uint32_t index;
-  uint32_t present, live;      ///< lanes that exist; that have not returned
+  uint32_t present, live;  ///< lanes that exist; that have not returned
   uint32_t ready, waiting, at_barrier;
-  bool mixed;                  ///< lanes wait at different places
-  uint64_t key;                ///< of the first that waits
-  uint32_t clock[2];           ///< by Space
+  bool mixed;         ///< lanes wait at different places
+  uint64_t key;       ///< of the first that waits
+  uint32_t clock[2];  ///< by Space
   abi::Exchange exchange;
 };
 
@@ -73,8 +73,8 @@ class Machine {
   Simdgroup simdgroups[kMaxThreads / 32];
   LaneState lanes[kMaxThreads];
   uint32_t threads = 0, live = 0, simdgroup_count = 0;
-  uint32_t window[2];          ///< clock of the last barrier, by Space
-  uint32_t first[2];           ///< clock of the threadgroup's start
+  uint32_t window[2];  ///< clock of the last barrier, by Space
+  uint32_t first[2];   ///< clock of the threadgroup's start
 
   // The dispatch.
   const abi::Library* library = nullptr;
@@ -86,8 +86,8 @@ class Machine {
   int threadgroup_variables = 0;
   size_t threadgroup_bytes = 0;
   uint32_t generation = 0;
-  std::string refusal;         ///< a DispatchError met while running
-  bool ended = false;          ///< abandoned before its end
+  std::string refusal;  ///< a DispatchError met while running
+  bool ended = false;   ///< abandoned before its end
 
   /// Runs the threadgroup that `grid` describes.
   void run_threadgroup();
@@ -125,7 +125,7 @@ class Machine {
   static void lane_main();
   void start_lanes();
   void prepare(LaneState& lane, uint32_t index);
-  void leave(LaneState& lane);            ///< runs somebody else
+  void leave(LaneState& lane);  ///< runs somebody else
   void finish_lane(LaneState& lane);
   void resolve(Simdgroup& group);
   void check_convergence(Simdgroup& group, uint32_t mask, const LaneState& lane);

@@ -13,19 +13,22 @@ namespace {
 constexpr size_t kPageBytes = 64 << 10;  // the largest page of the machines we know
 /// Above this, a region's pages go back to the system before they are used again.
 constexpr size_t kKeepBytes = size_t(64) << 20;
-size_t round_up(size_t n) { return (n + kPageBytes - 1) / kPageBytes * kPageBytes; }
+size_t round_up(size_t n) {
+  return (n + kPageBytes - 1) / kPageBytes * kPageBytes;
+}
 }  // namespace
 
 Memory::Memory() {
-  void* base = mmap(
-      nullptr, kArenaBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* base =
+      mmap(nullptr, kArenaBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) throw std::bad_alloc();
   base_ = static_cast<char*>(base);
-  for (int i = 0; i < kRegions; i++)
-    regions_[i].data = base_ + (size_t(i) << kSlotShift) + kOffset;
+  for (int i = 0; i < kRegions; i++) regions_[i].data = base_ + (size_t(i) << kSlotShift) + kOffset;
 }
 
-Memory::~Memory() { munmap(base_, kArenaBytes); }
+Memory::~Memory() {
+  munmap(base_, kArenaBytes);
+}
 
 void Memory::open(Region& region, size_t bytes, Space space, bool tracked) {
   const size_t slot = size_t(&region - regions_);

@@ -27,9 +27,9 @@ struct Region {
   char* data = nullptr;
   size_t bytes = 0;
   Space space = Space::device;
-  bool tracked = false;     ///< writer and reader tags are kept
+  bool tracked = false;  ///< writer and reader tags are kept
   bool read_only = false;
-  int index = 0;            ///< buffer index, or number of the threadgroup variable
+  int index = 0;  ///< buffer index, or number of the threadgroup variable
   uint64_t read_bytes = 0, written_bytes = 0;
   std::vector<uint8_t> flags;
   std::vector<uint32_t> writer, reader;

@@ -114,7 +114,9 @@ void set_constants(const abi::Library& library, const Dispatch& dispatch) {
   if (library.constants_changed) library.constants_changed();
 }
 
-uint64_t product(const std::array<uint32_t, 3>& a) { return uint64_t(a[0]) * a[1] * a[2]; }
+uint64_t product(const std::array<uint32_t, 3>& a) {
+  return uint64_t(a[0]) * a[1] * a[2];
+}
 
 void check_sizes(const Dispatch& dispatch) {
   if (product(dispatch.threads_per_threadgroup) == 0 || product(dispatch.threads_per_grid) == 0)
@@ -130,7 +132,8 @@ void check_sizes(const Dispatch& dispatch) {
           "[run] buffer index " + std::to_string(b.index) + ": Metal has buffers 0 to 30");
     if (!seen.insert(b.index).second)
       throw DispatchError("[run] buffer " + std::to_string(b.index) + " is bound twice");
-    if (!b.data && b.bytes) throw DispatchError("[run] buffer " + std::to_string(b.index) + " is null");
+    if (!b.data && b.bytes)
+      throw DispatchError("[run] buffer " + std::to_string(b.index) + " is null");
   }
 }
 
@@ -150,7 +153,9 @@ const Buffer* shared_with(const Dispatch& dispatch, const Buffer& b) {
   return nullptr;
 }
 
-bool argument_enabled(const abi::Arg& arg) { return !arg.enable || *arg.enable; }
+bool argument_enabled(const abi::Arg& arg) {
+  return !arg.enable || *arg.enable;
+}
 
 bool writable(const abi::Kernel& kernel, const Dispatch& dispatch, const Buffer& b) {
   for (uint32_t i = 0; i < kernel.arg_count; i++) {
@@ -236,7 +241,8 @@ void run_grid(Machine& m, const Dispatch& dispatch) {
   for (uint64_t k = 0; k < total && !m.ended; k++) {
     const uint64_t n = m.reverse ? total - 1 - k : k;
     const std::array<uint32_t, 3> at{
-        uint32_t(n % groups[0]), uint32_t(n / groups[0] % groups[1]),
+        uint32_t(n % groups[0]),
+        uint32_t(n / groups[0] % groups[1]),
         uint32_t(n / groups[0] / groups[1])};
     const auto extent = [&](size_t i) { return std::min(size[i], threads[i] - at[i] * size[i]); };
     m.grid.threadgroup = {at[0], at[1], at[2]};
@@ -285,7 +291,8 @@ void find_library_range(Machine& m, const void* inside) {
         const char *begin = nullptr, *end = nullptr;
         for (int i = 0; i < info->dlpi_phnum; i++) {
           if (info->dlpi_phdr[i].p_type != PT_LOAD) continue;
-          const char* at = reinterpret_cast<const char*>(info->dlpi_addr + info->dlpi_phdr[i].p_vaddr);
+          const char* at =
+              reinterpret_cast<const char*>(info->dlpi_addr + info->dlpi_phdr[i].p_vaddr);
           if (!begin || at < begin) begin = at;
           end = std::max(end, at + info->dlpi_phdr[i].p_memsz);
         }
@@ -333,7 +340,10 @@ Report run(const Library& library, const Dispatch& dispatch) {
   report.finding_count = m.findings.count();
   if (report.finding_count)
     report.findings = m.findings.report(
-        dispatch.kernel, library.impl().path, m.library_begin, table.shim_directory,
+        dispatch.kernel,
+        library.impl().path,
+        m.library_begin,
+        table.shim_directory,
         dispatch.max_findings);
   return report;
 }

@@ -11,14 +11,14 @@ kernel void histogram(
     constant uint& size [[buffer(2)]],
     uint position [[thread_position_in_grid]],
     uint thread_index [[thread_index_in_threadgroup]]) {
-  threadgroup atomic_uint local[64];
-  if (thread_index < 64) atomic_store_explicit(&local[thread_index], 0u, memory_order_relaxed);
+  threadgroup atomic_uint group_counts[64];
+  if (thread_index < 64) atomic_store_explicit(&group_counts[thread_index], 0u, memory_order_relaxed);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (position < size)
-    atomic_fetch_add_explicit(&local[values[position] % 64], 1u, memory_order_relaxed);
+    atomic_fetch_add_explicit(&group_counts[values[position] % 64], 1u, memory_order_relaxed);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (thread_index < 64) {
-    const uint count = atomic_load_explicit(&local[thread_index], memory_order_relaxed);
+    const uint count = atomic_load_explicit(&group_counts[thread_index], memory_order_relaxed);
     if (count != 0) atomic_fetch_add_explicit(&counts[thread_index], count, memory_order_relaxed);
   }
 }
