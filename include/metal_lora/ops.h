@@ -51,10 +51,9 @@ mlx::core::array lora_linear(const mlx::core::array& x, const LoraLinear& linear
 
 /// Adapters of one linear packed for one dispatch: many tenants on one base.
 struct LoraBank {
-  mlx::core::array a;  ///< [adapters, max_rank, in], f32, f16 or bf16
-  mlx::core::array b;  ///< [adapters, out, max_rank], of a's dtype
-  mlx::core::array
-      ranks;  ///< int32 [adapters]: true ranks, 0 … max_rank; what lies beyond is not read
+  mlx::core::array a;       ///< [adapters, max_rank, in], f32, f16 or bf16
+  mlx::core::array b;       ///< [adapters, out, max_rank], of a's dtype
+  mlx::core::array ranks;   ///< int32 [adapters], 0 … max_rank; what lies beyond is not read
   mlx::core::array scales;  ///< f32 [adapters]
 };
 
@@ -80,8 +79,9 @@ struct Verification {
 /// [batch, drafts, vocab] the distributions they were drawn from (absent: each taken as certain).
 /// temperature 0: greedy, drafts are kept while they are the target's argmax (the lowest token of
 /// equals). Otherwise rejection sampling (Leviathan et al., arXiv:2211.17192): what comes out is
-/// distributed as the target's softmax(logits / temperature). Same seed, same result. Not
-/// differentiable.
+/// distributed as the target's softmax(logits / temperature). Where a row is no distribution (NaN,
+/// +infinity, nothing above -infinity) its sequence ends with next_token −1. Same seed, same
+/// result. Not differentiable.
 Verification verify_tokens(
     const mlx::core::array& target_logits,
     const mlx::core::array& draft_tokens,
@@ -115,8 +115,8 @@ mlx::core::array attention(
 /// Writes k, v [tokens, kv_heads, head_dim] into a layer of the cache [layers, 2, capacity,
 /// kv_heads, head_dim] at `position` (int32 scalar: one graph serves all steps), then attends over
 /// its first position + tokens entries, which must be at most `capacity` (checked when the kernel
-/// runs; Metal cannot refuse and shifts the write into the cache). Returns {out, cache}; the cache's
-/// buffer is reused when the caller lets go of it. Inference only.
+/// runs; Metal cannot refuse and shifts the write into the cache). Returns {out, cache}; the
+/// cache's buffer is reused when the caller lets go of it. Inference only.
 std::pair<mlx::core::array, mlx::core::array> cached_attention(
     const mlx::core::array& q,
     const mlx::core::array& k,
