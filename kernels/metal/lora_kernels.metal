@@ -43,7 +43,11 @@ inline Pack<T, N> load_pack(const device T* from) {
 }
 template <typename T, int N>
 inline Pack<T, N> load_pack(const constant T* from) {
-  return *reinterpret_cast<const constant Pack<T, N>*>(from);
+  Pack<T, N> out;
+  for (int i = 0; i < N; ++i) {
+    out.v[i] = from[i];
+  }
+  return out;
 }
 
 // The first `valid` of N values, zeros for the rest.

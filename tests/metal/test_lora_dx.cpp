@@ -27,16 +27,28 @@ LoraShape shape_of(uint32_t m, uint32_t n, uint32_t k, uint32_t rank, DType dtyp
   return s;
 }
 
+/// Types of dy, W, A: all equal, and mixtures that the matrix units have no instruction for.
 std::vector<LoraShape> dense_types() {
+  using F = WeightFormat;
+  using D = DType;
+  struct Types {
+    D dy;
+    F w;
+    D a;
+  };
   std::vector<LoraShape> out;
-  for (const DType x : {DType::f32, DType::f16, DType::bf16}) {
-    for (const DType a : {DType::f32, x}) {
-      LoraShape s = shape_of(33, 77, 70, 5, x);
-      s.lora_dtype = a;
-      s.wants_u = true;
-      if (a == DType::f32) s.format = WeightFormat::bf16;
-      out.push_back(s);
-    }
+  for (const Types t :
+       {Types{D::f32, F::f32, D::f32},
+        Types{D::f16, F::f16, D::f16},
+        Types{D::bf16, F::bf16, D::bf16},
+        Types{D::bf16, F::bf16, D::f32},
+        Types{D::f32, F::bf16, D::f16},
+        Types{D::f16, F::f32, D::bf16}}) {
+    LoraShape s = shape_of(33, 77, 70, 5, t.dy);
+    s.format = t.w;
+    s.lora_dtype = t.a;
+    s.wants_u = true;
+    out.push_back(s);
   }
   return out;
 }
