@@ -271,6 +271,11 @@ TEST(Rewrite, FunctionConstants) {
                   "only scalars and vectors"));
 }
 
+TEST(Rewrite, ConstexprFunctionConstants) {
+  EXPECT_TRUE(has(rewritten("static constant constexpr const bool f [[function_constant(0)]];"),
+                  "static bool f; static bool f__defined;"));
+}
+
 TEST(Rewrite, ThreadgroupVariables) {
   const std::string r = rewritten(
       "template <typename T, int N> kernel void k() {\n"
@@ -378,6 +383,12 @@ TEST(Rewrite, PragmasKeepTheirLine) {
   const std::string full = rewrite(
       tokens_of("kernel void k() {\n#pragma clang loop unroll(full)\n  for (;;) {}\n}"), {}).text;
   EXPECT_TRUE(has(full, "#pragma clang loop unroll(full)\n"));
+}
+
+TEST(Rewrite, PragmasOfMacrosStandOnTheirOwnLine) {
+  const std::string full =
+      rewrite(tokens_of("kernel void k() { int x;\n#pragma unroll\n# 1 \"k.metal\"\nfor (;;) {} }"), {}).text;
+  EXPECT_TRUE(has(full, "\n#pragma unroll\n"));
 }
 
 TEST(Rewrite, UnbalancedText) {

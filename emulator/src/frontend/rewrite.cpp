@@ -14,6 +14,23 @@ namespace {
 
 using Kind = Declaration::Kind;
 
+// clang has no conversion between half and bfloat, Metal has.
+constexpr std::string_view kPrelude = R"(#include <metal_stdlib>
+namespace metal_emulator_rewrite {
+template <class T, class U>
+inline constexpr bool is_narrow_pair =
+    (__is_same(T, half) && __is_same(U, bfloat)) || (__is_same(T, bfloat) && __is_same(U, half));
+template <class T, class U>
+__attribute__((always_inline)) constexpr T cast(U&& value) {
+  if constexpr (is_narrow_pair<T, __remove_cvref(U)>) {
+    return static_cast<T>(static_cast<float>(value));
+  } else {
+    return static_cast<T>(static_cast<U&&>(value));
+  }
+}
+}  // namespace metal_emulator_rewrite
+)";
+
 struct Constant {
   std::string scope, name, index;
 };
@@ -57,7 +74,7 @@ class Rewriter {
     }
     check_wanted();
     RewriteResult result;
-    result.text = "#include <metal_stdlib>\n" + print(stream_) + table();
+    result.text = std::string(kPrelude) + print(stream_) + table();
     for (const KernelEntry& entry : entries_) {
       result.kernels.push_back(entry.host_name);
     }
@@ -306,7 +323,8 @@ class Rewriter {
   // Mutable, so that every dispatch can set it.
   void variable_specifiers(const Declaration& d) {
     for (size_t i = d.head; i < d.name; i++) {
-      if (tokens_[i].is("constant") || tokens_[i].is("const") || tokens_[i].is("static")) {
+      if (tokens_[i].is("constant") || tokens_[i].is("const") || tokens_[i].is("static") ||
+          tokens_[i].is("constexpr")) {
         tokens_[i].erased = true;
       }
     }

@@ -125,11 +125,23 @@ class SpaceEraser {
       }
     } else if (is_address_space(token.text)) {
       token.erased = true;
+    } else if (token.is("static_cast") && casts_to_value(at)) {
+      token.text = "::metal_emulator_rewrite::cast";
     } else if (
         token.is("threadgroup_imageblock") || token.is("ray_data") || token.is("object_data")) {
       throw CompileError(
           stream_.where(at) + ": error: address space " + token.text + " is not supported");
     }
+  }
+
+  bool casts_to_value(size_t at) const {
+    const size_t close = match_angle(stream_, at + 1);
+    for (size_t i = at; close != kNone && i < close; i++) {
+      if (tokens_[i].is("*") || tokens_[i].is("&")) {
+        return false;
+      }
+    }
+    return close != kNone;
   }
 
   bool beside_const(size_t at) const {

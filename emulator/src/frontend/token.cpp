@@ -265,12 +265,16 @@ std::string print(const TokenStream& stream) {
       continue;
     }
     const bool pragma = token.kind == TokenKind::pragma;
+    if (pragma && token.file == file && token.line == line && !out.ends_with('\n')) {
+      out += '\n';  // _Pragma in a macro: within a line of the text
+      line++;
+    }
     if (token.file != file || token.line < line || token.line > line + kMaxBlankLines) {
       out += "\n#line " + std::to_string(token.line) + " " + quote_path(stream.files[token.file]) +
              "\n";
     } else if (token.line > line) {
       out.append(static_cast<size_t>(token.line - line), '\n');
-    } else if (token.space_before || pragma) {
+    } else if (token.space_before) {
       out += ' ';
     }
     file = token.file;

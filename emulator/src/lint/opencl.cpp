@@ -79,6 +79,9 @@ class OpenClRewriter {
         if (depends) {
           unknown_.insert(tokens_[d.name].text);
           tokens_[d.head].before += "extern ";
+          for (size_t i = d.head; i < d.name; i++) {
+            tokens_[i].erased = tokens_[i].is("static") || tokens_[i].is("constexpr");
+          }
           for (size_t i = equals; i + 1 < d.end; i++) {
             tokens_[i].erased = true;
           }
