@@ -115,7 +115,8 @@ Hash text_hash(std::string_view text, const CompileOptions& options) {
   return hash;
 }
 
-// "<text hash>.name" holds the file name of the text's library: unchanged text needs no translation.
+// "<text hash>.name" holds the file name of the text's library: unchanged text needs no
+// translation.
 fs::path known_library(const fs::path& folder, const Hash& hash) {
   std::ifstream in(folder / (hash.hexadecimal() + ".name"));
   std::string name;
@@ -186,7 +187,9 @@ Library::Impl::~Impl() {
 
 Library::Library(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
 
-const std::vector<KernelInfo>& Library::kernels() const { return impl_->kernels; }
+const std::vector<KernelInfo>& Library::kernels() const {
+  return impl_->kernels;
+}
 
 const std::vector<FunctionConstantInfo>& Library::function_constants() const {
   return impl_->function_constants;
@@ -229,7 +232,9 @@ std::shared_ptr<const Library::Impl> load_impl(const fs::path& library) {
 
 }  // namespace
 
-Library load(const fs::path& library) { return Library(load_impl(library)); }
+Library load(const fs::path& library) {
+  return Library(load_impl(library));
+}
 
 Library compile(std::string_view text, const CompileOptions& options) {
   // One handle per process for equal text; libraries close when their last user goes.

@@ -54,9 +54,10 @@ std::string error_of(const std::string& text, const std::vector<std::string>& wa
 }
 
 testing::AssertionResult has(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos
-             ? testing::AssertionSuccess()
-             : testing::AssertionFailure() << "no \"" << part << "\" in:\n" << text;
+  return text.find(part) != std::string::npos ? testing::AssertionSuccess()
+                                              : testing::AssertionFailure()
+                                                    << "no \"" << part << "\" in:\n"
+                                                    << text;
 }
 
 TEST(Tokenizer, NumbersAndOperators) {
@@ -66,8 +67,22 @@ TEST(Tokenizer, NumbersAndOperators) {
     texts.push_back(t.text);
   }
   const std::vector<std::string> expected = {
-      "a", ">", ">=", "1.5e-3f", "+",  "0x1p-3", ">",       ">", "b",
-      "::", "c", "->", "d",      "<<=", "0x1F'00", ";"};
+      "a",
+      ">",
+      ">=",
+      "1.5e-3f",
+      "+",
+      "0x1p-3",
+      ">",
+      ">",
+      "b",
+      "::",
+      "c",
+      "->",
+      "d",
+      "<<=",
+      "0x1F'00",
+      ";"};
   EXPECT_EQ(texts, expected);
 }
 
@@ -83,7 +98,8 @@ TEST(Tokenizer, FollowsLineMarkers) {
 
 TEST(Tokenizer, DropsTheEmulatorsOwnHeaders) {
   const TokenStream s = tokenize(
-      "# 1 \"a.metal\"\nint x;\n# 1 \"/shim/metal_stdlib\" 1\n@@@ int y;\n# 2 \"a.metal\" 2\nint z;\n",
+      "# 1 \"a.metal\"\nint x;\n# 1 \"/shim/metal_stdlib\" 1\n@@@ int y;\n# 2 \"a.metal\" 2\nint "
+      "z;\n",
       {{"/shim/"}});
   EXPECT_EQ(join(s, 0, s.tokens.size()), "int x ; int z ;");
 }
@@ -119,8 +135,10 @@ TEST(Tokenizer, PrintKeepsLinesOfEveryToken) {
 
 TEST(Structure, FindsDeclarations) {
   const TokenStream s = tokens_of(
-      "namespace a { struct S : B<int> { S(int x) : y{x}, z(1) {} int y, z; bool operator<(S o) const "
-      "{ return y < o.y; } }; template <typename T, bool B = (sizeof(T) > 2)> T f(T x) { return x; } }"
+      "namespace a { struct S : B<int> { S(int x) : y{x}, z(1) {} int y, z; bool operator<(S o) "
+      "const "
+      "{ return y < o.y; } }; template <typename T, bool B = (sizeof(T) > 2)> T f(T x) { return x; "
+      "} }"
       "constant int table[2] = {1, 2}; enum class E { a, b }; using T = int; a::S s{1};");
   const std::vector<Declaration> d = parse_declarations(s);
   ASSERT_EQ(d.size(), 5u);
@@ -141,26 +159,29 @@ TEST(Structure, FindsDeclarations) {
 
 TEST(Structure, MatchesTemplateBracketsAroundComparisons) {
   EXPECT_TRUE(has(
-      rewritten("template <typename T, enable_if_t<sizeof(T) < 8, bool> = true> T f(T x) { return x; }"),
+      rewritten(
+          "template <typename T, enable_if_t<sizeof(T) < 8, bool> = true> T f(T x) { return x; }"),
       "sizeof(T) < 8, bool"));
 }
 
 TEST(Rewrite, KernelAttributeAndKeyword) {
   for (const char* spelling : {"[[kernel]] void", "kernel void"}) {
     const std::string text =
-        std::string(spelling) + " k(device float* y [[buffer(2)]], uint i [[thread_position_in_grid]]) {}";
+        std::string(spelling) +
+        " k(device float* y [[buffer(2)]], uint i [[thread_position_in_grid]]) {}";
     EXPECT_TRUE(has(rewritten(text), "static void k( float* y, uint i) {}"));
-    EXPECT_TRUE(has(
-        table(text),
-        "{{ArgKind::buffer, int32_t(2), false, false, nullptr, \"y\"}, "
-        "{ArgKind::thread_position_in_grid, int32_t(0), false, true, nullptr, \"i\"}, }"));
+    EXPECT_TRUE(
+        has(table(text),
+            "{{ArgKind::buffer, int32_t(2), false, false, nullptr, \"y\"}, "
+            "{ArgKind::thread_position_in_grid, int32_t(0), false, true, nullptr, \"i\"}, }"));
     EXPECT_TRUE(has(table(text), "{\"k\", thunk_0, args_0, 2}"));
   }
 }
 
 TEST(Rewrite, BufferIndicesAreImplicitWhereNotGiven) {
   const std::string t = table(
-      "kernel void k(device int* a, device int* b [[buffer(1)]], device int* c, constant int& d) {}");
+      "kernel void k(device int* a, device int* b [[buffer(1)]], device int* c, constant int& d) "
+      "{}");
   EXPECT_TRUE(has(t, "int32_t(0), false, false, nullptr, \"a\""));
   EXPECT_TRUE(has(t, "int32_t(1), false, false, nullptr, \"b\""));
   EXPECT_TRUE(has(t, "int32_t(2), false, false, nullptr, \"c\""));
@@ -181,32 +202,48 @@ TEST(Rewrite, ReadOnlyIsAConstPointee) {
 
 TEST(Rewrite, EveryBuiltInAttribute) {
   for (const char* name :
-       {"thread_position_in_grid", "thread_position_in_threadgroup", "threadgroup_position_in_grid",
-        "thread_index_in_threadgroup", "thread_index_in_simdgroup", "thread_index_in_quadgroup",
-        "simdgroup_index_in_threadgroup", "quadgroup_index_in_threadgroup",
-        "threads_per_threadgroup", "threadgroups_per_grid", "threads_per_grid",
-        "threads_per_simdgroup", "thread_execution_width", "simdgroups_per_threadgroup",
-        "quadgroups_per_threadgroup", "dispatch_threads_per_threadgroup",
-        "dispatch_simdgroups_per_threadgroup", "dispatch_quadgroups_per_threadgroup", "grid_origin",
+       {"thread_position_in_grid",
+        "thread_position_in_threadgroup",
+        "threadgroup_position_in_grid",
+        "thread_index_in_threadgroup",
+        "thread_index_in_simdgroup",
+        "thread_index_in_quadgroup",
+        "simdgroup_index_in_threadgroup",
+        "quadgroup_index_in_threadgroup",
+        "threads_per_threadgroup",
+        "threadgroups_per_grid",
+        "threads_per_grid",
+        "threads_per_simdgroup",
+        "thread_execution_width",
+        "simdgroups_per_threadgroup",
+        "quadgroups_per_threadgroup",
+        "dispatch_threads_per_threadgroup",
+        "dispatch_simdgroups_per_threadgroup",
+        "dispatch_quadgroups_per_threadgroup",
+        "grid_origin",
         "grid_size"}) {
-    EXPECT_TRUE(has(
-        table(std::string("kernel void k(ushort3 p [[") + name + "]]) {}"),
-        std::string("ArgKind::") + name));
+    EXPECT_TRUE(
+        has(table(std::string("kernel void k(ushort3 p [[") + name + "]]) {}"),
+            std::string("ArgKind::") + name));
   }
 }
 
 TEST(Rewrite, KernelArgumentsItCannotTake) {
-  EXPECT_TRUE(has(error_of("\nkernel void k(float* x) {}"),
-                  "k.metal:2: error: kernel k: parameter x has no address space"));
+  EXPECT_TRUE(
+      has(error_of("\nkernel void k(float* x) {}"),
+          "k.metal:2: error: kernel k: parameter x has no address space"));
   EXPECT_TRUE(has(error_of("kernel void k(uint i) {}"), "neither a buffer nor a built-in"));
   EXPECT_TRUE(has(error_of("kernel void k(texture2d<float> t [[texture(0)]]) {}"), "[[texture]]"));
   EXPECT_TRUE(has(error_of("kernel void k(device float* device* p) {}"), "pointers to pointers"));
-  EXPECT_TRUE(has(error_of("kernel void k(device int* a [[buffer(0)]], device int* b [[buffer(0)]]) {}"),
-                  "used twice"));
+  EXPECT_TRUE(
+      has(error_of("kernel void k(device int* a [[buffer(0)]], device int* b [[buffer(0)]]) {}"),
+          "used twice"));
   EXPECT_TRUE(has(error_of("kernel void k(threadgroup int* a) {}"), "lacks [[threadgroup(n)]]"));
   EXPECT_TRUE(has(error_of("kernel int k() { return 1; }"), "must return void"));
-  EXPECT_TRUE(has(error_of("vertex float4 v() { return 0; }"), "vertex functions are not supported"));
-  EXPECT_TRUE(has(error_of("kernel void k(uint i [[amplification_id]]) {}"), "[[amplification_id]]"));
+  EXPECT_TRUE(
+      has(error_of("vertex float4 v() { return 0; }"), "vertex functions are not supported"));
+  EXPECT_TRUE(
+      has(error_of("kernel void k(uint i [[amplification_id]]) {}"), "[[amplification_id]]"));
   EXPECT_TRUE(has(error_of("kernel void a() {} kernel void a(device int* x) {}"), "two kernels"));
 }
 
@@ -221,8 +258,10 @@ TEST(Rewrite, TemplatesWithHostName) {
   EXPECT_TRUE(has(r, "metal_emulator_kernel_0 = &f < half , 4 >;"));
   EXPECT_TRUE(has(r, "metal_emulator_kernel_1 = &f < float , ( 2 > 1 ) >;"));
   EXPECT_TRUE(has(r, "metal_emulator_kernel_2 = &f < float , 1 >;"));
-  EXPECT_TRUE(has(table(text), "{\"f_half\", thunk_0, args_0, 1}, {\"f_float\", thunk_1, args_0, 1}, "
-                               "{\"f_1\", thunk_2, args_0, 1}"));
+  EXPECT_TRUE(
+      has(table(text),
+          "{\"f_half\", thunk_0, args_0, 1}, {\"f_float\", thunk_1, args_0, 1}, "
+          "{\"f_1\", thunk_2, args_0, 1}"));
 }
 
 TEST(Rewrite, NamespacesAndUnknownTemplates) {
@@ -231,16 +270,19 @@ TEST(Rewrite, NamespacesAndUnknownTemplates) {
       "template [[host_name(\"f\")]] kernel void f<int>(device int*);\n kernel void g() {} } }";
   EXPECT_TRUE(has(table(text), "&::a::b::g"));
   EXPECT_TRUE(has(table(text), "::a::b::metal_emulator_kernel_"));
-  EXPECT_TRUE(has(error_of("template [[host_name(\"f\")]] kernel void f<int>(device int*);"),
-                  "no kernel template is named f"));
-  EXPECT_TRUE(has(error_of("template <typename T> kernel void f() {}\ntemplate kernel void f<int>();"),
-                  "k.metal:2: error: an instantiated kernel needs"));
+  EXPECT_TRUE(
+      has(error_of("template [[host_name(\"f\")]] kernel void f<int>(device int*);"),
+          "no kernel template is named f"));
+  EXPECT_TRUE(
+      has(error_of("template <typename T> kernel void f() {}\ntemplate kernel void f<int>();"),
+          "k.metal:2: error: an instantiated kernel needs"));
 }
 
 TEST(Rewrite, BuildsOnlyTheWantedKernels) {
   const std::string text =
       "kernel void a() {} kernel void b() {} template <int N> kernel void c() {}\n"
-      "template [[host_name(\"c1\")]] kernel void c<1>();\ntemplate [[host_name(\"c2\")]] kernel void "
+      "template [[host_name(\"c1\")]] kernel void c<1>();\ntemplate [[host_name(\"c2\")]] kernel "
+      "void "
       "c<2>();";
   const RewriteResult r = rewrite(tokens_of(text), {"b", "c2"});
   EXPECT_EQ(r.kernels, (std::vector<std::string>{"b", "c2"}));
@@ -262,18 +304,23 @@ TEST(Rewrite, FunctionConstants) {
   EXPECT_TRUE(has(r, "(has_bias__defined) ? has_bias : false"));
   EXPECT_TRUE(has(t, "false, &::has_bias, \"bias\""));
   EXPECT_TRUE(has(t, "false, &::b, \"x\""));
-  EXPECT_TRUE(has(t, "{int32_t(3), \"has_bias\", &::has_bias, sizeof(::has_bias), &::has_bias__defined}"));
+  EXPECT_TRUE(
+      has(t, "{int32_t(3), \"has_bias\", &::has_bias, sizeof(::has_bias), &::has_bias__defined}"));
   EXPECT_TRUE(has(t, "constants_changed() { ::n2__update(); ::b__update(); }"));
-  EXPECT_TRUE(has(error_of("kernel void k(device int* x [[function_constant(y)]]) {}"),
-                  "names no function constant"));
-  EXPECT_TRUE(has(error_of("bool y [[function_constant(0)]];"), "must be an uninitialised constant"));
-  EXPECT_TRUE(has(error_of("constant int n [[function_constant(0)]]; constant int t[2] = {n, 1};"),
-                  "only scalars and vectors"));
+  EXPECT_TRUE(
+      has(error_of("kernel void k(device int* x [[function_constant(y)]]) {}"),
+          "names no function constant"));
+  EXPECT_TRUE(
+      has(error_of("bool y [[function_constant(0)]];"), "must be an uninitialised constant"));
+  EXPECT_TRUE(
+      has(error_of("constant int n [[function_constant(0)]]; constant int t[2] = {n, 1};"),
+          "only scalars and vectors"));
 }
 
 TEST(Rewrite, ConstexprFunctionConstants) {
-  EXPECT_TRUE(has(rewritten("static constant constexpr const bool f [[function_constant(0)]];"),
-                  "static bool f; static bool f__defined;"));
+  EXPECT_TRUE(
+      has(rewritten("static constant constexpr const bool f [[function_constant(0)]];"),
+          "static bool f; static bool f__defined;"));
 }
 
 TEST(Rewrite, ThreadgroupVariables) {
@@ -285,9 +332,11 @@ TEST(Rewrite, ThreadgroupVariables) {
       "  { threadgroup struct S e; }\n"
       "  float threadgroup f;\n"
       "}");
-  EXPECT_TRUE(has(r, "typedef T a__tg_type[N][2], b__tg_type; static "
-                     "::metal_emulator::abi::ThreadgroupSlot a__tg_slot; auto& a = "
-                     "::metal_emulator::glue::tgvar<a__tg_type>(a__tg_slot);"));
+  EXPECT_TRUE(
+      has(r,
+          "typedef T a__tg_type[N][2], b__tg_type; static "
+          "::metal_emulator::abi::ThreadgroupSlot a__tg_slot; auto& a = "
+          "::metal_emulator::glue::tgvar<a__tg_type>(a__tg_slot);"));
   EXPECT_TRUE(has(r, "auto& b = ::metal_emulator::glue::tgvar<b__tg_type>(b__tg_slot);"));
   EXPECT_TRUE(has(r, "typedef metal::vec<T, 4> c__tg_type[4];"));
   EXPECT_TRUE(has(r, "typedef __attribute__((aligned(16))) half d__tg_type[8];"));
@@ -297,8 +346,10 @@ TEST(Rewrite, ThreadgroupVariables) {
 
 TEST(Rewrite, InitialisedThreadgroupVariables) {
   const std::string r = rewritten("kernel void k() { threadgroup float a[2] = {1.0, 2}, b = 0; }");
-  EXPECT_TRUE(has(r, "a__tg_type a__tg_init = { 1.0f , 2 }; "
-                     "::metal_emulator::glue::tginit(a__tg_slot, a, a__tg_init);"));
+  EXPECT_TRUE(
+      has(r,
+          "a__tg_type a__tg_init = { 1.0f , 2 }; "
+          "::metal_emulator::glue::tginit(a__tg_slot, a, a__tg_init);"));
   EXPECT_TRUE(has(r, "b__tg_type b__tg_init = 0;"));
 }
 
@@ -306,16 +357,19 @@ TEST(Rewrite, ThreadgroupPointersAreNotVariables) {
   const std::string r = rewritten(
       "kernel void k(threadgroup float* t [[threadgroup(0)]]) { threadgroup float* p = t; "
       "threadgroup float& q = *p; threadgroup float* const s = p; *(threadgroup float4*)p = 1; "
-      "using tp = threadgroup float*; threadgroup float (*m)[4] = nullptr; f<threadgroup float*>(p); "
+      "using tp = threadgroup float*; threadgroup float (*m)[4] = nullptr; f<threadgroup "
+      "float*>(p); "
       "threadgroup const vec<half, 4>* v = (const threadgroup vec<half, 4>*)p; }");
   EXPECT_FALSE(has(r, "tgvar"));
   EXPECT_FALSE(has(r, "threadgroup"));
 }
 
 TEST(Rewrite, ThreadgroupDeclarationsItDoesNotUnderstand) {
-  EXPECT_TRUE(has(error_of("threadgroup float x[4];"), "threadgroup variable x outside a function"));
-  EXPECT_TRUE(has(error_of("kernel void k() {\n threadgroup float x(1); }"),
-                  "k.metal:2: error: threadgroup declaration that is not understood"));
+  EXPECT_TRUE(
+      has(error_of("threadgroup float x[4];"), "threadgroup variable x outside a function"));
+  EXPECT_TRUE(
+      has(error_of("kernel void k() {\n threadgroup float x(1); }"),
+          "k.metal:2: error: threadgroup declaration that is not understood"));
   EXPECT_TRUE(has(error_of("kernel void k() { threadgroup float x, *p; }"), "not understood"));
   EXPECT_TRUE(has(error_of("struct S { threadgroup float x; };"), "outside a function"));
   EXPECT_EQ(error_of("struct S { threadgroup float* x; };"), "accepted");
@@ -323,11 +377,13 @@ TEST(Rewrite, ThreadgroupDeclarationsItDoesNotUnderstand) {
 
 TEST(Rewrite, AddressSpaces) {
   const std::string r = rewritten(
-      "struct S { float x; S(float a) constant : x(a) {} float get() const constant { return x; } };\n"
+      "struct S { float x; S(float a) constant : x(a) {} float get() const constant { return x; } "
+      "};\n"
       "float f(const device float* a, constant float* b, const constant float& c, thread int& d) { "
       "return *(const device float*)a; }\n"
       "constant float table[2] = {1, 2}; constant constexpr int n = 3;\n"
-      "template <typename T> struct L { static const constant T max = T(1); static constexpr constant T "
+      "template <typename T> struct L { static const constant T max = T(1); static constexpr "
+      "constant T "
       "min = T(0); };");
   EXPECT_TRUE(has(r, "S(float a) : x(a) {} float get() const { return x; }"));
   EXPECT_TRUE(has(r, "float f(const float* a, const float* b, const float& c, int& d)"));
@@ -341,15 +397,16 @@ TEST(Rewrite, AddressSpaces) {
 TEST(Rewrite, OverloadsThatDifferInAddressSpaces) {
   const std::string r = rewritten(
       "float f(device float* p) { return *p; }\nfloat f(threadgroup float* p) { return *p; }\n"
-      "template <typename T> struct E {}; template <typename T> struct E<device T*> { typedef T type; };\n"
+      "template <typename T> struct E {}; template <typename T> struct E<device T*> { typedef T "
+      "type; };\n"
       "template <typename T> struct E<threadgroup T*> { typedef T type; };\n"
       "struct S { S() thread = default; S() threadgroup = default; };");
   EXPECT_EQ(r.find("float f("), r.rfind("float f("));
   EXPECT_EQ(r.find("struct E< T*>"), r.rfind("struct E< T*>"));
   EXPECT_EQ(r.find("S() = default"), r.rfind("S() = default"));
-  EXPECT_TRUE(has(
-      error_of("int f(device int* p) { return 1; }\nint f(threadgroup int* p) { return 2; }"),
-      "k.metal:2: error: functions that differ in address spaces only must have equal bodies"));
+  EXPECT_TRUE(
+      has(error_of("int f(device int* p) { return 1; }\nint f(threadgroup int* p) { return 2; }"),
+          "k.metal:2: error: functions that differ in address spaces only must have equal bodies"));
 }
 
 TEST(Rewrite, SameNamesInDifferentScopesStay) {
@@ -373,21 +430,26 @@ TEST(Rewrite, Literals) {
 
 TEST(Rewrite, Attributes) {
   const std::string r = rewritten(
-      "[[max_total_threads_per_threadgroup(256)]] kernel void k() { [[maybe_unused]] int x = a[b[1]]; }");
+      "[[max_total_threads_per_threadgroup(256)]] kernel void k() { [[maybe_unused]] int x = "
+      "a[b[1]]; }");
   EXPECT_TRUE(has(r, "static void k() { [[maybe_unused]] int x = a[b[1]]; }"));
-  EXPECT_TRUE(has(error_of("struct S { device float* p [[id(0)]]; };"),
-                  "k.metal:1: error: attribute [[id]] is not supported"));
+  EXPECT_TRUE(
+      has(error_of("struct S { device float* p [[id(0)]]; };"),
+          "k.metal:1: error: attribute [[id]] is not supported"));
 }
 
 TEST(Rewrite, PragmasKeepTheirLine) {
-  const std::string full = rewrite(
-      tokens_of("kernel void k() {\n#pragma clang loop unroll(full)\n  for (;;) {}\n}"), {}).text;
+  const std::string full =
+      rewrite(tokens_of("kernel void k() {\n#pragma clang loop unroll(full)\n  for (;;) {}\n}"), {})
+          .text;
   EXPECT_TRUE(has(full, "#pragma clang loop unroll(full)\n"));
 }
 
 TEST(Rewrite, PragmasOfMacrosStandOnTheirOwnLine) {
   const std::string full =
-      rewrite(tokens_of("kernel void k() { int x;\n#pragma unroll\n# 1 \"k.metal\"\nfor (;;) {} }"), {}).text;
+      rewrite(
+          tokens_of("kernel void k() { int x;\n#pragma unroll\n# 1 \"k.metal\"\nfor (;;) {} }"), {})
+          .text;
   EXPECT_TRUE(has(full, "\n#pragma unroll\n"));
 }
 

@@ -21,7 +21,8 @@ namespace {
 namespace fs = std::filesystem;
 using namespace metal_emulator;
 
-constexpr const char* kHelp = R"(metal-emulate: compile, check and run Metal compute kernels on a CPU
+constexpr const char* kHelp =
+    R"(metal-emulate: compile, check and run Metal compute kernels on a CPU
 
   metal-emulate compile FILE.metal -o LIBRARY [options]   build a library of kernels
   metal-emulate lint FILE.metal [options]                 only what Apple's compiler would refuse
@@ -172,11 +173,21 @@ struct Arguments {
 
 Arguments parse(int argc, char** argv) {
   static const std::map<std::string, bool> known = {
-      {"-o", true},          {"-I", true},         {"-D", true},
-      {"--kernel", true},    {"--no-lint", false}, {"--depfile", true},
-      {"--buffer", true},    {"--save", true},     {"--grid", true},
-      {"--threadgroup", true}, {"--threadgroup-memory", true}, {"--constant", true},
-      {"--no-checks", false}, {"--reverse", false}, {"--json", false}};
+      {"-o", true},
+      {"-I", true},
+      {"-D", true},
+      {"--kernel", true},
+      {"--no-lint", false},
+      {"--depfile", true},
+      {"--buffer", true},
+      {"--save", true},
+      {"--grid", true},
+      {"--threadgroup", true},
+      {"--threadgroup-memory", true},
+      {"--constant", true},
+      {"--no-checks", false},
+      {"--reverse", false},
+      {"--json", false}};
   Arguments out;
   for (int i = 2; i < argc; i++) {
     std::string word = argv[i];
@@ -256,8 +267,7 @@ int compile_command(const Arguments& arguments) {
 int lint_command(const Arguments& arguments) {
   need(arguments, 1, "lint FILE.metal");
   const std::string& file = arguments.positional[0];
-  const std::vector<std::string> messages =
-      lint(read_file(file), compile_options(arguments, file));
+  const std::vector<std::string> messages = lint(read_file(file), compile_options(arguments, file));
   for (const std::string& message : messages) {
     std::printf("%s\n", message.c_str());
   }
@@ -289,8 +299,10 @@ int list_command(const Arguments& arguments) {
       if (a.kind != ArgumentInfo::Kind::built_in) {
         std::printf(
             "  %s(%d) %s%s\n",
-            a.kind == ArgumentInfo::Kind::buffer ? "buffer" : "threadgroup", a.index,
-            a.name.c_str(), a.read_only ? " (read only)" : "");
+            a.kind == ArgumentInfo::Kind::buffer ? "buffer" : "threadgroup",
+            a.index,
+            a.name.c_str(),
+            a.read_only ? " (read only)" : "");
       }
     }
   }
@@ -415,20 +427,27 @@ void print_json(const std::string& kernel, const Report& report) {
     std::printf(
         "%s{\"index\": %d, \"read_bytes\": %llu, \"unique_read_bytes\": %llu, "
         "\"written_bytes\": %llu, \"unique_written_bytes\": %llu}",
-        comma, b.index, static_cast<unsigned long long>(b.read_bytes),
+        comma,
+        b.index,
+        static_cast<unsigned long long>(b.read_bytes),
         static_cast<unsigned long long>(b.unique_read_bytes),
         static_cast<unsigned long long>(b.written_bytes),
         static_cast<unsigned long long>(b.unique_written_bytes));
     comma = ", ";
   }
-  std::printf("]}, \"finding_count\": %llu, \"findings\": [",
-              static_cast<unsigned long long>(report.finding_count));
+  std::printf(
+      "]}, \"finding_count\": %llu, \"findings\": [",
+      static_cast<unsigned long long>(report.finding_count));
   comma = "";
   for (const Finding& f : report.findings) {
     std::printf(
-        "%s{\"kind\": \"%s\", \"file\": %s, \"line\": %d, \"count\": %llu, \"text\": %s}", comma,
-        std::string(finding_name(f.kind)).c_str(), json(f.file).c_str(), f.line,
-        static_cast<unsigned long long>(f.count), json(f.text).c_str());
+        "%s{\"kind\": \"%s\", \"file\": %s, \"line\": %d, \"count\": %llu, \"text\": %s}",
+        comma,
+        std::string(finding_name(f.kind)).c_str(),
+        json(f.file).c_str(),
+        f.line,
+        static_cast<unsigned long long>(f.count),
+        json(f.text).c_str());
     comma = ", ";
   }
   std::printf("]}\n");
@@ -440,7 +459,8 @@ void print_text(const Report& report) {
   }
   for (const BufferCounters& b : report.counters.buffers) {
     std::printf(
-        "buffer %-2d read %llu bytes (%llu unique), wrote %llu bytes (%llu unique)\n", b.index,
+        "buffer %-2d read %llu bytes (%llu unique), wrote %llu bytes (%llu unique)\n",
+        b.index,
         static_cast<unsigned long long>(b.read_bytes),
         static_cast<unsigned long long>(b.unique_read_bytes),
         static_cast<unsigned long long>(b.written_bytes),
@@ -448,8 +468,11 @@ void print_text(const Report& report) {
   }
   for (const Finding& f : report.findings) {
     std::printf(
-        "%s:%d: %s: %s (%llu times)\n", f.file.c_str(), f.line,
-        std::string(finding_name(f.kind)).c_str(), f.text.c_str(),
+        "%s:%d: %s: %s (%llu times)\n",
+        f.file.c_str(),
+        f.line,
+        std::string(finding_name(f.kind)).c_str(),
+        f.text.c_str(),
         static_cast<unsigned long long>(f.count));
   }
   std::printf("%llu findings\n", static_cast<unsigned long long>(report.finding_count));
@@ -468,9 +491,10 @@ int run_command(const Arguments& arguments) {
   for (const auto& [key, value] : arguments.options) {
     if (key == "--save") {
       const size_t equals = value.find('=');
-      const auto found = equals == std::string::npos
-                             ? prepared.memory.end()
-                             : prepared.memory.find(static_cast<int>(number(value.substr(0, equals))));
+      const auto found =
+          equals == std::string::npos
+              ? prepared.memory.end()
+              : prepared.memory.find(static_cast<int>(number(value.substr(0, equals))));
       if (found == prepared.memory.end()) {
         throw UsageError("--save takes N=PATH of a bound buffer");
       }
@@ -487,8 +511,11 @@ int command(int argc, char** argv) {
     return 0;
   }
   const std::map<std::string, int (*)(const Arguments&)> commands = {
-      {"compile", compile_command}, {"lint", lint_command}, {"rewrite", rewrite_command},
-      {"list", list_command},       {"run", run_command}};
+      {"compile", compile_command},
+      {"lint", lint_command},
+      {"rewrite", rewrite_command},
+      {"list", list_command},
+      {"run", run_command}};
   const auto found = commands.find(name);
   if (found == commands.end()) {
     throw UsageError(name.empty() ? "no command" : "unknown command '" + name + "'");

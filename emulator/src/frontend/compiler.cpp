@@ -70,8 +70,10 @@ std::string errors_of(const std::string& messages) {
 }
 
 #if defined(__x86_64__)
-bool has_v3() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2"); }
+bool has_v3() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+}
 #endif
 
 }  // namespace
@@ -127,8 +129,7 @@ TokenStream preprocess(
   }
   arguments.push_back("-I" + how.headers.string());
   if (!how.always_included.empty()) {
-    arguments.insert(
-        arguments.end(), {"-include", (how.headers / how.always_included).string()});
+    arguments.insert(arguments.end(), {"-include", (how.headers / how.always_included).string()});
   }
   arguments.push_back(input.string());
   const ProcessResult result = run_compiler(arguments);
@@ -155,21 +156,48 @@ Translation translate(std::string_view text, const CompileOptions& options) {
 
 std::vector<std::string> code_flags() {
   std::vector<std::string> flags = {
-      "-x", "c++", "-std=c++17", "-O2", "-fPIC", "-w", "-ferror-limit=20",
-      "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing",
+      "-x",
+      "c++",
+      "-std=c++17",
+      "-O2",
+      "-fPIC",
+      "-w",
+      "-ferror-limit=20",
+      "-fvisibility=hidden",
+      "-fno-exceptions",
+      "-fno-rtti",
+      "-fno-strict-aliasing",
       // The kernel's own fma() fuses; nothing else does, so that results do not depend on the CPU.
-      "-ffp-contract=off", "-Xclang", "-ffloat16-excess-precision=none", "-Xclang",
-      "-fbfloat16-excess-precision=none", "-fwrapv", "-fdebug-compilation-dir=.",
+      "-ffp-contract=off",
+      "-Xclang",
+      "-ffloat16-excess-precision=none",
+      "-Xclang",
+      "-fbfloat16-excess-precision=none",
+      "-fwrapv",
+      "-fdebug-compilation-dir=.",
       // One access in the text is one access in the counters.
-      "-fno-vectorize", "-fno-slp-vectorize", "-fconvergent-functions",
-      "-fno-optimize-sibling-calls", "-fno-threadsafe-statics",
-      "-gline-tables-only", "-gdwarf-4",
+      "-fno-vectorize",
+      "-fno-slp-vectorize",
+      "-fconvergent-functions",
+      "-fno-optimize-sibling-calls",
+      "-fno-threadsafe-statics",
+      "-gline-tables-only",
+      "-gdwarf-4",
       // ThreadSanitizer's instrumentation, but the emulator's own hooks.
-      "-fsanitize=thread", "-mllvm", "-tsan-instrument-read-before-write=1", "-mllvm",
-      "-tsan-instrument-atomics=0", "-mllvm", "-tsan-instrument-func-entry-exit=1",
+      "-fsanitize=thread",
+      "-mllvm",
+      "-tsan-instrument-read-before-write=1",
+      "-mllvm",
+      "-tsan-instrument-atomics=0",
+      "-mllvm",
+      "-tsan-instrument-func-entry-exit=1",
       "-fsanitize=alignment,bounds,integer-divide-by-zero,shift-exponent",
       "-fsanitize-recover=alignment,bounds,integer-divide-by-zero,shift-exponent",
-      "-fno-sanitize-link-runtime", "-shared", "-nostdlib++", "-Wl,-Bsymbolic", "-Wl,-z,defs"};
+      "-fno-sanitize-link-runtime",
+      "-shared",
+      "-nostdlib++",
+      "-Wl,-Bsymbolic",
+      "-Wl,-z,defs"};
 #if defined(__x86_64__)
   if (has_v3()) {
     flags.push_back("-march=x86-64-v3");  // F16C: half ↔ float in one instruction
@@ -194,8 +222,8 @@ void build(const Translation& translation, const fs::path& library) {
   }
   // rename() is atomic within a file system: readers see no library or the whole one.
   fs::create_directories(library.has_parent_path() ? library.parent_path() : fs::path("."));
-  const fs::path beside = library.string() + "." + std::to_string(getpid()) + "." +
-                          folder.path().filename().string();
+  const fs::path beside =
+      library.string() + "." + std::to_string(getpid()) + "." + folder.path().filename().string();
   fs::copy_file(built, beside, fs::copy_options::overwrite_existing);
   fs::rename(beside, library);
 }

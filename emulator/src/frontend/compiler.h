@@ -35,12 +35,11 @@ std::string compiler();
 
 /// Text after preprocessing with clang `-E`, as tokens of the user's files.
 struct Preprocess {
-  std::vector<std::string> flags;         ///< language and target
-  std::filesystem::path headers;          ///< folder of the library headers
-  std::string always_included;            ///< header of that folder, before the text; may be empty
+  std::vector<std::string> flags;  ///< language and target
+  std::filesystem::path headers;   ///< folder of the library headers
+  std::string always_included;     ///< header of that folder, before the text; may be empty
 };
-TokenStream preprocess(
-    std::string_view text, const CompileOptions& options, const Preprocess& how);
+TokenStream preprocess(std::string_view text, const CompileOptions& options, const Preprocess& how);
 
 struct Translation {
   std::string text;                  ///< C++

@@ -71,7 +71,9 @@ class DuplicateEraser {
   }
 
   void once(
-      const std::string& key, const Declaration& d, const std::string& body,
+      const std::string& key,
+      const Declaration& d,
+      const std::string& body,
       const std::string& what) {
     auto [found, fresh] = seen_.try_emplace(key, First{d.begin, body});
     if (fresh) {

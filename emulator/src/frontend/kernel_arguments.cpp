@@ -95,8 +95,7 @@ class ArgumentParser {
  public:
   ArgumentParser(const TokenStream& stream, const Declaration& kernel)
       : stream_(stream), kernel_(stream.tokens[kernel.name].text) {
-    for (auto [begin, end] :
-         split_commas(stream, kernel.params_open + 1, kernel.params_close)) {
+    for (auto [begin, end] : split_commas(stream, kernel.params_open + 1, kernel.params_close)) {
       parameters_.push_back(split(stream, begin, end));
     }
     for (const Parameter& p : parameters_) {
@@ -121,8 +120,7 @@ class ArgumentParser {
 
  private:
   [[noreturn]] void fail(const Parameter& p, const std::string& message) const {
-    throw CompileError(
-        stream_.where(p.begin) + ": error: kernel " + kernel_ + ": " + message);
+    throw CompileError(stream_.where(p.begin) + ": error: kernel " + kernel_ + ": " + message);
   }
 
   static const Attribute* find(const Parameter& p, std::string_view name) {

@@ -78,8 +78,7 @@ ProcessResult run_process(const std::vector<std::string>& arguments) {
   posix_spawn_file_actions_adddup2(&files.actions, out.write_end, 1);
   posix_spawn_file_actions_adddup2(&files.actions, err.write_end, 2);
   pid_t child = 0;
-  const int code =
-      posix_spawnp(&child, argv[0], &files.actions, nullptr, argv.data(), environ);
+  const int code = posix_spawnp(&child, argv[0], &files.actions, nullptr, argv.data(), environ);
   if (code != 0) {
     fail(code, arguments[0]);
   }

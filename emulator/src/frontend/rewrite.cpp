@@ -129,7 +129,8 @@ class Rewriter {
         fail(a.token, "[[" + a.name + "]] functions are not supported: compute kernels only");
       }
     }
-    if (d.kind == Kind::function && (tokens_[d.head].is("vertex") || tokens_[d.head].is("fragment"))) {
+    if (d.kind == Kind::function &&
+        (tokens_[d.head].is("vertex") || tokens_[d.head].is("fragment"))) {
       fail(d.head, tokens_[d.head].text + " functions are not supported: compute kernels only");
     }
   }
@@ -308,7 +309,9 @@ class Rewriter {
   void function_constant(const Declaration& d, bool constant, size_t equals) {
     const std::string name = tokens_[d.name].text;
     if (!constant || equals != kNone || d.in_class) {
-      fail(d.begin, "function constant " + name + " must be an uninitialised constant at program scope");
+      fail(
+          d.begin,
+          "function constant " + name + " must be an uninitialised constant at program scope");
     }
     for (const Attribute& a : d.attributes) {
       if (a.name == "function_constant") {
@@ -433,8 +436,8 @@ class Rewriter {
     for (size_t i = 0; i < entries_.size(); i++) {
       const KernelEntry& e = entries_[i];
       const std::string id = std::to_string(i), args = "args_" + std::to_string(e.function);
-      out += "METAL_EMULATOR_RAW void thunk_" + id + "(const Context& context) { glue::call(" + e.pointer + ", " + args +
-             ", context); }\n";
+      out += "METAL_EMULATOR_RAW void thunk_" + id + "(const Context& context) { glue::call(" +
+             e.pointer + ", " + args + ", context); }\n";
       kernels += "{\"" + e.host_name + "\", thunk_" + id + ", " + args + ", " +
                  std::to_string(functions_[e.function].arguments.size()) + "}, ";
     }
@@ -447,14 +450,15 @@ class Rewriter {
       updates += "::" + d.scope + d.name + "__update(); ";
     }
     // A sentinel keeps the arrays from being empty.
-    out += "const Kernel kernels[] = {" + kernels + "{nullptr, nullptr, nullptr, 0}};\n" +
-           "const FunctionConstant constants[] = {" + constants +
-           "{0, nullptr, nullptr, 0, nullptr}};\n" + "METAL_EMULATOR_RAW void constants_changed() { " + updates + "}\n" +
-           "const Library library = {kVersion, kernels, " + std::to_string(entries_.size()) +
-           ", constants, " + std::to_string(constants_.size()) +
-           ", &set_hooks, &constants_changed, kShimDirectory};\n}}}\n" +
-           "extern \"C\" __attribute__((visibility(\"default\"))) const metal_emulator::abi::Library* "
-           "metal_emulator_library() { return &metal_emulator::abi::library; }\n";
+    out +=
+        "const Kernel kernels[] = {" + kernels + "{nullptr, nullptr, nullptr, 0}};\n" +
+        "const FunctionConstant constants[] = {" + constants +
+        "{0, nullptr, nullptr, 0, nullptr}};\n" + "METAL_EMULATOR_RAW void constants_changed() { " +
+        updates + "}\n" + "const Library library = {kVersion, kernels, " +
+        std::to_string(entries_.size()) + ", constants, " + std::to_string(constants_.size()) +
+        ", &set_hooks, &constants_changed, kShimDirectory};\n}}}\n" +
+        "extern \"C\" __attribute__((visibility(\"default\"))) const metal_emulator::abi::Library* "
+        "metal_emulator_library() { return &metal_emulator::abi::library; }\n";
     return out;
   }
 

@@ -15,17 +15,17 @@
 namespace metal_emulator::frontend {
 
 struct KernelArgument {
-  std::string kind;          ///< enumerator of abi::ArgKind
-  std::string index = "0";   ///< of the buffer or threadgroup memory: an integer expression
+  std::string kind;         ///< enumerator of abi::ArgKind
+  std::string index = "0";  ///< of the buffer or threadgroup memory: an integer expression
   bool is_constant = false;
   bool read_only = false;
-  std::string enable;        ///< qualified name of a function constant; empty: always there
+  std::string enable;  ///< qualified name of a function constant; empty: always there
   std::string name;
 };
 
 struct KernelFunction {
-  std::string scope, name;   ///< scope ends in "::" or is empty
-  std::string host_name;     ///< without instantiation
+  std::string scope, name;  ///< scope ends in "::" or is empty
+  std::string host_name;    ///< without instantiation
   bool is_template = false;
   std::vector<KernelArgument> arguments;
   size_t declaration_begin = 0;
@@ -34,8 +34,8 @@ struct KernelFunction {
 /// One entry of the library: a kernel, or an instantiation of a template.
 struct KernelEntry {
   std::string host_name;
-  size_t function = 0;       ///< index into the kernel functions
-  std::string pointer;       ///< expression that names the function, from the global scope
+  size_t function = 0;  ///< index into the kernel functions
+  std::string pointer;  ///< expression that names the function, from the global scope
 };
 
 struct RewriteResult {

@@ -195,10 +195,9 @@ bool ends_with_letters(const std::string& text, std::string_view lower) {
 void literal(const TokenStream& stream, size_t index, Token& token) {
   std::string& text = token.text;
   const bool hexadecimal = text.size() > 1 && (text[1] == 'x' || text[1] == 'X');
-  const bool floating = hexadecimal
-                            ? text.find_first_of("pP") != std::string::npos
-                            : text.find('.') != std::string::npos ||
-                                  text.find_first_of("eE") != std::string::npos;
+  const bool floating = hexadecimal ? text.find_first_of("pP") != std::string::npos
+                                    : text.find('.') != std::string::npos ||
+                                          text.find_first_of("eE") != std::string::npos;
   if (!floating) {
     // 1h and 1f are not literals in Metal either; clang says so.
     return;

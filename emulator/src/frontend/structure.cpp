@@ -45,8 +45,7 @@ class Parser {
       } else if (token.is("}")) {
         fail(at, "unexpected }");
       } else if (
-          (token.is("public") || token.is("private") || token.is("protected")) &&
-          is(at + 1, ":")) {
+          (token.is("public") || token.is("private") || token.is("protected")) && is(at + 1, ":")) {
         at += 2;
       } else {
         Declaration declaration;
@@ -258,8 +257,8 @@ class Parser {
     const bool enumeration = tokens_[class_key].is("enum");
     d.kind = enumeration ? Kind::enumeration : Kind::class_type;
     size_t at = class_key + 1;
-    while (at < open && (is_attribute(stream_, at) || is(at, "__attribute__") || is(at, "alignas") ||
-                         is(at, "class") || is(at, "struct"))) {
+    while (at < open && (is_attribute(stream_, at) || is(at, "__attribute__") ||
+                         is(at, "alignas") || is(at, "class") || is(at, "struct"))) {
       if (is_attribute(stream_, at)) {
         parse_attributes(stream_, at, &at);
       } else {
@@ -407,8 +406,7 @@ size_t match_angle(const TokenStream& stream, size_t open) {
       if (--depth == 0) {
         return i;
       }
-    } else if (
-        token.is(";") || token.is("{") || token.is("}") || token.is(")") || token.is("]")) {
+    } else if (token.is(";") || token.is("{") || token.is("}") || token.is(")") || token.is("]")) {
       return kNone;
     }
     i++;

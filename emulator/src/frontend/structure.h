@@ -1,8 +1,9 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// The declarations of a translation unit, found from tokens alone: enough structure to tell a kernel
-// from a function, a threadgroup variable from a cast, and a namespace's scope from a class's.
+// The declarations of a translation unit, found from tokens alone: enough structure to tell a
+// kernel from a function, a threadgroup variable from a cast, and a namespace's scope from a
+// class's.
 #pragma once
 
 #include <string>
@@ -24,15 +25,15 @@ struct Attribute {
 struct Declaration {
   enum class Kind { name_space, class_type, enumeration, function, variable, instantiation, other };
   Kind kind = Kind::other;
-  size_t begin = 0, end = 0;      ///< tokens [begin, end), with the closing `;` or `}`
-  size_t head = 0;                ///< first token after template<...> prefixes
-  size_t name = kNone;            ///< the declared name; of a function, before its parameters
+  size_t begin = 0, end = 0;  ///< tokens [begin, end), with the closing `;` or `}`
+  size_t head = 0;            ///< first token after template<...> prefixes
+  size_t name = kNone;        ///< the declared name; of a function, before its parameters
   size_t params_open = kNone, params_close = kNone;
-  size_t head_end = kNone;        ///< where the body, `:` of a constructor or `;` begins
+  size_t head_end = kNone;  ///< where the body, `:` of a constructor or `;` begins
   size_t body_open = kNone, body_close = kNone;
-  bool is_template = false;       ///< has a non-empty template<...> prefix
+  bool is_template = false;  ///< has a non-empty template<...> prefix
   bool in_class = false;
-  std::string scope;              ///< "a::b::" around it; classes count
+  std::string scope;                  ///< "a::b::" around it; classes count
   std::vector<Attribute> attributes;  ///< those before the name, and after a variable's name
   std::vector<Declaration> members;   ///< of a namespace or class
 

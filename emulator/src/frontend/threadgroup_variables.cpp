@@ -3,7 +3,8 @@
 //
 //   threadgroup half t[64], u;
 // becomes
-//   typedef half t__tg_type[64], u__tg_type; static ThreadgroupSlot t__tg_slot; auto& t = tgvar<…>(…); …
+//   typedef half t__tg_type[64], u__tg_type; static ThreadgroupSlot t__tg_slot; auto& t =
+//   tgvar<…>(…); …
 // A typedef takes the same declarators, so that arrays of any dimension need no parsing.
 #include <array>
 
@@ -61,8 +62,7 @@ class ThreadgroupRewriter {
         return kNone;
       }
     }
-    return tokens_[start].is("using") || tokens_[start].is("typedef") ||
-                   tokens_[start].is("return")
+    return tokens_[start].is("using") || tokens_[start].is("typedef") || tokens_[start].is("return")
                ? kNone
                : start;
   }
@@ -105,9 +105,9 @@ class ThreadgroupRewriter {
         at++;
       }
     }
-    const bool pointer = tokens_[at].is("*") || tokens_[at].is("&") ||
-                         (tokens_[at].is("(") &&
-                          (tokens_[at + 1].is("*") || tokens_[at + 1].is("&")));
+    const bool pointer =
+        tokens_[at].is("*") || tokens_[at].is("&") ||
+        (tokens_[at].is("(") && (tokens_[at + 1].is("*") || tokens_[at + 1].is("&")));
     if (pointer) {
       return keyword;
     }
@@ -138,10 +138,10 @@ class ThreadgroupRewriter {
   size_t variables(size_t start, size_t keyword, size_t first_name) {
     size_t semicolon = first_name;
     while (!tokens_[semicolon].is(";")) {
-      semicolon = tokens_[semicolon].is("(") || tokens_[semicolon].is("[") ||
-                          tokens_[semicolon].is("{")
-                      ? match_bracket(stream_, semicolon) + 1
-                      : semicolon + 1;
+      semicolon =
+          tokens_[semicolon].is("(") || tokens_[semicolon].is("[") || tokens_[semicolon].is("{")
+              ? match_bracket(stream_, semicolon) + 1
+              : semicolon + 1;
       if (semicolon >= tokens_.size()) {
         fail(keyword, "threadgroup declaration without its ;");
       }
@@ -180,8 +180,8 @@ class ThreadgroupRewriter {
     while (at < end && tokens_[at].is("[")) {
       at = match_bracket(stream_, at) + 1;
     }
-    std::string out = " static " + std::string(kAbi) + "ThreadgroupSlot " + slot + "; auto& " + name +
-                      " = " + std::string(kGlue) + "tgvar<" + type + ">(" + slot + ");";
+    std::string out = " static " + std::string(kAbi) + "ThreadgroupSlot " + slot + "; auto& " +
+                      name + " = " + std::string(kGlue) + "tgvar<" + type + ">(" + slot + ");";
     if (at < end) {
       if (!tokens_[at].is("=") && !tokens_[at].is("{")) {
         fail(at, "initialiser of threadgroup variable " + name + " is not understood");
@@ -215,8 +215,10 @@ void refuse_outside_functions(const TokenStream& stream, const Declaration& d) {
   }
 }
 
-void walk(ThreadgroupRewriter& rewriter, const TokenStream& stream,
-          const std::vector<Declaration>& declarations) {
+void walk(
+    ThreadgroupRewriter& rewriter,
+    const TokenStream& stream,
+    const std::vector<Declaration>& declarations) {
   for (const Declaration& d : declarations) {
     if (d.kind == Declaration::Kind::function && d.body_open != kNone) {
       rewriter.body(d.body_open, d.body_close);

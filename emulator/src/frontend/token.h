@@ -16,7 +16,7 @@ enum class TokenKind { identifier, number, string, character, punctuation, pragm
 struct Token {
   TokenKind kind;
   std::string text;
-  int file = 0;               ///< index into TokenStream::files
+  int file = 0;  ///< index into TokenStream::files
   int line = 0;
   bool space_before = false;  ///< white space separates it from the token before
   // What the rewriter makes of it: `before` and `after` are printed around it.
@@ -40,9 +40,10 @@ struct HeaderPaths {
   std::vector<std::string> own;  ///< folders of the emulator's headers
 };
 
-/// Splits the output of `clang -E` (with line markers) into the user's tokens. `>` and `]` are always
-/// single tokens, so that template and attribute brackets can be matched. Throws CompileError with
-/// file:line for raw strings, system headers, stray characters and unterminated literals.
+/// Splits the output of `clang -E` (with line markers) into the user's tokens. `>` and `]` are
+/// always single tokens, so that template and attribute brackets can be matched. Throws
+/// CompileError with file:line for raw strings, system headers, stray characters and unterminated
+/// literals.
 TokenStream tokenize(std::string_view preprocessed, const HeaderPaths& headers);
 
 /// Prints the tokens with their edits; #line directives keep every line's number and file.

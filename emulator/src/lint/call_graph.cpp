@@ -10,7 +10,7 @@ namespace metal_emulator::linting {
 namespace {
 
 struct Function {
-  std::string debug;                ///< number of its !DISubprogram
+  std::string debug;  ///< number of its !DISubprogram
   std::set<std::string> calls;
 };
 

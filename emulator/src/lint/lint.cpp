@@ -44,8 +44,8 @@ bool parse(const std::string& line, Diagnostic& d) {
       continue;
     }
     const size_t column = line.rfind(':', at - 1);
-    const size_t number = column == std::string::npos || column == 0 ? column
-                                                                     : line.rfind(':', column - 1);
+    const size_t number =
+        column == std::string::npos || column == 0 ? column : line.rfind(':', column - 1);
     if (number == std::string::npos) {
       return false;
     }
@@ -102,8 +102,7 @@ std::string in_metal_words(std::string text) {
 }
 
 void check_with_clang(const std::string& text, std::vector<Message>& messages) {
-  const frontend::TemporaryFolder folder(std::filesystem::temp_directory_path() /
-                                         "metal-emulator");
+  const frontend::TemporaryFolder folder(std::filesystem::temp_directory_path() / "metal-emulator");
   const std::filesystem::path source = folder.path() / "lint.clcpp";
   std::ofstream(source, std::ios::binary) << text;
   std::vector<std::string> arguments = {frontend::compiler()};
@@ -111,9 +110,18 @@ void check_with_clang(const std::string& text, std::vector<Message>& messages) {
   // Assembly without optimisation, for the call graph; line tables for its functions' places.
   arguments.insert(
       arguments.end(),
-      {"-S", "-emit-llvm", "-O0", "-gline-tables-only", "-o", "-", "-ferror-limit=0",
-       "-fno-caret-diagnostics", "-Wno-everything", "-Wpre-c++17-compat",
-       "-Wimplicit-float-conversion", "-I" + frontend::lint_shim_folder().string(),
+      {"-S",
+       "-emit-llvm",
+       "-O0",
+       "-gline-tables-only",
+       "-o",
+       "-",
+       "-ferror-limit=0",
+       "-fno-caret-diagnostics",
+       "-Wno-everything",
+       "-Wpre-c++17-compat",
+       "-Wimplicit-float-conversion",
+       "-I" + frontend::lint_shim_folder().string(),
        source.string()});
   const frontend::ProcessResult result = frontend::run_process(arguments);
   size_t found = 0;

@@ -17,14 +17,37 @@ using frontend::TokenStream;
 
 // Words of OpenCL that are plain names in Metal.
 constexpr std::array<std::string_view, 15> kOpenClWords = {
-    "local",    "global",     "generic",    "pipe",    "uniform",
-    "image2d_t", "image3d_t", "sampler_t",  "event_t", "queue_t",
-    "read_only", "write_only", "read_write", "clk_event_t", "reserve_id_t"};
+    "local",
+    "global",
+    "generic",
+    "pipe",
+    "uniform",
+    "image2d_t",
+    "image3d_t",
+    "sampler_t",
+    "event_t",
+    "queue_t",
+    "read_only",
+    "write_only",
+    "read_write",
+    "clk_event_t",
+    "reserve_id_t"};
 
 bool is_vector_name(const std::string& text) {
   static constexpr std::array<std::string_view, 13> kElements = {
-      "bool", "char", "uchar", "short", "ushort", "int",   "uint",
-      "long", "ulong", "half", "float", "bfloat", "size_t"};
+      "bool",
+      "char",
+      "uchar",
+      "short",
+      "ushort",
+      "int",
+      "uint",
+      "long",
+      "ulong",
+      "half",
+      "float",
+      "bfloat",
+      "size_t"};
   const char n = text.empty() ? '\0' : text.back();
   if (n < '2' || n > '4') {
     return false;
@@ -117,7 +140,8 @@ class OpenClRewriter {
     } else if (
         std::find(kOpenClWords.begin(), kOpenClWords.end(), token.text) != kOpenClWords.end()) {
       token.text += "_";
-    } else if (is_vector_name(token.text) && is(at + 1, "(") && !(at > 0 && is(at - 1, "operator"))) {
+    } else if (
+        is_vector_name(token.text) && is(at + 1, "(") && !(at > 0 && is(at - 1, "operator"))) {
       construct(at, at);
     } else if (token.is("vec") && is(at + 1, "<")) {
       const size_t close = frontend::match_angle(stream_, at + 1);

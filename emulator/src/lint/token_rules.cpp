@@ -63,8 +63,9 @@ class TokenRules {
         report(i, "Metal has no std::; its library is metal::");
       } else if (t.is("long") && (is(i + 1, "long") || is(i + 1, "double"))) {
         report(i, "Metal has no long " + tokens_[i + 1].text);
-      } else if ((t.is("static_cast") || t.is("reinterpret_cast") || t.is("const_cast")) &&
-                 is(i + 1, "<")) {
+      } else if (
+          (t.is("static_cast") || t.is("reinterpret_cast") || t.is("const_cast")) &&
+          is(i + 1, "<")) {
         const size_t close = frontend::match_angle(stream_, i + 1);
         if (close != kNone) {
           pointer(i + 2, close, "cast");
@@ -143,8 +144,10 @@ class TokenRules {
       deduced = deduced || t.is("auto") || t.is("decltype");
       if (t.is("*") || t.is("&") || t.is("&&")) {
         if (!space && !deduced) {
-          report(i, what + ": " + (t.is("*") ? "pointer" : "reference") +
-                        " without an address space (device, constant, threadgroup or thread)");
+          report(
+              i,
+              what + ": " + (t.is("*") ? "pointer" : "reference") +
+                  " without an address space (device, constant, threadgroup or thread)");
         }
         return;
       }
@@ -158,9 +161,8 @@ class TokenRules {
 
   static bool has_word(
       const std::vector<Token>& tokens, size_t begin, size_t end, std::string_view word) {
-    return std::any_of(tokens.begin() + begin, tokens.begin() + end, [&](const Token& t) {
-      return t.is(word);
-    });
+    return std::any_of(
+        tokens.begin() + begin, tokens.begin() + end, [&](const Token& t) { return t.is(word); });
   }
 
   void function(const Declaration& d) {
@@ -172,8 +174,7 @@ class TokenRules {
     if (d.name != kNone && !tokens_[d.name].is("operator")) {
       pointer(d.head, d.name, "result of " + name(d.name));
     }
-    for (auto [begin, end] :
-         frontend::split_commas(stream_, d.params_open + 1, d.params_close)) {
+    for (auto [begin, end] : frontend::split_commas(stream_, d.params_open + 1, d.params_close)) {
       pointer(begin, end, "parameter of " + name(d.name));
     }
     if (d.body_open != kNone) {
@@ -212,8 +213,8 @@ class TokenRules {
     if (declarator == kNone) {
       return;
     }
-    const bool indirect = tokens_[declarator].is("*") || tokens_[declarator].is("&") ||
-                          tokens_[declarator].is("&&");
+    const bool indirect =
+        tokens_[declarator].is("*") || tokens_[declarator].is("&") || tokens_[declarator].is("&&");
     if (indirect) {
       pointer(begin, declarator + 1, "local variable");
     } else if (threadgroup && !kernel) {
@@ -229,7 +230,8 @@ class TokenRules {
         std::find(kNot.begin(), kNot.end(), tokens_[at].text) != kNot.end()) {
       return kNone;
     }
-    while (at < limit && (tokens_[at].is_identifier() || tokens_[at].is("::") || tokens_[at].is("<"))) {
+    while (at < limit &&
+           (tokens_[at].is_identifier() || tokens_[at].is("::") || tokens_[at].is("<"))) {
       if (tokens_[at].is("<")) {
         const size_t close = frontend::match_angle(stream_, at);
         if (close == kNone) {
@@ -245,9 +247,8 @@ class TokenRules {
         name_at++;
       }
       const bool declares = name_at < limit && tokens_[name_at].is_identifier() &&
-                            (is(name_at + 1, "=") || is(name_at + 1, ";") ||
-                             is(name_at + 1, ",") || is(name_at + 1, "[") ||
-                             is(name_at + 1, "{") || is(name_at + 1, ":"));
+                            (is(name_at + 1, "=") || is(name_at + 1, ";") || is(name_at + 1, ",") ||
+                             is(name_at + 1, "[") || is(name_at + 1, "{") || is(name_at + 1, ":"));
       return declares ? at : kNone;
     }
     const bool declares = is(at, ";") || is(at, "[") || is(at, "=") || is(at, ",");
@@ -266,8 +267,9 @@ class TokenRules {
     if (!d.in_class) {
       const bool variable_template = d.is_template;
       if (!constant && !variable_template) {
-        report(d.head, "program-scope variable " + name(d.name) +
-                           " must be in the constant address space");
+        report(
+            d.head,
+            "program-scope variable " + name(d.name) + " must be in the constant address space");
       }
     } else if (has_word(tokens_, d.head, d.name, "static") && !constant) {
       report(d.head, "static member " + name(d.name) + " must be in the constant address space");
