@@ -30,19 +30,16 @@
 // space, all others in device.
 namespace metal_lora {
 
-// N consecutive values with the alignment of one: the compiler makes one wide access of it, and rows
-// of any length may begin anywhere.
+// N consecutive values with the alignment of one: rows of any length may begin anywhere.
 template <typename T, int N>
 struct Pack {
   T v[N];
 };
 
-template <typename T, int N>
-inline Pack<T, N> load_pack(const device T* from) {
-  return *reinterpret_cast<const device Pack<T, N>*>(from);
-}
-template <typename T, int N>
-inline Pack<T, N> load_pack(const constant T* from) {
+// Written element by element, for both address spaces; the compiler makes wide accesses of it, as
+// it does of the same loop in MLX's own matrix-vector kernels.
+template <typename T, int N, typename P>
+inline Pack<T, N> load_pack(P from) {
   Pack<T, N> out;
   for (int i = 0; i < N; ++i) {
     out.v[i] = from[i];
