@@ -27,14 +27,14 @@ struct LoraView {
 struct LoraBranch {
   WeightView weight;
   LoraView lora;
-  const float* bias = nullptr;   ///< [n] or null
-  const void* residual = nullptr;///< forward: added to y, [m, n] of y's dtype, or null
-  void* y = nullptr;             ///< forward out [m, n] of x's dtype
-  float* u = nullptr;            ///< forward out drop(x)·Aᵀ [m, rank] f32, kept for backward; may be null
-  const void* dy = nullptr;      ///< backward in [m, n] of x's dtype
-  const float* u_saved = nullptr;///< backward in: u of the forward pass
-  float* da = nullptr;           ///< backward out [rank, k] f32, or null
-  float* db = nullptr;           ///< backward out [n, rank] f32, or null
+  const float* bias = nullptr;     ///< [n] or null
+  const void* residual = nullptr;  ///< forward: added to y, [m, n] of y's dtype, or null
+  void* y = nullptr;               ///< forward out [m, n] of x's dtype
+  float* u = nullptr;  ///< forward out drop(x)·Aᵀ [m, rank] f32, kept for backward; may be null
+  const void* dy = nullptr;        ///< backward in [m, n] of x's dtype
+  const float* u_saved = nullptr;  ///< backward in: u of the forward pass
+  float* da = nullptr;             ///< backward out [rank, k] f32, or null
+  float* db = nullptr;             ///< backward out [n, rank] f32, or null
 };
 
 /// Forward of every branch: y = x·Wᵀ + bias + scale·(drop(x)·Aᵀ)·Bᵀ (+ residual).
@@ -66,7 +66,8 @@ void lora_embedding_forward(
     const LoraView& lora,
     void* out);
 
-/// Gradients of the adapter of lora_embedding_forward: da [rank, vocab], db [dims, rank], f32, overwritten.
+/// Gradients of the adapter of lora_embedding_forward: da [rank, vocab], db [dims, rank], f32,
+/// overwritten.
 void lora_embedding_backward(
     uint32_t tokens,
     DType dtype,
@@ -89,12 +90,11 @@ struct LoraBankView {
 };
 
 /// y[t] = W·x[t] + bias + scales[i]·B_i·(A_i·x[t]), i = adapter_index[t], −1: the base only.
-/// x [m, k], y [m, n] of `dtype`; bias [n] or null. u [m, max_rank] f32 or null: A_i·x[t], zero
-/// where there is none, for the backward pass. m ≤ kGemvMaxTokens takes the bandwidth-bound form,
-/// more the tiled one; within a form a token's result is bitwise independent of all others and of
-/// the thread count. Indices in [−1, adapters) and ranks in [0, max_rank]: the caller checks.
-/// After Chen et al., Punica (arXiv:2310.18547) and Sheng et al., S-LoRA (arXiv:2311.03285).
-/// Thread-safe.
+/// x [m, k], y [m, n] of `dtype`; bias [n] or null. m ≤ kGemvMaxTokens takes the bandwidth-bound
+/// form, more the tiled one; within a form a token's result is bitwise independent of all others
+/// and of the thread count. Indices in [−1, adapters) and ranks in [0, max_rank]: the caller
+/// checks. After Chen et al., Punica (arXiv:2310.18547) and Sheng et al., S-LoRA
+/// (arXiv:2311.03285). Thread-safe.
 void lora_linear_multi_forward(
     uint32_t m,
     DType dtype,
@@ -103,12 +103,11 @@ void lora_linear_multi_forward(
     const LoraBankView& bank,
     const int32_t* adapter_index,
     const float* bias,
-    void* y,
-    float* u);
+    void* y);
 
 /// Its gradients: dx [m, k] of `dtype`; da [adapters, max_rank, k], db [adapters, n, max_rank] f32,
 /// summed over each adapter's tokens in order, 0 beyond its rank and for adapters without tokens.
-/// Each may be null. u: from the forward pass (needed for db).
+/// Each may be null. A_i·x[t], which dB needs, is worked out again: rank/n of the base's work.
 void lora_linear_multi_backward(
     uint32_t m,
     DType dtype,
@@ -117,7 +116,6 @@ void lora_linear_multi_backward(
     const LoraBankView& bank,
     const int32_t* adapter_index,
     const void* dy,
-    const float* u,
     void* dx,
     float* da,
     float* db);

@@ -63,11 +63,16 @@ const void* gather(
   return to;
 }
 
-/// The adapter matrices as right-hand sides. Forward: x·A_iᵀ, u·B_iᵀ; backward: dy·B_i, v·A_i.
+/// The adapter matrix that a product runs through: x·Aᵀ and u·Bᵀ forward, dy·B and v·A backward.
+enum class Side { a, b };
+
+/// The adapter matrices as right-hand sides.
 class Bank {
  public:
   Bank(const LoraBankView& view, uint32_t n, uint32_t k) : view_(view), n_(n), k_(k) {}
   uint32_t max_rank() const { return view_.params.max_rank; }
+  /// Elements of the side that is not the rank.
+  uint32_t width(Side side) const { return side == Side::a ? k_ : n_; }
   float scale(const AdapterGroup& g) const { return view_.scales[g.adapter]; }
   Columns a(const AdapterGroup& g, bool transposed) const {
     const size_t at = size_t{g.adapter} * max_rank() * k_;
@@ -107,6 +112,40 @@ GemmJob group_job(
   job.product.out.c = out + g.first * ld;
   job.product.out.row_stride = ld;
   return job;
+}
+
+/// out [tokens, max_rank] (its first `rank` columns) = left·Aᵀ (Side::a) or left·B.
+void shrink(
+    const GemmKernels& kernels,
+    const Bank& bank,
+    const Grouping& grouping,
+    const MatrixView& left,
+    Side side,
+    float* out) {
+  std::vector<GemmJob> jobs;
+  for (const AdapterGroup& g : grouping.groups) {
+    const Columns right = side == Side::a ? bank.a(g, true) : bank.b(g, false);
+    jobs.push_back(group_job(g, left, bank.width(side), right, g.rank, out, bank.max_rank()));
+  }
+  run_jobs(kernels, jobs);
+}
+
+/// out [tokens, n or k] = left·Bᵀ (Side::b) or left·A; left [tokens, max_rank].
+void expand(
+    const GemmKernels& kernels,
+    const Bank& bank,
+    const Grouping& grouping,
+    const float* left,
+    Side side,
+    float* out) {
+  std::vector<GemmJob> jobs;
+  const uint32_t width = bank.width(side);
+  for (const AdapterGroup& g : grouping.groups) {
+    const Columns right = side == Side::b ? bank.b(g, true) : bank.a(g, false);
+    jobs.push_back(
+        group_job(g, {left, DType::f32, bank.max_rank()}, g.rank, right, width, out, width));
+  }
+  run_jobs(kernels, jobs);
 }
 
 /// values[group rows, :rank] *= scale of the group.
@@ -176,8 +215,7 @@ void tiled_forward(
     const LoraBankView& view,
     const int32_t* index,
     const float* bias,
-    void* y,
-    float* u) {
+    void* y) {
   const uint32_t n = weight.params.n, k = weight.params.k, rank = view.params.max_rank;
   const Compute compute = compute_for(dtype);
   const GemmKernels& kernels = gemm_kernels(compute);
@@ -191,21 +229,11 @@ void tiled_forward(
     const uint32_t rows = std::min(piece, m - row0);
     const Grouping grouping(view, index, row0, rows);
     const void* grouped = gather(grouping, x, dtype, k, thread_scratch().extra);
-    down.assign(grouping.size() * rank, 0.0f);
+    down.resize(grouping.size() * rank);
     float* share = thread_scratch().more.floats(grouping.size() * n + 1);
-    std::vector<GemmJob> shrink, expand;
-    for (const AdapterGroup& g : grouping.groups) {
-      shrink.push_back(
-          group_job(g, {grouped, dtype, k}, k, bank.a(g, true), g.rank, down.data(), rank));
-      expand.push_back(
-          group_job(g, {down.data(), DType::f32, rank}, g.rank, bank.b(g, true), n, share, n));
-    }
-    run_jobs(kernels, shrink);
-    for (size_t i = 0; u && i < grouping.size(); ++i) {
-      std::copy_n(down.data() + i * rank, rank, u + size_t{grouping.tokens[i]} * rank);
-    }
+    shrink(kernels, bank, grouping, {grouped, dtype, k}, Side::a, down.data());
     scale_rows(grouping, bank, down.data());
-    run_jobs(kernels, expand);
+    expand(kernels, bank, grouping, down.data(), Side::b, share);
     point_at(grouping, share, n, added);
     base.run(row0, rows, added.data());
   }
@@ -267,12 +295,10 @@ void lora_linear_multi_forward(
     const LoraBankView& bank,
     const int32_t* adapter_index,
     const float* bias,
-    void* y,
-    float* u) {
+    void* y) {
   if (m == 0) return;
-  if (u) std::fill_n(u, size_t{m} * bank.params.max_rank, 0.0f);
   const auto form = m <= kGemvMaxTokens ? &lora_multi_gemv : &tiled_forward;
-  form(m, dtype, x, weight, bank, adapter_index, bias, y, u);
+  form(m, dtype, x, weight, bank, adapter_index, bias, y);
 }
 
 void lora_linear_multi_backward(
@@ -283,7 +309,6 @@ void lora_linear_multi_backward(
     const LoraBankView& view,
     const int32_t* adapter_index,
     const void* dy,
-    const float* u,
     void* dx,
     float* da,
     float* db) {
@@ -295,33 +320,23 @@ void lora_linear_multi_backward(
   const GemmKernels& kernels = gemm_kernels(compute);
   const Bank bank(view, n, k);
   const Grouping grouping(view, adapter_index, 0, m);
-  const void* grouped_dy = gather(grouping, dy, dtype, n, thread_scratch().extra);
   const BankGradients gradients = {kernels, bank, grouping, dtype, n, k};
+  const MatrixView grouped_dy = {gather(grouping, dy, dtype, n, thread_scratch().extra), dtype, n};
+  std::vector<float> down(grouping.size() * rank);
+  Scratch grouped_x_memory;
+  MatrixView grouped_x;
+  if (da || db) grouped_x = {gather(grouping, x, dtype, k, grouped_x_memory), dtype, k};
   if (db) {
-    std::vector<float> grouped_u(grouping.size() * rank);
-    for (size_t i = 0; i < grouping.size(); ++i) {
-      std::copy_n(u + size_t{grouping.tokens[i]} * rank, rank, grouped_u.data() + i * rank);
-    }
-    gradients.db(grouped_u.data(), grouped_dy, db);
+    shrink(kernels, bank, grouping, grouped_x, Side::a, down.data());
+    gradients.db(down.data(), grouped_dy.data, db);
   }
   if (!dx && !da) return;
-  std::vector<float> v(grouping.size() * rank);
-  std::vector<GemmJob> shrink;
-  for (const AdapterGroup& g : grouping.groups) {
-    shrink.push_back(
-        group_job(g, {grouped_dy, dtype, n}, n, bank.b(g, false), g.rank, v.data(), rank));
-  }
-  run_jobs(kernels, shrink);
-  scale_rows(grouping, bank, v.data());
-  if (da) gradients.da(v.data(), gather(grouping, x, dtype, k, thread_scratch().extra), da);
+  shrink(kernels, bank, grouping, grouped_dy, Side::b, down.data());
+  scale_rows(grouping, bank, down.data());
+  if (da) gradients.da(down.data(), grouped_x.data, da);
   if (!dx) return;
   float* share = thread_scratch().more.floats(grouping.size() * k + 1);
-  std::vector<GemmJob> expand;
-  for (const AdapterGroup& g : grouping.groups) {
-    expand.push_back(
-        group_job(g, {v.data(), DType::f32, rank}, g.rank, bank.a(g, false), k, share, k));
-  }
-  run_jobs(kernels, expand);
+  expand(kernels, bank, grouping, down.data(), Side::a, share);
   std::vector<const float*> added(m);
   point_at(grouping, share, k, added);
   const BaseProduct base = {

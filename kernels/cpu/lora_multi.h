@@ -7,7 +7,7 @@
 namespace metal_lora::cpu {
 
 /// lora_linear_multi_forward for 1 … kGemvMaxTokens tokens: one trip to the thread pool, W read
-/// once. u, if not null, is zero on entry.
+/// once.
 void lora_multi_gemv(
     uint32_t m,
     DType dtype,
@@ -16,7 +16,6 @@ void lora_multi_gemv(
     const LoraBankView& bank,
     const int32_t* adapter_index,
     const float* bias,
-    void* y,
-    float* u);
+    void* y);
 
 }  // namespace metal_lora::cpu

@@ -97,8 +97,7 @@ void lora_multi_gemv(
     const LoraBankView& bank,
     const int32_t* adapter_index,
     const float* bias,
-    void* y,
-    float* u) {
+    void* y) {
   const GemvKernels& kernels = gemv_kernels();
   const GemvTokens tokens(kernels, m, weight.params.k, dtype, x);
   LoraBranch branch;
@@ -107,8 +106,7 @@ void lora_multi_gemv(
   branch.y = y;
   MultiRegion region{kernels, tokens.in, dtype, branch, {}, {}, 0, 0, {}};
   region.runs = runs_of(tokens.in, weight.params.n, bank, adapter_index);
-  std::vector<float> down;  // u of a run: [tokens, its rank], tight
-  down.resize(size_t{m} * bank.params.max_rank);
+  std::vector<float> down(size_t{m} * bank.params.max_rank);  // a run's u: [tokens, its rank]
   for (Run& r : region.runs) {
     r.adapter.u = down.data() + size_t{r.first} * bank.params.max_rank;
     region.u_tickets += r.adapter.u_tickets();
@@ -126,14 +124,6 @@ void lora_multi_gemv(
       region.run_ticket(ticket);
     }
   });
-  if (!u) return;
-  for (const Run& r : region.runs) {
-    const uint32_t rank = r.adapter.lora.params.rank;
-    for (uint32_t t = 0; t < r.in.m; ++t) {
-      float* to = u + size_t{r.first + t} * bank.params.max_rank;
-      std::copy_n(r.adapter.u + size_t{t} * rank, rank, to);
-    }
-  }
 }
 
 }  // namespace metal_lora::cpu
