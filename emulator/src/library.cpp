@@ -33,7 +33,7 @@ fs::path cache_folder(const CompileOptions& options) {
 }
 
 // Changes when the headers, the compiler or this machine's flags do.
-uint64_t toolchain_hash() {
+Hash toolchain_hash() {
   Hash hash;
   for (const fs::path& folder : {frontend::shim_folder(), frontend::lint_shim_folder()}) {
     hash.add_folder(folder);
@@ -43,19 +43,19 @@ uint64_t toolchain_hash() {
   for (const std::string& flag : frontend::code_flags()) {
     hash.add(flag);
   }
-  return hash.value();
+  return hash;
 }
 
 // The toolchain is looked at once per process and setting: it does not change under a run.
-uint64_t cached_toolchain_hash() {
+std::string toolchain() {
   static std::mutex mutex;
-  static std::map<std::string, uint64_t> known;
+  static std::map<std::string, std::string> known;
   const std::string key = frontend::shim_folder().string() + "\n" +
                           frontend::lint_shim_folder().string() + "\n" + frontend::compiler();
   std::lock_guard lock(mutex);
-  auto [found, fresh] = known.try_emplace(key, 0);
+  auto [found, fresh] = known.try_emplace(key);
   if (fresh) {
-    found->second = toolchain_hash();
+    found->second = toolchain_hash().hexadecimal();
   }
   return found->second;
 }
@@ -71,7 +71,7 @@ bool self_contained(std::string_view text, const CompileOptions& options) {
 
 Hash options_hash(const CompileOptions& options) {
   Hash hash;
-  hash.add(cached_toolchain_hash());
+  hash.add(toolchain());
   hash.add(options.file_name);
   hash.add(uint64_t{options.lint});
   for (const std::string& define : options.defines) {
@@ -144,7 +144,7 @@ fs::path translated(std::string_view text, const CompileOptions& options, const 
   hash.add(translation.text);
   fs::path library = folder / (hash.hexadecimal() + ".so");
   if (!fs::exists(library)) {
-    frontend::build(translation, library);
+    frontend::build(translation, library, folder, toolchain());
   }
   return library;
 }
@@ -271,7 +271,7 @@ Library compile(std::string_view text, const CompileOptions& options) {
 void compile_to(std::string_view text, const fs::path& library, const CompileOptions& options) {
   const frontend::Translation translation = frontend::translate(text, options);
   refuse(options.lint ? lint(text, options) : std::vector<std::string>{});
-  frontend::build(translation, library);
+  frontend::build(translation, library, cache_folder(options), toolchain());
 }
 
 std::vector<std::string> lint(std::string_view text, const CompileOptions& options) {

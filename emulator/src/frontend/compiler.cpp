@@ -108,6 +108,50 @@ std::string compiler() {
   return set.empty() ? "clang++-19" : set;
 }
 
+namespace {
+
+ProcessResult run_compiler(const std::string& language, const std::vector<std::string>& more) {
+  std::vector<std::string> arguments = {compiler(), "-x", language};
+  const std::vector<std::string> flags = code_flags();
+  arguments.insert(arguments.end(), flags.begin(), flags.end());
+  arguments.push_back("-I" + shim_folder().string());
+  arguments.insert(arguments.end(), more.begin(), more.end());
+  return run_compiler(std::move(arguments));
+}
+
+// rename() is atomic within a file system: readers see no file or the whole one.
+void publish(const fs::path& built, const fs::path& target) {
+  const fs::path parent = target.has_parent_path() ? target.parent_path() : fs::path(".");
+  const TemporaryFolder beside(parent);
+  const fs::path copy = beside.path() / target.filename();
+  fs::copy_file(built, copy, fs::copy_options::overwrite_existing);
+  fs::rename(copy, target);
+}
+
+fs::path precompiled_header(const fs::path& cache, const std::string& toolchain) {
+  const fs::path header = cache / (toolchain + ".pch");
+  if (fs::exists(header)) {
+    return header;
+  }
+  const TemporaryFolder folder(fs::temp_directory_path() / "metal-emulator");
+  const fs::path built = folder.path() / "stdlib.pch";
+  // Named by content: times of the headers say nothing.
+  const ProcessResult result = run_compiler(
+      "c++-header",
+      {"-Xclang",
+       "-fno-pch-timestamp",
+       (shim_folder() / "metal_stdlib").string(),
+       "-o",
+       built.string()});
+  if (result.status != 0) {
+    throw CompileError(errors_of(result.err));
+  }
+  publish(built, header);
+  return header;
+}
+
+}  // namespace
+
 TokenStream preprocess(
     std::string_view text, const CompileOptions& options, const Preprocess& how) {
   const TemporaryFolder folder(fs::temp_directory_path() / "metal-emulator");
@@ -156,8 +200,6 @@ Translation translate(std::string_view text, const CompileOptions& options) {
 
 std::vector<std::string> code_flags() {
   std::vector<std::string> flags = {
-      "-x",
-      "c++",
       "-std=c++17",
       "-O2",
       "-fPIC",
@@ -193,11 +235,7 @@ std::vector<std::string> code_flags() {
       "-tsan-instrument-func-entry-exit=1",
       "-fsanitize=alignment,bounds,integer-divide-by-zero,shift-exponent",
       "-fsanitize-recover=alignment,bounds,integer-divide-by-zero,shift-exponent",
-      "-fno-sanitize-link-runtime",
-      "-shared",
-      "-nostdlib++",
-      "-Wl,-Bsymbolic",
-      "-Wl,-z,defs"};
+  };
 #if defined(__x86_64__)
   if (has_v3()) {
     flags.push_back("-march=x86-64-v3");  // F16C: half ↔ float in one instruction
@@ -206,26 +244,32 @@ std::vector<std::string> code_flags() {
   return flags;
 }
 
-void build(const Translation& translation, const fs::path& library) {
+void build(
+    const Translation& translation,
+    const fs::path& library,
+    const fs::path& cache,
+    const std::string& toolchain) {
   const TemporaryFolder folder(fs::temp_directory_path() / "metal-emulator");
   const fs::path source = folder.path() / "kernels.cpp", built = folder.path() / "kernels.so";
   write_file(source, translation.text);
-  std::vector<std::string> arguments = {compiler()};
-  const std::vector<std::string> flags = code_flags();
-  arguments.insert(arguments.end(), flags.begin(), flags.end());
-  arguments.insert(
-      arguments.end(),
-      {"-I" + shim_folder().string(), source.string(), "-o", built.string(), "-lm"});
-  const ProcessResult result = run_compiler(arguments);
+  const fs::path header = precompiled_header(cache, toolchain);
+  const ProcessResult result = run_compiler(
+      "c++",
+      {"-include-pch",
+       header.string(),
+       source.string(),
+       "-o",
+       built.string(),
+       "-shared",
+       "-nostdlib++",
+       "-fno-sanitize-link-runtime",
+       "-Wl,-Bsymbolic",
+       "-Wl,-z,defs",
+       "-lm"});
   if (result.status != 0) {
     throw CompileError(errors_of(result.err));
   }
-  // rename() is atomic within a file system: readers see no library or the whole one.
-  fs::create_directories(library.has_parent_path() ? library.parent_path() : fs::path("."));
-  const fs::path beside =
-      library.string() + "." + std::to_string(getpid()) + "." + folder.path().filename().string();
-  fs::copy_file(built, beside, fs::copy_options::overwrite_existing);
-  fs::rename(beside, library);
+  publish(built, library);
 }
 
 }  // namespace metal_emulator::frontend

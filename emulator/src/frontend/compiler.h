@@ -51,7 +51,13 @@ Translation translate(std::string_view text, const CompileOptions& options);
 
 /// The flags a translation is compiled with on this machine.
 std::vector<std::string> code_flags();
-/// Compiles and links a translation into `library`. Throws CompileError with clang's messages.
-void build(const Translation& translation, const std::filesystem::path& library);
+/// Compiles and links a translation into `library` (replaced atomically). Throws CompileError with
+/// clang's messages. cache: folder of precompiled library headers, half the time of a compilation;
+/// toolchain: names headers, flags and compiler.
+void build(
+    const Translation& translation,
+    const std::filesystem::path& library,
+    const std::filesystem::path& cache,
+    const std::string& toolchain);
 
 }  // namespace metal_emulator::frontend

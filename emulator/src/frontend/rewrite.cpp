@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <map>
 #include <set>
 
@@ -59,6 +60,7 @@ class Rewriter {
     const std::vector<Declaration> declarations = parse_declarations(stream_);
     collect(declarations);
     rewrite_literals(stream_);
+    unroll_hints();
     defined_queries();
     rewrite_threadgroup_variables(stream_, declarations);
     rewrite_tokens(stream_, declarations);
@@ -353,6 +355,20 @@ class Rewriter {
     variable_specifiers(d);
     derived_.push_back({d.scope, name, d.end, equals + 1, d.end - 1});
     dependent_.insert(name);
+  }
+
+  // `#pragma unroll (MIN(a, b))`: the macro is not known any more, and the hint changes no result.
+  void unroll_hints() {
+    for (Token& token : tokens_) {
+      const size_t open = token.text.find('(');
+      if (token.kind == TokenKind::pragma && token.text.starts_with("#pragma unroll") &&
+          open != std::string::npos &&
+          std::any_of(token.text.begin() + open, token.text.end(), [](unsigned char c) {
+            return std::isalpha(c);
+          })) {
+        token.erased = true;
+      }
+    }
   }
 
   // is_function_constant_defined(a::b)  →  (a::b__defined)
