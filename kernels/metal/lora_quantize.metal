@@ -106,12 +106,12 @@ inline void dequantize(
 // @region lora_embedding : common
 namespace metal_lora {
 
-constant constexpr uint kEmbedTokens = 4;
+constant constexpr uint kEmbedTokens = 8;
 constant constexpr uint kEmbedThreads = 64;
 constant constexpr uint kEmbedDims = 512;  // 64 threads of 8
 
-// y[t] = table[ids[t]] + scale · Σ_r A[r, ids[t]]·B[:, r] for 4 tokens and 512 dims a threadgroup:
-// a row of B is read once for its 4 tokens. us: [4][RANKS]. `rank` 0: no adapter.
+// y[t] = table[ids[t]] + scale · Σ_r A[r, ids[t]]·B[:, r] for 8 tokens and 512 dims a threadgroup:
+// a row of B is read once for its 8 tokens. us: [8][RANKS]. `rank` 0: no adapter.
 template <typename T, typename LT, int RANKS, typename Weight, typename PI, typename PA, typename PB>
 inline void lora_embedding(
     Weight weight,

@@ -224,6 +224,45 @@ inline void lora_grad(
 namespace metal_lora {
 
 constant constexpr uint kEmbedRanks = 16;
+constant constexpr uint kEmbedBatch = 4;  // tokens of one tile of ids whose products are made together
+
+// products[s][i][r] = this simdgroup's part of Σ_d B[d, rank0 + r] · dy[t_i, d] for up to 4 tokens:
+// it takes every eighth 32 of the dims, so that dy is read once and B once for the 4.
+template <typename G, typename B>
+inline void embedding_products(
+    G dy,
+    B b,
+    thread const uint (&batch)[kEmbedBatch],
+    const uint count,
+    const uint dims,
+    const uint rank,
+    const uint rank0,
+    threadgroup float* products,  // [8][4][16]
+    const uint simd_id,
+    const uint lane) {
+  float sums[kEmbedBatch][kEmbedRanks];
+  for (uint i = 0; i < kEmbedBatch; ++i) {
+    for (uint r = 0; r < kEmbedRanks; ++r) sums[i][r] = 0.0f;
+  }
+  for (uint d = simd_id * 32 + lane; d < dims; d += kGradThreads) {
+    float g[kEmbedBatch];
+    for (uint i = 0; i < kEmbedBatch; ++i) {
+      g[i] = i < count ? float(dy[batch[i] * dims + d]) : 0.0f;
+    }
+    for (uint r = 0; r < kEmbedRanks; ++r) {
+      if (rank0 + r >= rank) break;
+      const float value = float(b[d * rank + rank0 + r]);
+      for (uint i = 0; i < kEmbedBatch; ++i) sums[i][r] += value * g[i];
+    }
+  }
+  for (uint i = 0; i < kEmbedBatch; ++i) {
+    for (uint r = 0; r < kEmbedRanks; ++r) {
+      if (i >= count || rank0 + r >= rank) break;
+      const float sum = simd_sum(sums[i][r]);
+      if (lane == 0) products[(simd_id * kEmbedBatch + i) * kEmbedRanks + r] = sum;
+    }
+  }
+}
 
 // dA[r, id] = scale · Σ_{t: ids[t] = id} Σ_d B[d, r] · dy[t, d] for 256 ids, one a thread, and 16
 // ranks. Each token belongs to one tile of ids, so that its product with B is made once for each
@@ -241,11 +280,11 @@ inline void embedding_grad_a(
     const uint rank0,
     const float scale,
     device float* da,
-    threadgroup float* products,  // [16]
+    threadgroup float* products,  // [8][4][16]
     threadgroup uint* matches,    // [8]
     const uint simd_id,
     const uint lane) {
-  const uint own = id0 + simd_id * 32 + lane;
+  const uint own = id0 + simd_id * 32 + lane, ranks = min(kEmbedRanks, rank - rank0);
   float sum[kEmbedRanks];
   for (uint r = 0; r < kEmbedRanks; ++r) sum[r] = 0.0f;
   for (uint t0 = 0; t0 < tokens; t0 += kGradThreads) {
@@ -256,31 +295,33 @@ inline void embedding_grad_a(
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (lane == 0) matches[simd_id] = bits;
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint s = 0; s < kGradThreads / 32; ++s) {
-      for (uint left = matches[s]; left != 0; left &= left - 1) {
-        const uint t = t0 + s * 32 + ctz(left);
-        for (uint r = simd_id; r < kEmbedRanks; r += kGradThreads / 32) {
-          float dot = 0.0f;
-          if (rank0 + r < rank) {
-            for (uint d = lane; d < dims; d += 32) {
-              dot += float(b[d * rank + rank0 + r]) * float(dy[t * dims + d]);
-            }
-          }
-          dot = simd_sum(dot);
-          if (lane == 0) products[r] = dot;
-        }
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-        if (uint(ids[t]) == own) {
-          for (uint r = 0; r < kEmbedRanks; ++r) sum[r] += products[r];
-        }
-        threadgroup_barrier(mem_flags::mem_threadgroup);
+    uint part = 0, left = matches[0];
+    while (true) {
+      uint batch[kEmbedBatch], count = 0;
+      while (count < kEmbedBatch) {
+        while (left == 0 && part + 1 < kGradThreads / 32) left = matches[++part];
+        if (left == 0) break;
+        batch[count++] = t0 + part * 32 + ctz(left);
+        left &= left - 1;
       }
+      if (count == 0) break;
+      embedding_products(dy, b, batch, count, dims, rank, rank0, products, simd_id, lane);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      for (uint i = 0; i < count; ++i) {
+        if (uint(ids[batch[i]]) != own) continue;
+        for (uint r = 0; r < ranks; ++r) {
+          float dot = 0.0f;
+          for (uint s = 0; s < kGradThreads / 32; ++s) {
+            dot += products[(s * kEmbedBatch + i) * kEmbedRanks + r];
+          }
+          sum[r] += dot;
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
     }
   }
   if (own >= vocab) return;
-  for (uint r = 0; r < kEmbedRanks && rank0 + r < rank; ++r) {
-    da[(rank0 + r) * vocab + own] = scale * sum[r];
-  }
+  for (uint r = 0; r < ranks; ++r) da[(rank0 + r) * vocab + own] = scale * sum[r];
 }
 
 // Threadgroups [0, ⌈vocab/256⌉) of x make dA, the others dB's tiles of 128 dims; y counts chunks of
@@ -308,7 +349,7 @@ inline void lora_embedding_grad(
   const uint tiles = (vocab + kGradThreads - 1) / kGradThreads, rank0 = group.y * kEmbedRanks;
   if (group.x < tiles) {
     embedding_grad_a(
-        ids, dy, b, tokens, vocab, dims, rank, group.x * kGradThreads, rank0, scale, da, left_tile,
+        ids, dy, b, tokens, vocab, dims, rank, group.x * kGradThreads, rank0, scale, da, right_tile,
         matches, simd_id, lane);
     return;
   }
@@ -439,7 +480,10 @@ inline void adamw_apply(
     device int* skipped,
     const uint group,
     const uint thread_id) {
-  const float norm = norm_of(sums) * fabs(h[0]);
+  // Read once: the compiler must assume that the stores below change what h points to.
+  const float grad_scale = h[0], clip_norm = h[1], beta1 = h[2], beta2 = h[3];
+  const float keep = h[4], step_size = h[5], inv_sqrt_bias2 = h[6], eps = h[7];
+  const float norm = norm_of(sums) * fabs(grad_scale);
   const bool finite = (as_type<uint>(norm) & 0x7f800000u) != 0x7f800000u;
   if (group == 0 && thread_id == 0) {
     grad_norm[0] = norm;
@@ -453,17 +497,17 @@ inline void adamw_apply(
     }
     return;
   }
-  const float clip = h[1] > 0.0f ? min(1.0f, h[1] / (norm + 1e-6f)) : 1.0f;
-  const float factor = h[0] * clip, beta1 = h[2], beta2 = h[3];
+  const float clip = clip_norm > 0.0f ? min(1.0f, clip_norm / (norm + 1e-6f)) : 1.0f;
+  const float factor = grad_scale * clip;
   const float rest1 = 1.0f - beta1, rest2 = 1.0f - beta2;
   for (uint i = begin + thread_id; i < end; i += kAdamThreads) {
     const float g = grad[i] * factor;
     const float mi = fma(beta1, m[i], rest1 * g);
     const float vi = fma(beta2, v[i], rest2 * g * g);
-    const float direction = mi / fma(precise::sqrt(vi), h[6], h[7]);
+    const float direction = mi / fma(precise::sqrt(vi), inv_sqrt_bias2, eps);
     new_m[i] = mi;
     new_v[i] = vi;
-    new_param[i] = fma(-h[5], direction, h[4] * param[i]);
+    new_param[i] = fma(-step_size, direction, keep * param[i]);
   }
 }
 

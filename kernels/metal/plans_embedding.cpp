@@ -9,7 +9,7 @@ namespace metal_lora::metal {
 namespace {
 
 constexpr const char* kName = "lora_embedding";
-constexpr uint32_t kTokens = 4, kThreads = 64, kDims = 512;
+constexpr uint32_t kTokens = 8, kThreads = 64, kDims = 512;
 
 Entry make_entry(WeightFormat format, bool double_quant, bool adapter, const char* name) {
   Entry entry{name, {"lora_embedding"}, {"ids"}, {"y"}, ""};
@@ -71,7 +71,7 @@ Plan plan_lora_embedding(const LoraEmbeddingShape& s) {
   plan.p = {s.vocab, s.dims, s.rank, float_word(s.scale)};
   plan.threads_per_grid = {kThreads * ceil_div(s.dims, kDims), ceil_div(s.tokens, kTokens), 1};
   plan.threads_per_threadgroup = {kThreads, 1, 1};
-  plan.why = "each token's row once, B once for every 4 tokens";
+  plan.why = "each token's row once, B once for every 8 tokens";
   return plan;
 }
 

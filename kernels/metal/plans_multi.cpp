@@ -14,6 +14,8 @@ constexpr const char* kName = "lora_multi";
 constexpr uint32_t kVectorTokens = 8;
 constexpr uint32_t kMaxRank = 256;
 constexpr uint32_t kEnoughThreadgroups = 64;
+/// Fewer leave cores of even a small GPU without work.
+constexpr uint32_t kFewestThreadgroups = 16;
 
 const char* const kBank =
     "metal_lora::lora_bank<LT>(\n"
@@ -127,12 +129,25 @@ int small_inputs(const LoraMultiShape& s) {
   return constant_inputs(sizes);
 }
 
+/// Every threadgroup reads the A of all adapters that the tokens name: taller tiles where that
+/// could exceed half of W's bytes.
+uint32_t choose_passes(const LoraMultiShape& s, uint32_t rows) {
+  const double a_bytes =
+      double(std::min(s.m, s.adapters)) * s.max_rank * s.k * (s.lora_dtype == DType::f32 ? 4 : 2);
+  const double w_bytes = double(s.n) * s.k *
+                         (!is_packed(s.format) ? (s.format == WeightFormat::f32 ? 4.0 : 2.0)
+                                               : packed_bits(s.format) / 8.0);
+  const double affordable =
+      std::clamp(0.5 * w_bytes / a_bytes, double{kFewestThreadgroups}, double{kEnoughThreadgroups});
+  const auto passes = static_cast<uint32_t>(s.n / (rows * affordable));
+  return std::clamp(passes, uint32_t{1}, uint32_t{16});
+}
+
 void plan_vector(const LoraMultiShape& s, Plan& plan) {
   const int tokens = s.m <= 2 ? static_cast<int>(s.m) : s.m <= 4 ? 4 : 8;
   // As the single adapter's form: eight tokens' sums need the registers of half the threads.
   const uint32_t simdgroups = tokens == 8 ? 8 : 16;
-  const uint32_t passes =
-      std::clamp(s.n / (simdgroups * 4 * kEnoughThreadgroups), uint32_t{1}, uint32_t{8});
+  const uint32_t rows = simdgroups * 4, passes = choose_passes(s, rows);
   const int run = !is_packed(s.format)                                      ? 8
                   : s.format == WeightFormat::int8 || s.dtype == DType::f32 ? 16
                                                                             : 32;
@@ -142,7 +157,7 @@ void plan_vector(const LoraMultiShape& s, Plan& plan) {
   plan.template_args.emplace_back("RANKS", s.max_rank <= 32 ? 32 : 256);
   if (!is_packed(s.format)) plan.template_args.emplace_back("RUN", run);
   plan.p = {s.n, s.k, passes};
-  const uint32_t groups = ceil_div(s.n, uint64_t{simdgroups} * 4 * passes);
+  const uint32_t groups = ceil_div(s.n, uint64_t{rows} * passes);
   plan.threads_per_grid = {simdgroups * 32 * groups, 1, 1};
   plan.threads_per_threadgroup = {simdgroups * 32, 1, 1};
   plan.why = "matrix-vector form, " + std::to_string(groups) +
