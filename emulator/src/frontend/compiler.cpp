@@ -6,7 +6,7 @@
 
 #include <cstdlib>
 #include <fstream>
-#include <mutex>
+#include <set>
 #include <system_error>
 
 #include "src/frontend/process.h"
@@ -180,18 +180,21 @@ TokenStream preprocess(
   if (result.status != 0) {
     throw CompileError(errors_of(result.err));
   }
-  return tokenize(result.out, {{how.headers.string()}});
+  TokenStream stream = tokenize(result.out, {{how.headers.string()}});
+  for (std::string& file : stream.files) {
+    if (file == input.string()) {
+      file = options.file_name;  // named so by the marker before its #line
+    }
+  }
+  return stream;
 }
 
 Translation translate(std::string_view text, const CompileOptions& options) {
   TokenStream stream =
       preprocess(text, options, {{"-x", "c++", "-std=c++14"}, shim_folder(), "metal_stdlib"});
   Translation translation;
-  for (const std::string& file : stream.files) {
-    if (!file.starts_with("<")) {
-      translation.files.push_back(file);
-    }
-  }
+  const std::set<std::string> files(stream.files.begin(), stream.files.end());
+  translation.files.assign(files.begin(), files.end());
   RewriteResult result = rewrite(std::move(stream), options.kernels);
   translation.text = std::move(result.text);
   translation.kernels = std::move(result.kernels);

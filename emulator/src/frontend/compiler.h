@@ -44,7 +44,7 @@ TokenStream preprocess(std::string_view text, const CompileOptions& options, con
 struct Translation {
   std::string text;                  ///< C++
   std::vector<std::string> kernels;  ///< host names
-  std::vector<std::string> files;    ///< the user's files it was made from
+  std::vector<std::string> files;    ///< the user's files it was made from, options.file_name too
 };
 /// Preprocesses and rewrites.
 Translation translate(std::string_view text, const CompileOptions& options);
