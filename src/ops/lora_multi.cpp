@@ -1,9 +1,12 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 #include <mlx/ops.h>
+#include <mlx/transforms.h>
 
+#include "kernels/metal/plans_multi.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/metal_ops.h"
 #include "src/ops/weight_view.h"
 
 namespace mx = mlx::core;
@@ -22,7 +25,7 @@ struct Call {
   std::optional<mx::array> bias;
 };
 
-enum Input : size_t { kX, kA, kB, kRanks, kScales, kIndex, kDy, kU };
+enum Input : size_t { kX, kA, kB, kRanks, kScales, kIndex, kDy };
 
 Call checked_call(
     const mx::array& x,
@@ -98,16 +101,15 @@ void forward_cpu(const Call& call, const KernelArgs& args) {
       bank,
       index,
       call.bias ? call.bias->data<float>() : nullptr,
-      args.out[0],
-      static_cast<float*>(args.out[1]));
+      args.out[0]);
 }
 
 /// Which gradients are asked for; the outputs are those, in this order.
-struct Wanted {
+struct BankWanted {
   bool dx = false, da = false, db = false;
 };
 
-void backward_cpu(const Call& call, const Wanted& wanted, const KernelArgs& args) {
+void backward_cpu(const Call& call, const BankWanted& wanted, const KernelArgs& args) {
   size_t out = 0;
   void* dx = wanted.dx ? args.out[out++] : nullptr;
   auto* da = wanted.da ? static_cast<float*>(args.out[out++]) : nullptr;
@@ -120,19 +122,20 @@ void backward_cpu(const Call& call, const Wanted& wanted, const KernelArgs& args
       bank_view(call, args),
       static_cast<const int32_t*>(args.in[kIndex]),
       args.in[kDy],
-      static_cast<const float*>(args.in[kU]),
       dx,
       da,
       db);
 }
 
+Arrays backward_mlx(
+    const Call& call, const BankWanted& wanted, const Arrays& in, mx::StreamOrDevice s);
+
 Arrays vjp(
     const std::shared_ptr<const Call>& call,
     const Arrays& primals,
     const Arrays& cotangents,
-    const std::vector<int>& argnums,
-    const Arrays& outputs) {
-  Wanted wanted;
+    const std::vector<int>& argnums) {
+  BankWanted wanted;
   for (int i : argnums) {
     if (i > static_cast<int>(kB)) {
       constexpr const char* kNames[] = {"ranks", "scales", "adapter_index"};
@@ -142,7 +145,6 @@ Arrays vjp(
   }
   Launch back{.kernel = "lora_linear_multi_backward", .inputs = primals};
   back.inputs.push_back(cotangents[0]);
-  back.inputs.push_back(outputs[1]);
   std::vector<size_t> output_of(kRanks);
   const auto want = [&](bool asked, size_t input, mx::Dtype dtype) {
     if (!asked) return;
@@ -153,35 +155,100 @@ Arrays vjp(
   want(wanted.da, kA, mx::float32);
   want(wanted.db, kB, mx::float32);
   back.cpu = [call, wanted](const KernelArgs& args) { backward_cpu(*call, wanted, args); };
+  back.mlx = [call, wanted](const Arrays& in, mx::StreamOrDevice s) {
+    return backward_mlx(*call, wanted, in, s);
+  };
   auto grads = launch(std::move(back));
   Arrays result;
   for (int i : argnums) {
-    result.push_back(mx::astype(grads[output_of[static_cast<size_t>(i)]], primals[i].dtype()));
+    result.push_back(
+        mx::astype(grads[output_of[static_cast<size_t>(i)]], primals[i].dtype(), stream()));
   }
   return result;
 }
 
-/// y and u in plain MLX.
-Arrays reference_call(const Call& call, const Arrays& in) {
-  const auto f32 = [](const mx::array& a) { return mx::astype(a, mx::float32); };
+/// One dispatch. An index outside the bank means the base alone: a GPU cannot refuse it.
+Arrays forward_metal(const Call& call, const Arrays& in) {
+  const auto& w = call.weight.params();
+  metal::LoraMultiShape shape;
+  shape.m = call.tokens;
+  shape.n = w.n;
+  shape.k = w.k;
+  shape.format = w.format;
+  shape.group_size = w.group_size;
+  shape.scales_dtype = w.scales_dtype;
+  shape.double_quant = w.double_quant;
+  shape.adapters = call.bank.adapters;
+  shape.max_rank = call.bank.max_rank;
+  shape.dtype = call.dtype;
+  shape.lora_dtype = call.bank.dtype;
+  shape.has_bias = call.bias.has_value();
+  metal_ops::NamedArrays arrays{
+      {"x", in[kX]},
+      {"a", in[kA]},
+      {"b", in[kB]},
+      {"ranks", in[kRanks]},
+      {"adapter_scales", in[kScales]},
+      {"index", in[kIndex]}};
+  metal_ops::bind_weight(arrays, call.weight);
+  if (call.bias) arrays.insert_or_assign("bias", *call.bias);
+  const mx::Shape y{static_cast<int>(call.tokens), call.weight.out_features()};
+  metal_ops::run_plans(
+      {metal_ops::planned(kOp, metal::plan_lora_multi, shape)},
+      arrays,
+      {{"y", {y, to_mlx(call.dtype)}}});
+  return {arrays.at("y")};
+}
+
+/// scale_i·B_i·(A_i·x) of each token in MLX's operations. Gathers every token's A and B:
+/// tokens·max_rank·(in + out) values.
+mx::array adapter_share(const Call& call, const Arrays& in, mx::StreamOrDevice s) {
+  const auto f32 = [&](const mx::array& a) { return mx::astype(a, mx::float32, s); };
   const int rank = static_cast<int>(call.bank.max_rank);
-  const auto index = mx::stop_gradient(mx::maximum(in[kIndex], mx::array(0)));
-  const auto true_rank =
-      mx::where(mx::less(in[kIndex], mx::array(0)), mx::array(0), mx::take(in[kRanks], index, 0));
+  const auto index = mx::stop_gradient(mx::maximum(in[kIndex], mx::array(0), s), s);
+  const auto true_rank = mx::where(
+      mx::less(in[kIndex], mx::array(0), s), mx::array(0), mx::take(in[kRanks], index, 0, s), s);
   const auto counts = mx::less(
-      mx::arange(rank, mx::int32), mx::reshape(true_rank, {in[kIndex].shape(0), 1}));  // [t, rank]
+      mx::arange(0, rank, 1, mx::int32, s),
+      mx::reshape(true_rank, {in[kIndex].shape(0), 1}, s),
+      s);  // [t, rank]
   // Selected, not multiplied: what lies beyond the true rank may be anything.
-  const auto a =
-      mx::where(mx::expand_dims(counts, 2), f32(mx::take(in[kA], index, 0)), mx::array(0.0f));
-  const auto b =
-      mx::where(mx::expand_dims(counts, 1), f32(mx::take(in[kB], index, 0)), mx::array(0.0f));
-  const auto x = f32(in[kX]);
-  const auto u = mx::squeeze(mx::matmul(a, mx::expand_dims(x, 2)), 2);
-  const auto share = mx::squeeze(mx::matmul(b, mx::expand_dims(u, 2)), 2);
-  const auto scale = mx::expand_dims(mx::take(in[kScales], index, 0), 1);
-  auto y = mx::matmul(x, mx::transpose(call.weight.dequantized()));
+  const auto selected = [&](const mx::array& bank, int axis) {
+    return mx::where(
+        mx::expand_dims(counts, axis, s), f32(mx::take(bank, index, 0, s)), mx::array(0.0f), s);
+  };
+  const auto x = mx::expand_dims(f32(in[kX]), 2, s);
+  const auto u = mx::matmul(selected(in[kA], 2), x, s);
+  const auto share = mx::squeeze(mx::matmul(selected(in[kB], 1), u, s), 2, s);
+  const auto scale = mx::expand_dims(mx::take(in[kScales], index, 0, s), 1, s);
+  return mx::multiply(scale, share, s);
+}
+
+/// y in plain MLX.
+mx::array reference_call(const Call& call, const Arrays& in) {
+  const auto share = adapter_share(call, in, {});
+  auto y = mx::matmul(mx::astype(in[kX], mx::float32), mx::transpose(call.weight.dequantized()));
   if (call.bias) y = mx::add(y, *call.bias);
-  return {mx::astype(mx::add(y, mx::multiply(scale, share)), in[kX].dtype()), u};
+  return mx::astype(mx::add(y, share), in[kX].dtype());
+}
+
+/// The base's gradient by its Metal kernel, the adapters' by MLX: no serving path trains a bank.
+Arrays backward_mlx(
+    const Call& call, const BankWanted& wanted, const Arrays& in, mx::StreamOrDevice s) {
+  const auto forward = [&](const Arrays& trained) {
+    Arrays all(in.begin(), in.begin() + kDy);
+    std::copy(trained.begin(), trained.end(), all.begin());
+    auto base = lora_linear(all[kX], LoraLinear{call.weight, std::nullopt, std::nullopt});
+    auto share = adapter_share(call, all, s);
+    return Arrays{mx::add(mx::astype(base, mx::float32, s), share, s)};
+  };
+  const auto grads =
+      mx::vjp(forward, {in[kX], in[kA], in[kB]}, {mx::astype(in[kDy], mx::float32, s)}).second;
+  Arrays result;
+  if (wanted.dx) result.push_back(grads[kX]);
+  if (wanted.da) result.push_back(mx::astype(grads[kA], mx::float32, s));
+  if (wanted.db) result.push_back(mx::astype(grads[kB], mx::float32, s));
+  return result;
 }
 
 }  // namespace
@@ -196,16 +263,17 @@ mx::array lora_linear_multi(
   Launch forward{
       .kernel = kOp,
       .inputs = {x, bank.a, bank.b, bank.ranks, bank.scales, adapter_index},
-      .outputs = {
-          {{x.shape(0), weight.out_features()}, x.dtype()},
-          {{x.shape(0), bank.a.shape(1)}, mx::float32}}};
+      .outputs = {{{x.shape(0), weight.out_features()}, x.dtype()}}};
   forward.cpu = [call](const KernelArgs& args) { forward_cpu(*call, args); };
-  forward.vjp =
-      [call](
-          const auto& primals, const auto& cotangents, const auto& argnums, const auto& outputs) {
-        return vjp(call, primals, cotangents, argnums, outputs);
-      };
-  forward.reference = [call](const Arrays& inputs) { return reference_call(*call, inputs); };
+  forward.metal = [call](const Arrays& in, mx::StreamOrDevice) { return forward_metal(*call, in); };
+  forward.not_differentiable = {kRanks, kScales, kIndex};
+  forward.vjp = [call](
+                    const auto& primals, const auto& cotangents, const auto& argnums, const auto&) {
+    return vjp(call, primals, cotangents, argnums);
+  };
+  forward.reference = [call](const Arrays& inputs) {
+    return Arrays{reference_call(*call, inputs)};
+  };
   forward.may_throw = true;
   return launch(std::move(forward))[0];
 }
@@ -219,7 +287,7 @@ mx::array lora_linear_multi(
     const mx::array& adapter_index,
     const std::optional<mx::array>& bias) {
   const Call call = checked_call(x, weight, bank, adapter_index, bias);
-  return reference_call(call, {x, bank.a, bank.b, bank.ranks, bank.scales, adapter_index})[0];
+  return reference_call(call, {x, bank.a, bank.b, bank.ranks, bank.scales, adapter_index});
 }
 
 }  // namespace reference
