@@ -82,50 +82,6 @@ namespace metal {
   float4 name(float4, __private OUT(float4)&); \
   half name(half, __private OUT(half)&);
 
-#define METAL_LINT_MATH                                                                         \
-  METAL_LINT_UNARY(acos) METAL_LINT_UNARY(acosh) METAL_LINT_UNARY(asin) METAL_LINT_UNARY(asinh) \
-  METAL_LINT_UNARY(atan) METAL_LINT_UNARY(atanh) METAL_LINT_UNARY(ceil) METAL_LINT_UNARY(cos)   \
-  METAL_LINT_UNARY(cosh) METAL_LINT_UNARY(cospi) METAL_LINT_UNARY(exp) METAL_LINT_UNARY(exp2)   \
-  METAL_LINT_UNARY(exp10) METAL_LINT_UNARY(fabs) METAL_LINT_UNARY(floor)                        \
-  METAL_LINT_UNARY(fract) METAL_LINT_UNARY(log) METAL_LINT_UNARY(log2) METAL_LINT_UNARY(log10)  \
-  METAL_LINT_UNARY(rint) METAL_LINT_UNARY(round) METAL_LINT_UNARY(rsqrt) METAL_LINT_UNARY(sin)  \
-  METAL_LINT_UNARY(sinh) METAL_LINT_UNARY(sinpi) METAL_LINT_UNARY(sqrt) METAL_LINT_UNARY(tan)   \
-  METAL_LINT_UNARY(tanh) METAL_LINT_UNARY(tanpi) METAL_LINT_UNARY(trunc)                        \
-  METAL_LINT_BINARY(atan2) METAL_LINT_BINARY(copysign) METAL_LINT_BINARY(divide)                \
-  METAL_LINT_BINARY(fdim) METAL_LINT_BINARY(fmax) METAL_LINT_BINARY(fmin)                       \
-  METAL_LINT_BINARY(fmod) METAL_LINT_BINARY(nextafter) METAL_LINT_BINARY(pow)                   \
-  METAL_LINT_BINARY(powr) METAL_LINT_TERNARY(fma) METAL_LINT_TERNARY(fmax3)                     \
-  METAL_LINT_TERNARY(fmin3) METAL_LINT_TERNARY(fmedian3)
-METAL_LINT_MATH
-METAL_LINT_UNARY(saturate)
-METAL_LINT_UNARY(sign)
-METAL_LINT_BINARY(step)
-METAL_LINT_TERNARY(mix)
-METAL_LINT_TERNARY(smoothstep)
-float2 mix(float2, float2, float);
-float3 mix(float3, float3, float);
-float4 mix(float4, float4, float);
-half4 mix(half4, half4, half);
-namespace fast {
-METAL_LINT_MATH
-}
-namespace precise {
-METAL_LINT_MATH
-}
-#undef METAL_LINT_MATH
-
-#define METAL_LINT_SPLIT(T)        \
-  T sincos(T, __private T&);       \
-  T modf(T, __private T&);
-METAL_LINT_FLOATS(METAL_LINT_SPLIT)
-#undef METAL_LINT_SPLIT
-float frexp(float, __private int&);
-half frexp(half, __private int&);
-float ldexp(float, int);
-half ldexp(half, int);
-int ilogb(float);
-int ilogb(half);
-
 // Of any arithmetic type but bfloat; both arguments of one type, as Metal's overloads want.
 template <class T>
 struct lint_no_bfloat {
@@ -142,20 +98,60 @@ struct lint_no_bfloat<bfloat> {};
 #define METAL_LINT_ANY3(name) \
   template <class T>          \
   typename lint_no_bfloat<T>::type name(T, T, T);
-METAL_LINT_ANY1(abs)
-METAL_LINT_ANY2(max)
-METAL_LINT_ANY2(min)
-METAL_LINT_ANY3(max3)
-METAL_LINT_ANY3(min3)
-METAL_LINT_ANY3(median3)
-METAL_LINT_ANY3(clamp)
-// A vector against scalars.
-template <class T, int N>
-vec<T, N> clamp(vec<T, N>, T, T);
-template <class T, int N>
-vec<T, N> max(vec<T, N>, T);
-template <class T, int N>
-vec<T, N> min(vec<T, N>, T);
+// A vector against scalars too.
+#define METAL_LINT_COMMON                                                                    \
+  METAL_LINT_ANY1(abs) METAL_LINT_ANY2(max) METAL_LINT_ANY2(min) METAL_LINT_ANY3(max3)       \
+  METAL_LINT_ANY3(min3) METAL_LINT_ANY3(median3) METAL_LINT_ANY3(clamp)                      \
+  METAL_LINT_UNARY(saturate) METAL_LINT_UNARY(sign) METAL_LINT_BINARY(step)                  \
+  METAL_LINT_TERNARY(mix) METAL_LINT_TERNARY(smoothstep)                                     \
+  template <class T, int N> vec<T, N> clamp(vec<T, N>, T, T);                                \
+  template <class T, int N> vec<T, N> max(vec<T, N>, T);                                     \
+  template <class T, int N> vec<T, N> min(vec<T, N>, T);                                     \
+  float2 mix(float2, float2, float);                                                         \
+  float3 mix(float3, float3, float);                                                         \
+  float4 mix(float4, float4, float);                                                         \
+  half2 mix(half2, half2, half);                                                             \
+  half3 mix(half3, half3, half);                                                             \
+  half4 mix(half4, half4, half);
+
+#define METAL_LINT_MATH                                                                         \
+  METAL_LINT_UNARY(acos) METAL_LINT_UNARY(acosh) METAL_LINT_UNARY(asin) METAL_LINT_UNARY(asinh) \
+  METAL_LINT_UNARY(atan) METAL_LINT_UNARY(atanh) METAL_LINT_UNARY(ceil) METAL_LINT_UNARY(cos)   \
+  METAL_LINT_UNARY(cosh) METAL_LINT_UNARY(cospi) METAL_LINT_UNARY(exp) METAL_LINT_UNARY(exp2)   \
+  METAL_LINT_UNARY(exp10) METAL_LINT_UNARY(fabs) METAL_LINT_UNARY(floor)                        \
+  METAL_LINT_UNARY(fract) METAL_LINT_UNARY(log) METAL_LINT_UNARY(log2) METAL_LINT_UNARY(log10)  \
+  METAL_LINT_UNARY(rint) METAL_LINT_UNARY(round) METAL_LINT_UNARY(rsqrt) METAL_LINT_UNARY(sin)  \
+  METAL_LINT_UNARY(sinh) METAL_LINT_UNARY(sinpi) METAL_LINT_UNARY(sqrt) METAL_LINT_UNARY(tan)   \
+  METAL_LINT_UNARY(tanh) METAL_LINT_UNARY(tanpi) METAL_LINT_UNARY(trunc)                        \
+  METAL_LINT_BINARY(atan2) METAL_LINT_BINARY(copysign) METAL_LINT_BINARY(divide)                \
+  METAL_LINT_BINARY(fdim) METAL_LINT_BINARY(fmax) METAL_LINT_BINARY(fmin)                       \
+  METAL_LINT_BINARY(fmod) METAL_LINT_BINARY(nextafter) METAL_LINT_BINARY(pow)                   \
+  METAL_LINT_BINARY(powr) METAL_LINT_TERNARY(fma) METAL_LINT_TERNARY(fmax3)                     \
+  METAL_LINT_TERNARY(fmin3) METAL_LINT_TERNARY(fmedian3)
+METAL_LINT_MATH
+METAL_LINT_COMMON
+namespace fast {
+METAL_LINT_MATH
+METAL_LINT_COMMON
+}
+namespace precise {
+METAL_LINT_MATH
+METAL_LINT_COMMON
+}
+#undef METAL_LINT_MATH
+#undef METAL_LINT_COMMON
+
+#define METAL_LINT_SPLIT(T)        \
+  T sincos(T, __private T&);       \
+  T modf(T, __private T&);
+METAL_LINT_FLOATS(METAL_LINT_SPLIT)
+#undef METAL_LINT_SPLIT
+float frexp(float, __private int&);
+half frexp(half, __private int&);
+float ldexp(float, int);
+half ldexp(half, int);
+int ilogb(float);
+int ilogb(half);
 
 METAL_LINT_ANY1(clz)
 METAL_LINT_ANY1(ctz)
@@ -192,6 +188,18 @@ METAL_LINT_TEST(isnan)
 METAL_LINT_TEST(isnormal)
 METAL_LINT_TEST(signbit)
 #undef METAL_LINT_TEST
+#define METAL_LINT_COMPARE(name) \
+  bool name(float, float);       \
+  bool2 name(float2, float2);    \
+  bool3 name(float3, float3);    \
+  bool4 name(float4, float4);    \
+  bool name(half, half);         \
+  bool2 name(half2, half2);      \
+  bool3 name(half3, half3);      \
+  bool4 name(half4, half4);
+METAL_LINT_COMPARE(isordered)
+METAL_LINT_COMPARE(isunordered)
+#undef METAL_LINT_COMPARE
 bool isfinite(bfloat);
 bool isinf(bfloat);
 bool isnan(bfloat);
@@ -214,6 +222,12 @@ template <class T, int N>
 T length_squared(vec<T, N>);
 template <class T, int N>
 vec<T, N> normalize(vec<T, N>);
+template <class T, int N>
+vec<T, N> faceforward(vec<T, N>, vec<T, N>, vec<T, N>);
+template <class T, int N>
+vec<T, N> reflect(vec<T, N>, vec<T, N>);
+template <class T, int N>
+vec<T, N> refract(vec<T, N>, vec<T, N>, T);
 template <class T>
 vec<T, 3> cross(vec<T, 3>, vec<T, 3>);
 

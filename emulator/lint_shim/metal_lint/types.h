@@ -160,6 +160,14 @@ METAL_LINT_MATRICES(half)
 METAL_LINT_MATRICES(float)
 #undef METAL_LINT_MATRICES
 
+template <class T>
+struct uniform {
+  uniform(T);
+  operator T() const __private;
+};
+template <class T>
+uniform<T> make_uniform(T);
+
 template <class T, size_t N>
 struct array {
   T elements[N];

@@ -16,12 +16,12 @@ using frontend::Token;
 using frontend::TokenStream;
 
 // Words of OpenCL that are plain names in Metal.
-constexpr std::array<std::string_view, 15> kOpenClWords = {
+constexpr std::array<std::string_view, 14> kOpenClWords = {
     "local",
     "global",
     "generic",
     "pipe",
-    "uniform",
+
     "image2d_t",
     "image3d_t",
     "sampler_t",
