@@ -409,6 +409,23 @@ TEST(Rewrite, OverloadsThatDifferInAddressSpaces) {
           "k.metal:2: error: functions that differ in address spaces only must have equal bodies"));
 }
 
+TEST(Rewrite, ParameterNamesDoNotMakeOverloads) {
+  const std::string r = rewritten(
+      "template <typename T> T f(const device T* src, int i) { return src[i]; }\n"
+      "template <typename T> T f(const threadgroup T* s, int j) { return s[j]; }\n"
+      "int g(int) { return 1; } int g(uint) { return 2; } int g(const half) { return 3; }\n"
+      "int h(int a) { return a; } int h(uint a) { return a; } int h(long) { return 1; }");
+  EXPECT_EQ(r.find("T f("), r.rfind("T f("));
+  for (const char* kept :
+       {"g(int)", "g(uint)", "g(const half)", "h(int a)", "h(uint a)", "h(long)"}) {
+    EXPECT_TRUE(has(r, kept));
+  }
+  EXPECT_TRUE(has(
+      error_of(
+          "int f(device int* p, int i) { return p[i]; } int f(thread int* q, int i) { return i; }"),
+      "must have equal bodies"));
+}
+
 TEST(Rewrite, SameNamesInDifferentScopesStay) {
   const std::string r = rewritten(
       "namespace a { int f(int x) { return x; } } namespace b { int f(int x) { return x; } }\n"

@@ -16,7 +16,72 @@ void erase(TokenStream& stream, size_t begin, size_t end) {
   }
 }
 
-// What the rewriter put around the tokens differs between instantiations of one text never.
+/// Parameters' names do not tell functions apart: they are compared as #0, #1, ….
+class ParameterNames {
+ public:
+  ParameterNames(const TokenStream& stream, const Declaration& function) : stream_(stream) {
+    const auto parameters = split_commas(stream, function.params_open + 1, function.params_close);
+    for (size_t i = 0; i < parameters.size(); i++) {
+      const size_t name = name_of(parameters[i].first, parameters[i].second);
+      if (name != kNone) {
+        numbers_[stream.tokens[name].text] = "#" + std::to_string(i);
+      }
+    }
+  }
+
+  std::string text(size_t begin, size_t end) const {
+    std::string out;
+    for (size_t i = begin; i < end; i++) {
+      const Token& token = stream_.tokens[i];
+      if (token.erased) {
+        continue;
+      }
+      const bool member =
+          i > 0 && (stream_.tokens[i - 1].is(".") || stream_.tokens[i - 1].is("->") ||
+                    stream_.tokens[i - 1].is("::"));
+      const auto found = member ? numbers_.end() : numbers_.find(token.text);
+      out += (out.empty() ? "" : " ") + (found == numbers_.end() ? token.text : found->second);
+    }
+    return out;
+  }
+
+ private:
+  // kNone for a parameter without a name.
+  size_t name_of(size_t begin, size_t end) const {
+    size_t last = kNone;
+    for (size_t i = begin; i < end; i++) {
+      const Token& token = stream_.tokens[i];
+      if (token.is("=") || (token.is("[") && last != kNone)) {
+        break;
+      }
+      if (!token.erased) {
+        last = i;
+      }
+    }
+    if (last == kNone || last == begin || !stream_.tokens[last].is_identifier()) {
+      return kNone;
+    }
+    size_t before = last - 1;
+    while (before > begin && stream_.tokens[before].erased) {
+      before--;
+    }
+    const Token& token = stream_.tokens[before];
+    const bool type_before =
+        (token.is_identifier() && !token.erased && !is_type_prefix(token.text)) || token.is("*") ||
+        token.is("&") || token.is(">");
+    return type_before ? last : kNone;
+  }
+
+  static bool is_type_prefix(const std::string& word) {
+    return word == "const" || word == "volatile" || word == "struct" || word == "class" ||
+           word == "enum" || word == "unsigned" || word == "signed" || word == "typename" ||
+           word == "long" || word == "short";
+  }
+
+  const TokenStream& stream_;
+  std::map<std::string, std::string> numbers_;
+};
+
 class DuplicateEraser {
  public:
   explicit DuplicateEraser(TokenStream& stream) : stream_(stream) {}
@@ -59,8 +124,12 @@ class DuplicateEraser {
     if (!body && !d.in_class) {
       return;
     }
-    const std::string key = path_ + "f|" + join(stream_, d.begin, d.head_end);
-    once(key, d, join(stream_, d.head_end, d.end), "functions");
+    const ParameterNames names(stream_, d);
+    once(
+        path_ + "f|" + names.text(d.begin, d.head_end),
+        d,
+        names.text(d.head_end, d.end),
+        "functions");
   }
 
   void class_type(const Declaration& d) {
