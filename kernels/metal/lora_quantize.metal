@@ -1,5 +1,14 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
+//
+// Dense weights to int4 and int8 (MLX's affine groups) and NF4, and back.
+//
+// q = clamp(round((w - bias) / scale), 0, 2^bits - 1) with MLX's choice of scale and bias; NF4: the
+// nearest of 16 levels to w / absmax. One lane takes 8 weights, a group's lanes (4, 8 or 16; NF4: 8)
+// are neighbours and exchange their extremes by shuffles: no threadgroup memory, no barrier.
+// Bytes, w of b bytes: quantise b + bits/8 + 2·b/group a weight, dequantise the same; everything
+// once (emulator's counters, 64 x 1024 f16 to int4 groups of 64 and back: w, q, scales, biases
+// 1.00x). One version: there is nothing to save.
 
 // @region quantize_affine : common
 namespace metal_lora {
@@ -99,65 +108,6 @@ inline void dequantize(
   Pack<T, 8> values;
   weight.unpack(run, group, 0, values);
   if (valid > 0) *reinterpret_cast<device Pack<T, 8>*>(out + row * k + column) = values;
-}
-
-}  // namespace metal_lora
-
-// @region lora_embedding : common
-namespace metal_lora {
-
-constant constexpr uint kEmbedTokens = 8;
-constant constexpr uint kEmbedThreads = 64;
-constant constexpr uint kEmbedDims = 512;  // 64 threads of 8
-
-// y[t] = table[ids[t]] + scale · Σ_r A[r, ids[t]]·B[:, r] for 8 tokens and 512 dims a threadgroup:
-// a row of B is read once for its 8 tokens. us: [8][RANKS]. `rank` 0: no adapter.
-template <typename T, typename LT, int RANKS, typename Weight, typename PI, typename PA, typename PB>
-inline void lora_embedding(
-    Weight weight,
-    PI ids,
-    PA a,
-    PB b,
-    const uint tokens,
-    const uint vocab,
-    const uint dims,
-    const uint rank,
-    const float scale,
-    device T* y,
-    threadgroup float* us,
-    const uint3 group,
-    const uint simd_id,
-    const uint lane) {
-  const uint thread_id = simd_id * 32 + lane, token0 = group.y * kEmbedTokens;
-  const uint column = group.x * kEmbedDims + thread_id * 8;
-  for (uint e = thread_id; e < kEmbedTokens * rank; e += kEmbedThreads) {
-    const uint t = token0 + e / rank, r = e % rank;
-    const uint id = t < tokens ? uint(ids[t]) : vocab;
-    us[e / rank * RANKS + r] = id < vocab ? scale * float(a[r * vocab + id]) : 0.0f;
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  Pack<float, 8> rows[kEmbedTokens];
-  for (uint t = 0; t < kEmbedTokens; ++t) {
-    const uint id = token0 + t < tokens ? uint(ids[token0 + t]) : vocab;
-    const int valid = id < vocab ? int(dims) - int(column) : 0;
-    const typename Weight::Group shared = weight.group(id, column, valid, lane);
-    const typename Weight::Run run = weight.run(id, column, valid);
-    weight.unpack(run, shared, 0, rows[t]);
-  }
-  for (uint i = 0; i < 8 && column + i < dims; ++i) {
-    for (uint r = 0; r < rank; r += 8) {
-      const int valid = int(rank) - int(r);
-      const Pack<LT, 8> values = load_pack_up_to<LT, 8>(b + (column + i) * rank + r, valid);
-      for (int j = 0; j < 8 && j < valid; ++j) {
-        for (uint t = 0; t < kEmbedTokens; ++t) {
-          rows[t].v[i] += float(values.v[j]) * us[t * RANKS + r + j];
-        }
-      }
-    }
-    for (uint t = 0; t < kEmbedTokens; ++t) {
-      if (token0 + t < tokens) y[(token0 + t) * dims + column + i] = T(rows[t].v[i]);
-    }
-  }
 }
 
 }  // namespace metal_lora
