@@ -55,6 +55,16 @@ struct Staged {
   }
 };
 
+/// Tangents of the inputs `at`, zeros for the others.
+Arrays all_tangents(const Arrays& primals, const Arrays& tangents, const std::vector<int>& at) {
+  Arrays all;
+  for (size_t i = 0, next = 0; i < primals.size(); ++i) {
+    const bool given = next < at.size() && at[next] == static_cast<int>(i);
+    all.push_back(given ? tangents[next++] : mx::zeros_like(primals[i]));
+  }
+  return all;
+}
+
 class KernelPrimitive : public mx::Primitive {
  public:
   KernelPrimitive(mx::Stream stream, std::shared_ptr<const Launch> launch)
@@ -106,12 +116,7 @@ class KernelPrimitive : public mx::Primitive {
   Arrays jvp(
       const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) override {
     if (!launch_->reference) refuse("forward-mode derivative");
-    Arrays all_tangents;
-    for (size_t i = 0, next = 0; i < primals.size(); ++i) {
-      bool given = next < argnums.size() && argnums[next] == static_cast<int>(i);
-      all_tangents.push_back(given ? tangents[next++] : mx::zeros_like(primals[i]));
-    }
-    return mx::jvp(launch_->reference, primals, all_tangents).second;
+    return mx::jvp(launch_->reference, primals, all_tangents(primals, tangents, argnums)).second;
   }
 
   std::pair<Arrays, std::vector<int>> vmap(
@@ -206,7 +211,16 @@ Arrays launch_metal(Launch launch, mx::StreamOrDevice stream) {
     for (size_t i = 0; i < wanted.size(); ++i) all[wanted[i]] = computed[i];
     return all;
   };
-  return mx::custom_vjp(build, gradients)(launch.inputs);
+  if (!launch.reference) return mx::custom_vjp(build, gradients)(launch.inputs);
+  auto forward_mode = [reference = launch.reference](
+                          const Arrays& primals, const Arrays& tangents, const std::vector<int>& at) {
+    return mx::jvp(reference, primals, all_tangents(primals, tangents, at)).second;
+  };
+  auto mapped = [reference = launch.reference](const Arrays& in, const std::vector<int>& axes) {
+    auto outputs = mx::vmap(reference, axes)(in);
+    return std::pair{outputs, std::vector<int>(outputs.size(), 0)};
+  };
+  return mx::custom_function(build, gradients, forward_mode, mapped)(launch.inputs);
 }
 
 }  // namespace

@@ -5,9 +5,11 @@
 #include <mlx/ops.h>
 
 #include "kernels/cpu/lora_speculative.h"
+#include "kernels/metal/plans_verify.h"
 #include "metal_lora/ops.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/metal_ops.h"
 
 namespace mx = mlx::core;
 
@@ -53,6 +55,24 @@ Verification verify_tokens(
         args.in.size() > 2 ? static_cast<const float*>(args.in[2]) : nullptr,
         static_cast<int32_t*>(args.out[0]),
         static_cast<int32_t*>(args.out[1]));
+  };
+  verify.metal = [p](const Arrays& in, mx::StreamOrDevice) {
+    metal::VerifyShape shape;
+    shape.batch = p.batch;
+    shape.drafts = p.drafts;
+    shape.vocab = p.vocab;
+    shape.dtype = p.dtype;
+    shape.temperature = p.temperature;
+    shape.has_draft_probs = in.size() > 2;
+    shape.seed = p.seed;
+    metal_ops::NamedArrays arrays{{"logits", in[0]}, {"draft_tokens", in[1]}};
+    if (in.size() > 2) arrays.insert_or_assign("draft_probs", in[2]);
+    const OutputSpec ints{{static_cast<int>(p.batch)}, mx::int32};
+    metal_ops::run_plans(
+        {metal_ops::planned(kOp, metal::plan_verify, shape)},
+        arrays,
+        {{"accepted", ints}, {"next_token", ints}});
+    return Arrays{arrays.at("accepted"), arrays.at("next_token")};
   };
   const auto outputs = launch(std::move(verify));
   return {outputs[0], outputs[1]};
