@@ -1,8 +1,8 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// y[t] = table[ids[t]] + scale·B·A[:, ids[t]], A [rank, vocab], B [dims, rank], and the gradients of
-// A and B. The table may be dense or packed: its rows come through the weight policies.
+// y[t] = table[ids[t]] + scale·B·A[:, ids[t]], A [rank, vocab], B [dims, rank], and the gradients
+// of A and B. The table may be dense or packed: its rows come through the weight policies.
 //
 // Forward. Tile: 8 tokens x 512 dims, two simdgroups, 8 dims a lane: a token's row is read once, a
 // row of B once for 8 tokens, A's columns into threadgroup memory (8 · rank floats).
@@ -11,12 +11,13 @@
 // of B): 4 tokens a threadgroup: B 524 kB; 8 tokens: B 262 kB. A row's words: 1.00x a token.
 //
 // Backward, one dispatch without atomics. dB is lora_grad's product with A's columns gathered on
-// the way. dA is as sparse as the ids: a threadgroup owns 256 ids (one a thread), finds its tokens in
-// order by one mask of 32 bits for each 32 tokens, and makes their products with B, 4 tokens at a
-// time: each token is somebody's, so no product is made twice for one chunk of 16 ranks. A token that
-// fills a batch (padding) is one threadgroup's work: its products are made one after another.
+// the way. dA is as sparse as the ids: a threadgroup owns 256 ids (one a thread), finds its tokens
+// in order by one mask of 32 bits for each 32 tokens, and makes their products with B, 4 tokens at
+// a time: each token is somebody's, so no product is made twice for one chunk of 16 ranks. A token
+// that fills a batch (padding) is one threadgroup's work: its products are made one after another.
 // Bytes read, c = ⌈rank/16⌉: c·(2·tokens·dims·b + tokens·dims·16·l / 1…4 + ⌈vocab/256⌉·tokens·4).
-// Ladder (128 tokens, vocab 2048, dims 256, rank 16; dy f16, A and B f32; unique dy 66 kB, B 16 kB):
+// Ladder (128 tokens, vocab 2048, dims 256, rank 16; dy f16, A and B f32; unique dy 66 kB, B 16
+// kB):
 //   version                         dy               B                 barriers
 //   a rank a simdgroup, by token    1114 kB (17x)    2097 kB (128x)    304
 //   dims over the simdgroups, 4     131 kB (2.00x)   557 kB (34x)      116
@@ -30,7 +31,14 @@ constant constexpr uint kEmbedDims = 512;  // 64 threads of 8
 
 // y[t] = table[ids[t]] + scale · Σ_r A[r, ids[t]]·B[:, r] for 8 tokens and 512 dims a threadgroup:
 // a row of B is read once for its 8 tokens. us: [8][RANKS]. `rank` 0: no adapter.
-template <typename T, typename LT, int RANKS, typename Weight, typename PI, typename PA, typename PB>
+template <
+    typename T,
+    typename LT,
+    int RANKS,
+    typename Weight,
+    typename PI,
+    typename PA,
+    typename PB>
 inline void lora_embedding(
     Weight weight,
     PI ids,
@@ -84,7 +92,8 @@ inline void lora_embedding(
 namespace metal_lora {
 
 constant constexpr uint kEmbedRanks = 16;
-constant constexpr uint kEmbedBatch = 4;  // tokens of one tile of ids whose products are made together
+constant constexpr uint kEmbedBatch =
+    4;  // tokens of one tile of ids whose products are made together
 
 // products[s][i][r] = this simdgroup's part of Σ_d B[d, rank0 + r] · dy[t_i, d] for up to 4 tokens:
 // it takes every eighth 32 of the dims, so that dy is read once and B once for the 4.
@@ -209,8 +218,21 @@ inline void lora_embedding_grad(
   const uint tiles = (vocab + kGradThreads - 1) / kGradThreads, rank0 = group.y * kEmbedRanks;
   if (group.x < tiles) {
     embedding_grad_a(
-        ids, dy, b, tokens, vocab, dims, rank, group.x * kGradThreads, rank0, scale, da, right_tile,
-        matches, simd_id, lane);
+        ids,
+        dy,
+        b,
+        tokens,
+        vocab,
+        dims,
+        rank,
+        group.x * kGradThreads,
+        rank0,
+        scale,
+        da,
+        right_tile,
+        matches,
+        simd_id,
+        lane);
     return;
   }
   GatheredLeft<A, Ids> left;
@@ -226,8 +248,20 @@ inline void lora_embedding_grad(
   none.threshold = 0;
   none.keep_scale = 1.0f;
   gradient_tile<int(kEmbedRanks), false>(
-      left, dy, tokens, dims, rank, rank0, (group.x - tiles) * kGradColumns, scale, none, out,
-      left_tile, right_tile, simd_id, lane);
+      left,
+      dy,
+      tokens,
+      dims,
+      rank,
+      rank0,
+      (group.x - tiles) * kGradColumns,
+      scale,
+      none,
+      out,
+      left_tile,
+      right_tile,
+      simd_id,
+      lane);
 }
 
 }  // namespace metal_lora

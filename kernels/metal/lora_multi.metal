@@ -8,8 +8,8 @@
 // Only true ranks are read and multiplied (rounded up to 8 on the matrix units); a token without
 // adapter costs nothing beyond the base.
 //
-// Matrix-vector form. As lora_gemv; u is summed for each distinct adapter of the batch, whose rows of
-// A and B are read once for all its tokens. Bytes, d distinct adapters named, T threadgroups:
+// Matrix-vector form. As lora_gemv; u is summed for each distinct adapter of the batch, whose rows
+// of A and B are read once for all its tokens. Bytes, d distinct adapters named, T threadgroups:
 //   n·k·w + T·d·rank·k·l + d·n·rank·l + T·m·k·b
 // T is chosen so that A's part stays below half of W's where the batch could name every adapter and
 // at least 16 threadgroups remain.
@@ -31,8 +31,8 @@
 // @region lora_bank : common
 namespace metal_lora {
 
-// Adapters packed side by side: a [adapters, max_rank, k], b [adapters, n, max_rank] of type LT, and
-// their true ranks and scales. What lies beyond a true rank is never read.
+// Adapters packed side by side: a [adapters, max_rank, k], b [adapters, n, max_rank] of type LT,
+// and their true ranks and scales. What lies beyond a true rank is never read.
 template <typename LT, typename PA, typename PB, typename PR, typename PS>
 struct LoraBank {
   typedef LT Value;
@@ -96,7 +96,8 @@ inline bool leads(thread const int (&adapter)[TOKENS], int t) {
   return first;
 }
 
-// us[t][r] += Σ over the staged chunk of x[t]·A_i, each adapter's rows read once for all its tokens.
+// us[t][r] += Σ over the staged chunk of x[t]·A_i, each adapter's rows read once for all its
+// tokens.
 template <typename Tile, int RUN, typename T, typename Bank>
 inline void multi_shrink_chunk(
     threadgroup float* us,
@@ -155,8 +156,7 @@ inline void multi_expand(
     for (int row = 0; row < Tile::ROWS; ++row) {
       if (row0 + row >= n) continue;
       for (uint r = lane; r < rank; r += 32) {
-        const float b =
-            scale * float(bank.b[(uint(i) * n + row0 + row) * bank.max_rank + r]);
+        const float b = scale * float(bank.b[(uint(i) * n + row0 + row) * bank.max_rank + r]);
         for (int t = lead; t < Tile::TOKENS; ++t) {
           if (adapter[t] == i) sums[row][t] += b * us[t * Tile::RANKS + r];
         }
@@ -209,8 +209,7 @@ inline void lora_multi_gemv(
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
       if (pass == 0) {
-        multi_shrink_chunk<Tile, Weight::kRun>(
-            us, xs, bank, adapter, k, k0, simdgroup_index, lane);
+        multi_shrink_chunk<Tile, Weight::kRun>(us, xs, bank, adapter, k, k0, simdgroup_index, lane);
       }
       gemv_multiply_chunk<Tile>(sums, weight, xs, row0, n, k, k0, lane);
     }
@@ -285,8 +284,7 @@ inline void multi_shrink_tile(
       const uint row = e / (BK / 8), column = e % (BK / 8) * 8;
       if ((strips >> (row / 8) & 1u) == 0) continue;
       const int valid = adapter[row] == i ? int(k) - int(d0 + column) : 0;
-      const Pack<XT, 8> in =
-          load_pack_up_to<XT, 8>(x + (at.row0 + row) * k + d0 + column, valid);
+      const Pack<XT, 8> in = load_pack_up_to<XT, 8>(x + (at.row0 + row) * k + d0 + column, valid);
       for (int j = 0; j < 8; ++j) xs[row * STRIDE + column + j] = S(in.v[j]);
     }
     for (uint e = at.thread_index; e < blocks * BK; e += Tile::THREADS) {
@@ -422,8 +420,7 @@ inline void lora_multi_gemm(
     for (uint r0 = 0; r0 < rank; r0 += 32) {
       const uint blocks = min(4u, (rank - r0 + 7) / 8);
       multi_shrink_tile<Tile, T>(bank, i, rank, r0, blocks, strips, x, k, adapter, memory, at);
-      multi_expand_tile<Tile>(
-          acc, bank, i, rank, r0, blocks, strips, n, adapter, memory, at);
+      multi_expand_tile<Tile>(acc, bank, i, rank, r0, blocks, strips, n, adapter, memory, at);
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
   }

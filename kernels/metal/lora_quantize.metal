@@ -4,8 +4,8 @@
 // Dense weights to int4 and int8 (MLX's affine groups) and NF4, and back.
 //
 // q = clamp(round((w - bias) / scale), 0, 2^bits - 1) with MLX's choice of scale and bias; NF4: the
-// nearest of 16 levels to w / absmax. One lane takes 8 weights, a group's lanes (4, 8 or 16; NF4: 8)
-// are neighbours and exchange their extremes by shuffles: no threadgroup memory, no barrier.
+// nearest of 16 levels to w / absmax. One lane takes 8 weights, a group's lanes (4, 8 or 16; NF4:
+// 8) are neighbours and exchange their extremes by shuffles: no threadgroup memory, no barrier.
 // Bytes, w of b bytes: quantise b + bits/8 + 2·b/group a weight, dequantise the same; everything
 // once (emulator's counters, 64 x 1024 f16 to int4 groups of 64 and back: w, q, scales, biases
 // 1.00x). One version: there is nothing to save.
@@ -61,8 +61,8 @@ inline void quantize_affine(
 // @region quantize_nf4 : common nf4_table
 namespace metal_lora {
 
-// The nearest level; of two equally near the lower one. The first level not below x is found in four
-// steps, the one before it is the other candidate.
+// The nearest level; of two equally near the lower one. The first level not below x is found in
+// four steps, the one before it is the other candidate.
 inline uint nearest_level(float x) {
   uint above = 0;
   for (uint step = 8; step > 0; step /= 2) {

@@ -1,25 +1,24 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// Which drafted tokens the target keeps, and the token after them; one threadgroup of 16 simdgroups a
-// sequence. Greedy: drafts are kept while each is its row's largest logit. Sampling (Leviathan et
+// Which drafted tokens the target keeps, and the token after them; one threadgroup of 16 simdgroups
+// a sequence. Greedy: drafts are kept while each is its row's largest logit. Sampling (Leviathan et
 // al., arXiv:2211.17192), P = softmax(row / temperature): draft x is kept iff u·q(x) < P(x); after
 // the first refusal the next token is drawn from max(P - q, 0), after all drafts from P of the last
 // row: together the target's own distribution. Uniforms come from the dropout generator: 24 bits of
 // hash(seed, sequence, 2i) for draft i, of (seed, sequence, 2i + 1) for the draw after i drafts.
 //
-// A row is cut into 16 parts, one a simdgroup: maximum and sum of exponentials in one pass (rescaled
-// where a larger logit appears), the parts' sums stay in threadgroup memory. A draw finds its part
-// by them and walks only that part again, 32 tokens a step by a prefix sum.
-// Bytes read, logits of b: vocab·b for each row up to the first refusal; that row (and 4·vocab of q)
-// once more after a refusal, and 1/16 of it for the draw; 8 bytes an answer. 128 bytes of threadgroup
-// memory.
+// A row is cut into 16 parts, one a simdgroup: maximum and sum of exponentials in one pass
+// (rescaled where a larger logit appears), the parts' sums stay in threadgroup memory. A draw finds
+// its part by them and walks only that part again, 32 tokens a step by a prefix sum. Bytes read,
+// logits of b: vocab·b for each row up to the first refusal; that row (and 4·vocab of q) once more
+// after a refusal, and 1/16 of it for the draw; 8 bytes an answer. 128 bytes of threadgroup memory.
 //
 // Counters (2 sequences, 5 drafts, vocab 32,000, f16; emulator; unique: 0.77 MB of logits):
 //   greedy, all kept                          logits 1.00x (0.77 MB)
 //   sampling, all kept                        logits 1.02x (0.78 MB), q 4 bytes a draft
 //   sampling, the first refused               0.26 MB: a row of each sequence, 2.05x
-// A version of two passes a row (maximum, then sum) reads logits 2.02x where all are kept.
+// Two passes a row (maximum, then sum) would read 2.02x where all are kept.
 
 // @region verify_common : dropout
 namespace metal_lora {
@@ -51,8 +50,8 @@ inline int row_argmax(
     Row logits,
     const ulong row,
     const uint vocab,
-    threadgroup float* values,   // [16]
-    threadgroup int* indices,    // [16]
+    threadgroup float* values,  // [16]
+    threadgroup int* indices,   // [16]
     const uint simd_id,
     const uint lane) {
   float best = -INFINITY;
@@ -134,8 +133,8 @@ inline RowStatistics row_statistics(
     const ulong row,
     const uint vocab,
     const float inv_t,
-    threadgroup float* spans,    // [16]
-    threadgroup float* maxima,   // [16]
+    threadgroup float* spans,   // [16]
+    threadgroup float* maxima,  // [16]
     const uint simd_id,
     const uint lane) {
   const uint span = verify_span(vocab), end = min(vocab, (simd_id + 1) * span);
@@ -282,8 +281,8 @@ inline void verify_sampled(
   uint i = 0;
   bool usable = true;
   for (; i <= count; ++i, weights.row += vocab, weights.q_row += vocab) {
-    const RowStatistics row = row_statistics(
-        logits, weights.row, vocab, weights.inv_t, spans, maxima, simd_id, lane);
+    const RowStatistics row =
+        row_statistics(logits, weights.row, vocab, weights.inv_t, spans, maxima, simd_id, lane);
     weights.largest = row.largest;
     weights.sum = row.sum;
     usable = is_finite(row.largest) && is_finite(row.sum) && row.sum > 0.0f;

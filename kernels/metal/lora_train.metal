@@ -1,13 +1,13 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// Training. dA [rank, k] = scale·vᵀ·drop(x) and dB [n, rank] = scale·dyᵀ·u in one dispatch (v = dy·B
-// and u = drop(x)·Aᵀ, f32, come out of dx and forward); the dropout generator that forward and
+// Training. dA [rank, k] = scale·vᵀ·drop(x) and dB [n, rank] = scale·dyᵀ·u in one dispatch (v =
+// dy·B and u = drop(x)·Aᵀ, f32, come out of dx and forward); the dropout generator that forward and
 // backward share; AdamW over the flat buffer of all adapter tensors.
 //
-// lora_grad. Tile: RT ranks (8, 16 or 32) x 128 columns of x or dy; 8 simdgroups of 16 columns each,
-// 16 tokens at a time through threadgroup memory (10.8 kB at RT = 32: three threadgroups fit in
-// 32 kB). Matrices are f32: v and u keep their bits, x and dy are widened on the way. Tokens are
+// lora_grad. Tile: RT ranks (8, 16 or 32) x 128 columns of x or dy; 8 simdgroups of 16 columns
+// each, 16 tokens at a time through threadgroup memory (10.8 kB at RT = 32: three threadgroups fit
+// in 32 kB). Matrices are f32: v and u keep their bits, x and dy are widened on the way. Tokens are
 // added in order by the one threadgroup that owns an element: no atomics.
 // Bytes, c = ⌈rank / RT⌉, x of b bytes: c·m·(k + n)·b + ⌈k/128⌉·m·rank·4 + ⌈n/128⌉·m·rank·4 read,
 // (k + n)·rank·4 written: 4 bytes an output.
@@ -22,8 +22,8 @@
 // AdamW. One threadgroup of 256 threads takes up to 65,536 elements in one dispatch: gradients are
 // read twice (norm, update), 32 bytes an element. More elements need every gradient's square before
 // the first update and Metal has no barrier across threadgroups: two dispatches, 4 + 28 bytes an
-// element + 12·256 for each 4096 (0.19 bytes an element). Order of sums: a thread's elements, lanes,
-// simdgroups, then the same 256 partial sums in every threadgroup.
+// element and the partial sums again for each 4096 (at most 0.75 bytes an element). Order of sums:
+// a thread's elements, lanes, simdgroups, then the same 256 partial sums in every threadgroup.
 //
 // Ladder (2^20 elements; bytes read beside param, grad, m and v):
 //   factors read from h at each use   18.1 MB
@@ -168,8 +168,7 @@ inline void gradient_tile(
     for (uint m = 0; m < kGradTokens; m += 8) {
       simdgroup_matrix<float, 8, 8> a, b[2];
       for (uint j = 0; j < 2; ++j) {
-        simdgroup_load(
-            b[j], right_tile + m * kRightStride + simd_id * 16 + j * 8, kRightStride);
+        simdgroup_load(b[j], right_tile + m * kRightStride + simd_id * 16 + j * 8, kRightStride);
       }
       for (uint i = 0; i < RT / 8; ++i) {
         simdgroup_load(a, left_tile + m * kLeftStride + i * 8, kLeftStride, ulong2(0, 0), true);
@@ -231,8 +230,20 @@ inline void lora_grad(
     out.row_stride = k;
     out.column_stride = 1;
     gradient_tile<RT, DROP>(
-        left, x, tokens, k, rank, rank0, group.x * kGradColumns, scale, mask, out, left_tile,
-        right_tile, simd_id, lane);
+        left,
+        x,
+        tokens,
+        k,
+        rank,
+        rank0,
+        group.x * kGradColumns,
+        scale,
+        mask,
+        out,
+        left_tile,
+        right_tile,
+        simd_id,
+        lane);
   } else {
     StoredLeft<U> left;
     left.values = u;
@@ -241,8 +252,20 @@ inline void lora_grad(
     out.row_stride = 1;
     out.column_stride = rank;
     gradient_tile<RT, false>(
-        left, dy, tokens, n, rank, rank0, (group.x - tiles) * kGradColumns, scale, mask, out,
-        left_tile, right_tile, simd_id, lane);
+        left,
+        dy,
+        tokens,
+        n,
+        rank,
+        rank0,
+        (group.x - tiles) * kGradColumns,
+        scale,
+        mask,
+        out,
+        left_tile,
+        right_tile,
+        simd_id,
+        lane);
   }
 }
 
@@ -308,8 +331,10 @@ inline SquareSums reduce_squares(
 
 inline float norm_of(SquareSums sums) {
   // != is true of NaN: it must not be lost.
-  if (sums.large != 0.0f) return precise::sqrt(sums.large + sums.middle * kTwoMinus70 * kTwoMinus70) * kTwo70;
-  if (sums.middle != 0.0f) return precise::sqrt(sums.middle + sums.small * kTwoMinus70 * kTwoMinus70);
+  if (sums.large != 0.0f)
+    return precise::sqrt(sums.large + sums.middle * kTwoMinus70 * kTwoMinus70) * kTwo70;
+  if (sums.middle != 0.0f)
+    return precise::sqrt(sums.middle + sums.small * kTwoMinus70 * kTwoMinus70);
   return precise::sqrt(sums.small) * kTwoMinus70;
 }
 
@@ -324,8 +349,8 @@ inline void adamw_norm(
     const uint simd_id,
     const uint lane) {
   const uint begin = group * p[1], end = min(p[0], begin + p[1]);
-  const SquareSums sums = reduce_squares(
-      sum_squares(grad, begin, end, simd_id * 32 + lane), scratch, simd_id, lane);
+  const SquareSums sums =
+      reduce_squares(sum_squares(grad, begin, end, simd_id * 32 + lane), scratch, simd_id, lane);
   if (simd_id == 0 && lane == 0) {
     partial[group * 3] = sums.large;
     partial[group * 3 + 1] = sums.middle;
@@ -408,14 +433,26 @@ inline void adamw_single(
   const SquareSums sums =
       reduce_squares(sum_squares(grad, 0, p[0], thread_id), scratch, simd_id, lane);
   adamw_apply(
-      param, grad, m, v, h, sums, 0, p[0], new_param, new_m, new_v, grad_norm, skipped, 0,
+      param,
+      grad,
+      m,
+      v,
+      h,
+      sums,
+      0,
+      p[0],
+      new_param,
+      new_m,
+      new_v,
+      grad_norm,
+      skipped,
+      0,
       thread_id);
 }
 
 // The update after adamw_norm: every threadgroup sums the same partials in the same order.
 // p: count, chunk of a threadgroup, number of partials (at most 256).
-template <
-    typename W, typename G, typename M, typename V, typename S, typename H, typename P>
+template <typename W, typename G, typename M, typename V, typename S, typename H, typename P>
 inline void adamw_update(
     W param,
     G grad,
@@ -441,8 +478,21 @@ inline void adamw_update(
   sums = reduce_squares(sums, scratch, simd_id, lane);
   const uint begin = group * p[1];
   adamw_apply(
-      param, grad, m, v, h, sums, begin, min(p[0], begin + p[1]), new_param, new_m, new_v,
-      grad_norm, skipped, group, thread_id);
+      param,
+      grad,
+      m,
+      v,
+      h,
+      sums,
+      begin,
+      min(p[0], begin + p[1]),
+      new_param,
+      new_m,
+      new_v,
+      grad_norm,
+      skipped,
+      group,
+      thread_id);
 }
 
 }  // namespace metal_lora
