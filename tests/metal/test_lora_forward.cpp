@@ -219,6 +219,88 @@ TEST(ForwardDropout, DrawsTheCpusMaskBitForBit) {
   }
 }
 
+// ---- order
+// ---------------------------------------------------------------------------------------
+
+/// Runs the plans straight on the emulator; the bytes of the last one's first output. `arrays`
+/// gains the outputs of the earlier ones.
+std::vector<uint8_t> run_in_order(
+    const std::vector<metal::Plan>& plans,
+    ops::metal_ops::NamedArrays arrays,
+    const ops::metal_ops::NamedOutputs& outputs,
+    bool reverse) {
+  using Kind = RecordedKernel::Buffer::Kind;
+  std::vector<uint8_t> result;
+  for (const auto& plan : plans) {
+    Arrays inputs;
+    for (const auto& name : plan.entry->inputs) {
+      if (name != "p") inputs.push_back(arrays.at(name));
+    }
+    std::vector<OutputSpec> specs;
+    std::vector<std::vector<uint8_t>> data;
+    for (const auto& name : plan.entry->outputs) {
+      const auto& spec = outputs.find(name)->second;
+      specs.push_back(spec);
+      data.emplace_back(size_t(spec.shape[0]) * spec.shape[1] * mx::size_of(spec.dtype));
+    }
+    const RecordedKernel kernel = record_metal_kernel(plan, inputs, specs);
+    const auto library = metal_emulator::compile(std::string(mlx_preamble()) + kernel.text);
+    std::vector<std::vector<int>> shapes;
+    for (const auto& input : inputs)
+      shapes.emplace_back(input.shape().begin(), input.shape().end());
+    std::vector<uint32_t> p = plan.p;
+    metal_emulator::Dispatch dispatch;
+    dispatch.kernel = kernel.name;
+    dispatch.reverse_order = reverse;
+    const auto& grid = kernel.threads_per_grid;
+    const auto& group = kernel.threads_per_threadgroup;
+    dispatch.threads_per_grid = {grid.x, grid.y, grid.z};
+    dispatch.threads_per_threadgroup = {group.x, group.y, group.z};
+    for (const auto& b : kernel.buffers) {
+      const int index = static_cast<int>(dispatch.buffers.size());
+      if (b.kind == Kind::output) {
+        dispatch.buffers.push_back({index, data[b.of].data(), data[b.of].size(), false});
+      } else if (b.kind == Kind::shape) {
+        dispatch.buffers.push_back({index, shapes[b.of].data(), shapes[b.of].size() * 4});
+      } else if (b.of == inputs.size()) {
+        dispatch.buffers.push_back({index, p.data(), p.size() * 4});
+      } else {
+        auto& input = inputs[b.of];
+        dispatch.buffers.push_back({index, input.data<uint8_t>(), input.nbytes()});
+      }
+    }
+    const auto report = metal_emulator::run(library, dispatch);
+    EXPECT_EQ(report.finding_count, 0u);
+    if (&plan != &plans.back()) {  // u, the next one's input
+      arrays.insert_or_assign(
+          plan.entry->outputs[0],
+          mx::array(reinterpret_cast<const float*>(data[0].data()), specs[0].shape));
+    }
+    result = data[0];
+  }
+  return result;
+}
+
+class ForwardOrder : public testing::TestWithParam<LoraShape> {};
+
+// Threadgroups and simdgroups scheduled first to last or last to first: the same bits.
+TEST_P(ForwardOrder, DoesNotChangeABit) {
+  const LoraCase c(GetParam());
+  const auto plans = plan_lora_forward(GetParam());
+  const auto outputs = lora_outputs(GetParam());
+  EXPECT_EQ(
+      run_in_order(plans, c.arrays, outputs, false), run_in_order(plans, c.arrays, outputs, true));
+}
+
+std::vector<LoraShape> orders() {
+  LoraShape vector = shape_of(8, 90, 300, 12);
+  LoraShape tiled = shape_of(40, 70, 96, 16, DType::f32);
+  LoraShape split = shape_of(3, 37, 203, 5, DType::bf16);
+  split.form = Form::split;
+  return {vector, tiled, split};
+}
+INSTANTIATE_TEST_SUITE_P(Forms, ForwardOrder, testing::ValuesIn(orders()), name_of);
+
 // ---- traffic
 // -------------------------------------------------------------------------------------
 
