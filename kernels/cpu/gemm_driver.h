@@ -28,6 +28,21 @@ namespace metal_lora::cpu {
 
 inline constexpr uint32_t kBlockSteps = 768;
 inline constexpr size_t kMaxPackedBytes = size_t{32} << 20;
+/// Columns of a task, at most: wide tasks read more of each row of W.
+inline constexpr uint32_t kTaskColumns = 128;
+
+constexpr uint32_t ceil_div(uint32_t a, uint32_t b) {
+  return a / b + (a % b != 0);
+}
+
+constexpr size_t bytes_per_element(Compute compute) {
+  return compute == Compute::bf16 ? 2 : 4;
+}
+
+inline const char* element_at(const MatrixView& m, size_t row, size_t column) {
+  return static_cast<const char*>(m.data) +
+         (row * m.stride + column) * (m.dtype == DType::f32 ? 4 : 2);
+}
 
 /// Grow-only, 64-byte aligned, not initialised.
 class Scratch {
