@@ -278,6 +278,16 @@ TEST(Rewrite, NamespacesAndUnknownTemplates) {
           "k.metal:2: error: an instantiated kernel needs"));
 }
 
+TEST(Rewrite, ExplicitSpecialisations) {
+  const std::string text =
+      "template <typename T> kernel void f(device T* y) {}\n"
+      "template <> kernel void f<int>(device int* y) { y[0] = 1; }\n"
+      "template [[host_name(\"f_int\")]] kernel void f<int>(device int*);";
+  EXPECT_TRUE(has(rewritten(text), "template <> void f<int>( int* y) { y[0] = 1; }"));
+  EXPECT_FALSE(has(table(text), "{\"f\""));
+  EXPECT_TRUE(has(table(text), "{\"f_int\""));
+}
+
 TEST(Rewrite, BuildsOnlyTheWantedKernels) {
   const std::string text =
       "kernel void a() {} kernel void b() {} template <int N> kernel void c() {}\n"
@@ -373,6 +383,21 @@ TEST(Rewrite, ThreadgroupDeclarationsItDoesNotUnderstand) {
   EXPECT_TRUE(has(error_of("kernel void k() { threadgroup float x, *p; }"), "not understood"));
   EXPECT_TRUE(has(error_of("struct S { threadgroup float x; };"), "outside a function"));
   EXPECT_EQ(error_of("struct S { threadgroup float* x; };"), "accepted");
+  EXPECT_TRUE(
+      has(error_of("kernel void k() { if (true) threadgroup float x[2]; }"), "not understood"));
+  EXPECT_TRUE(
+      has(error_of("kernel void k() {\n using T = threadgroup float; T x[2]; }"),
+          "k.metal:2: error: threadgroup declaration in a place"));
+  EXPECT_TRUE(has(error_of("typedef threadgroup float T;"), "alias of a threadgroup type"));
+  EXPECT_EQ(
+      error_of("typedef threadgroup float* T; using U = threadgroup half&; typedef void "
+               "(f_t)(threadgroup "
+               "int* p [[threadgroup(0)]], uint i);"),
+      "accepted");
+  EXPECT_EQ(
+      error_of("kernel void k() { struct S { int f() threadgroup { return 1; } }; "
+               "g<threadgroup float>(sizeof(threadgroup int)); }"),
+      "accepted");
 }
 
 TEST(Rewrite, AddressSpaces) {

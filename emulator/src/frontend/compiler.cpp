@@ -81,7 +81,7 @@ bool has_v3() {
 TemporaryFolder::TemporaryFolder(const fs::path& parent) {
   std::error_code code;
   fs::create_directories(parent, code);
-  std::string name = (parent / "build-XXXXXX").string();
+  std::string name = (parent / "metal-emulator-XXXXXX").string();
   if (!mkdtemp(name.data())) {
     throw CompileError("cannot create a folder in " + parent.string());
   }
@@ -133,7 +133,7 @@ fs::path precompiled_header(const fs::path& cache, const std::string& toolchain)
   if (fs::exists(header)) {
     return header;
   }
-  const TemporaryFolder folder(fs::temp_directory_path() / "metal-emulator");
+  const TemporaryFolder folder(fs::temp_directory_path());
   const fs::path built = folder.path() / "stdlib.pch";
   // Named by content: times of the headers say nothing.
   const ProcessResult result = run_compiler(
@@ -154,7 +154,7 @@ fs::path precompiled_header(const fs::path& cache, const std::string& toolchain)
 
 TokenStream preprocess(
     std::string_view text, const CompileOptions& options, const Preprocess& how) {
-  const TemporaryFolder folder(fs::temp_directory_path() / "metal-emulator");
+  const TemporaryFolder folder(fs::temp_directory_path());
   const fs::path input = folder.path() / "input.metal";
   write_file(input, "#line 1 " + quoted(options.file_name) + "\n" + std::string(text) + "\n");
   std::vector<std::string> arguments = {compiler(), "-E"};
@@ -252,7 +252,7 @@ void build(
     const fs::path& library,
     const fs::path& cache,
     const std::string& toolchain) {
-  const TemporaryFolder folder(fs::temp_directory_path() / "metal-emulator");
+  const TemporaryFolder folder(fs::temp_directory_path());
   const fs::path source = folder.path() / "kernels.cpp", built = folder.path() / "kernels.so";
   write_file(source, translation.text);
   const fs::path header = precompiled_header(cache, toolchain);

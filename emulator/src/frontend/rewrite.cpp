@@ -166,7 +166,10 @@ class Rewriter {
     if (d.in_class) {
       fail(d.begin, "a kernel cannot be a member of a class");
     }
-    if (!d.is_template && d.name > 0) {
+    if (!d.is_template && d.head > d.begin) {
+      return;  // template <>: a specialisation is instantiated by its template's name
+    }
+    if (!d.is_template) {
       // Kernels that nobody wants then cost no code.
       tokens_[d.head].before += "static ";
     }

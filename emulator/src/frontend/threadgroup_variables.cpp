@@ -30,6 +30,8 @@ class ThreadgroupRewriter {
         const size_t start = statement_start(at, open);
         if (start != kNone) {
           at = declaration(start, at);
+        } else {
+          refuse_variable(at);
         }
       }
     }
@@ -85,8 +87,19 @@ class ThreadgroupRewriter {
     return kNone;
   }
 
-  // Handles the declaration; returns the index to go on from.
-  size_t declaration(size_t start, size_t keyword) {
+  // Where a cast, a parameter, an alias or a qualifier was found, no variable may hide: erasing its
+  // `threadgroup` would make it every thread's own.
+  void refuse_variable(size_t keyword) const {
+    const size_t end = specifiers_end(keyword);
+    const bool named = end > keyword + 1 && tokens_[end - 1].is_identifier();
+    if (named && (tokens_[end].is(";") || tokens_[end].is("=") || tokens_[end].is("[") ||
+                  tokens_[end].is("{"))) {
+      fail(keyword, "threadgroup declaration in a place that is not understood");
+    }
+  }
+
+  // The token after the specifiers and the name, if any, that follow `threadgroup`.
+  size_t specifiers_end(size_t keyword) const {
     size_t at = keyword + 1;
     while (!ends_specifiers(at)) {
       const bool group = tokens_[at].is("alignas") || tokens_[at].is("__attribute__") ||
@@ -105,6 +118,12 @@ class ThreadgroupRewriter {
         at++;
       }
     }
+    return at;
+  }
+
+  // Handles the declaration; returns the index to go on from.
+  size_t declaration(size_t start, size_t keyword) {
+    const size_t at = specifiers_end(keyword);
     const bool pointer =
         tokens_[at].is("*") || tokens_[at].is("&") ||
         (tokens_[at].is("(") && (tokens_[at + 1].is("*") || tokens_[at + 1].is("&")));
@@ -119,8 +138,8 @@ class ThreadgroupRewriter {
   }
 
   bool ends_specifiers(size_t at) const {
-    static constexpr std::array<std::string_view, 9> kEnds = {
-        ";", "=", "[", ",", "{", "(", "*", "&", "}"};
+    static constexpr std::array<std::string_view, 11> kEnds = {
+        ";", "=", "[", ",", "{", "(", "*", "&", "}", ")", ">"};
     if (at >= tokens_.size()) {
       fail(tokens_.size() - 1, "threadgroup declaration without its ;");
     }
@@ -215,6 +234,25 @@ void refuse_outside_functions(const TokenStream& stream, const Declaration& d) {
   }
 }
 
+// `using T = threadgroup float;`: what T declares could not be told from a thread's own variable.
+void refuse_alias(const TokenStream& stream, const Declaration& d) {
+  for (size_t i = d.head; i < d.end; i++) {
+    if (is_attribute(stream, i)) {
+      i = match_bracket(stream, i);
+    }
+    if (!stream.tokens[i].is("threadgroup")) {
+      continue;
+    }
+    while (i < d.end && !stream.tokens[i].is("*") && !stream.tokens[i].is("&")) {
+      if (stream.tokens[i].is(";")) {
+        throw CompileError(
+            stream.where(d.begin) + ": error: an alias of a threadgroup type is not supported");
+      }
+      i++;
+    }
+  }
+}
+
 void walk(
     ThreadgroupRewriter& rewriter,
     const TokenStream& stream,
@@ -225,6 +263,9 @@ void walk(
     }
     if (d.kind == Declaration::Kind::variable && d.name != kNone) {
       refuse_outside_functions(stream, d);
+    }
+    if (d.kind == Declaration::Kind::other) {
+      refuse_alias(stream, d);
     }
     walk(rewriter, stream, d.members);
   }

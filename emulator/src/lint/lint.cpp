@@ -102,7 +102,7 @@ std::string in_metal_words(std::string text) {
 }
 
 void check_with_clang(const std::string& text, std::vector<Message>& messages) {
-  const frontend::TemporaryFolder folder(std::filesystem::temp_directory_path() / "metal-emulator");
+  const frontend::TemporaryFolder folder(std::filesystem::temp_directory_path());
   const std::filesystem::path source = folder.path() / "lint.clcpp";
   std::ofstream(source, std::ios::binary) << text;
   std::vector<std::string> arguments = {frontend::compiler()};
