@@ -412,7 +412,7 @@ inline void lora_multi_gemm(
   const NoAdapter none = no_adapter();
   const NoMask mask = NoMask();
   gemm_main_loop<Tile, T>(acc, unused, weight, none, mask, x, m, n, k, memory, at);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  // Every step of multi_shrink_tile begins with a barrier: the tiles before it have been read.
   for (uint row = 0; row < Tile::BM; ++row) {
     if (!leads_tile(adapter, row)) continue;
     const int i = adapter[row];
@@ -421,7 +421,6 @@ inline void lora_multi_gemm(
       const uint blocks = min(4u, (rank - r0 + 7) / 8);
       multi_shrink_tile<Tile, T>(bank, i, rank, r0, blocks, strips, x, k, adapter, memory, at);
       multi_expand_tile<Tile>(acc, bank, i, rank, r0, blocks, strips, n, adapter, memory, at);
-      threadgroup_barrier(mem_flags::mem_threadgroup);
     }
   }
   for (int j = 0; j < Tile::TN; ++j) {

@@ -36,6 +36,16 @@ inline bool is_finite(float x) {
   return (as_type<uint>(x) & 0x7f800000u) != 0x7f800000u;
 }
 
+// Uniform in [0, 1), 24 bits.
+inline float verify_uniform(DropoutKey key, uint counter) {
+  return float(dropout_hash(key, counter) >> 8) * (1.0f / 16777216.0f);
+}
+
+}  // namespace metal_lora
+
+// @region verify_greedy : verify_common
+namespace metal_lora {
+
 inline void keep_better(thread float& best, thread int& index, float value, int at) {
   if (value > best || (value == best && at < index)) {
     best = value;
@@ -79,16 +89,6 @@ inline int row_argmax(
   for (uint s = 1; s < kVerifySimdgroups; ++s) keep_better(best, index, values[s], indices[s]);
   return index == kNoToken ? -1 : index;
 }
-
-// Uniform in [0, 1), 24 bits.
-inline float verify_uniform(DropoutKey key, uint counter) {
-  return float(dropout_hash(key, counter) >> 8) * (1.0f / 16777216.0f);
-}
-
-}  // namespace metal_lora
-
-// @region verify_greedy : verify_common
-namespace metal_lora {
 
 template <typename L, typename D>
 inline void verify_greedy(
@@ -161,9 +161,8 @@ inline RowStatistics row_statistics(
   out.largest = maxima[0];
   for (uint s = 1; s < kVerifySimdgroups; ++s) out.largest = max(out.largest, maxima[s]);
   out.sum = 0.0f;
-  const bool same = top == out.largest;
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (lane == 0 && !same) spans[simd_id] = sum * precise::exp((top - out.largest) * inv_t);
+  if (lane == 0 && top != out.largest)
+    spans[simd_id] = sum * precise::exp((top - out.largest) * inv_t);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint s = 0; s < kVerifySimdgroups; ++s) out.sum += spans[s];
   return out;
