@@ -96,7 +96,7 @@ TEST(VectorConformance, Swizzles) {
           {"v.bgr", {3, 2, 1}},
           {"t.zx", {3, 1}},
           {"p.yxyx", {6, 5, 6, 5}},
-          {"v.xyz.zyx.xy", {3, 2}},
+          {"float3(v.xyz).zy", {3, 2}},
           {"a", {10, 2, 30, 4}},
           {"b", {4, 3, 2, 1}},
           {"c", {4, 6, 3, 4}},

@@ -8,7 +8,8 @@
 #include "simdgroup.h"
 
 #define __METAL_MAYBE_FAST_MATH__ 0
-#define __METAL_FAST_MATH__ 0
+#define __METAL_FAST_MATH__ 1
+#define __METAL_PRECISE_MATH__ 0
 
 #define ME_FORWARD_1(name) \
   METAL_EMULATOR_INLINE float __metal_##name(float x, bool = false) { return metal::name(x); }
@@ -34,6 +35,13 @@ ME_FORWARD_3(max3) ME_FORWARD_3(min3) ME_FORWARD_3(median3)
 #undef ME_FORWARD_1
 #undef ME_FORWARD_2
 #undef ME_FORWARD_3
+METAL_EMULATOR_INLINE float __metal_frexp(float x, int* exponent) {
+  return metal::frexp(x, *exponent);
+}
+METAL_EMULATOR_INLINE float __metal_modf(float x, float* whole) { return metal::modf(x, *whole); }
+METAL_EMULATOR_INLINE float __metal_sincos(float x, float* cosine) {
+  return metal::sincos(x, *cosine);
+}
 METAL_EMULATOR_INLINE int __metal_ilogb(float x) { return metal::ilogb(x); }
 METAL_EMULATOR_INLINE float __metal_ldexp(float x, int k, bool = false) { return metal::ldexp(x, k); }
 METAL_EMULATOR_INLINE bool __metal_isnan(float x, bool = false) { return metal::isnan(x); }
@@ -53,10 +61,12 @@ ME_FORWARD(simd_prefix_inclusive_product) ME_FORWARD(simd_prefix_exclusive_produ
 #undef ME_FORWARD
 template <class T>
 METAL_EMULATOR_INLINE T __metal_simd_xor(T v) {
-  if constexpr (metal::is_integral_v<T>)
-    return metal::simd_xor(v);
-  else
-    static_assert(sizeof(T) == 0, "simd_xor needs an integer");
+  static_assert(sizeof(T) <= 8, "a scalar");
+  using Bits = metal::conditional_t<
+      sizeof(T) == 1,
+      uchar,
+      metal::conditional_t<sizeof(T) == 2, ushort, metal::conditional_t<sizeof(T) == 4, uint, ulong>>>;
+  return metal::as_type<T>(metal::simd_xor(metal::as_type<Bits>(v)));
 }
 #define ME_FORWARD(name)                                    \
   template <class T>                                        \

@@ -10,8 +10,35 @@
 
 namespace metal_emulator {
 namespace abi {
-const Hooks* hooks __attribute__((visibility("hidden"))) = nullptr;
-[[maybe_unused]] METAL_EMULATOR_RAW static void set_hooks(const Hooks* table) { hooks = table; }
+namespace detail {
+// Before and after dispatches: initializers of program-scope values run unchecked.
+METAL_EMULATOR_RAW static void idle_read(const void*) {}
+METAL_EMULATOR_RAW static void idle_write(void*) {}
+METAL_EMULATOR_RAW static void idle_read_range(const void*, size_t, const void*) {}
+METAL_EMULATOR_RAW static void idle_write_range(void*, size_t, const void*) {}
+METAL_EMULATOR_RAW static void idle_entry(void*) {}
+METAL_EMULATOR_RAW static void idle_exit() {}
+METAL_EMULATOR_RAW static void idle_misaligned(const void*, size_t, const void*) {}
+METAL_EMULATOR_RAW static void idle_undefined(const char*, int64_t, const void*) {}
+constexpr Hooks idle_hooks() {
+  Hooks h{};
+  h.read1 = h.read2 = h.read4 = h.read8 = h.read16 = idle_read;
+  h.write1 = h.write2 = h.write4 = h.write8 = h.write16 = idle_write;
+  h.read_range = idle_read_range;
+  h.write_range = idle_write_range;
+  h.function_entry = idle_entry;
+  h.function_exit = idle_exit;
+  h.misaligned = idle_misaligned;
+  h.undefined = idle_undefined;
+  return h;
+}
+static constexpr Hooks kIdleHooks = idle_hooks();
+}  // namespace detail
+const Hooks* hooks __attribute__((visibility("hidden"))) = &detail::kIdleHooks;
+/// Null: nothing runs.
+[[maybe_unused]] METAL_EMULATOR_RAW static void set_hooks(const Hooks* table) {
+  hooks = table ? table : &detail::kIdleHooks;
+}
 static constexpr const char kThisFile[] = __FILE__;
 namespace detail {
 /// The folder of Metal's headers: this file's path without "/metal_emulator/library.h".

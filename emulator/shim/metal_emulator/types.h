@@ -154,7 +154,6 @@ using std::is_constructible;
 using std::is_constructible_v;
 using std::is_convertible;
 using std::is_convertible_v;
-using std::is_empty;
 using std::is_enum;
 using std::is_enum_v;
 using std::is_integral;
@@ -185,6 +184,10 @@ using std::remove_reference_t;
 using std::true_type;
 using std::underlying_type;
 using std::underlying_type_t;
+
+// Apple's own spelling, which third-party kernels use.
+template <class... T>
+struct _disjunction : bool_constant<(T::value || ... || false)> {};
 
 template <class T>
 struct is_floating_point : bool_constant<is_same_v<remove_cv_t<T>, float> ||

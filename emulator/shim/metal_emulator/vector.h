@@ -152,7 +152,7 @@ struct swizzle<vec<T, N>, Storage, I...> {
       : native_(convert(o, std::make_index_sequence<N>())) {}                                   \
   template <class U>                                                                            \
   ME_INLINE constexpr explicit vec(const packed_storage<vec<U, N>>& o)                          \
-      : vec(static_cast<vec<U, N>>(o)) {}                                                       \
+      : vec(o.unpack()) {}                                                             \
   template <                                                                                    \
       class A,                                                                                  \
       class B,                                                                                  \
@@ -298,7 +298,7 @@ struct vec<T, 4> {
   static constexpr int width = N;                                                               \
   packed_storage() = default;                                                                   \
   ME_INLINE constexpr packed_storage(const packed_storage& o)                                   \
-      : packed_storage(static_cast<vec<T, N>>(o)) {}                                            \
+      : packed_storage(o.unpack()) {}                                                           \
   ME_INLINE constexpr packed_storage(const vec<T, N>& v)                                        \
       : packed_storage(v, std::make_index_sequence<N>()) {}                                     \
   ME_INLINE constexpr packed_storage(T s) : packed_storage(vec<T, N>(s)) {}                     \
@@ -310,15 +310,16 @@ struct vec<T, 4> {
   ME_INLINE constexpr packed_storage(const A& a, const B& b, const C&... c)                     \
       : packed_storage(vec<T, N>(a, b, c...)) {}                                                \
   ME_INLINE packed_storage& operator=(const packed_storage& o) {                                \
-    return *this = static_cast<vec<T, N>>(o);                                                   \
+    return *this = o.unpack();                                                                   \
   }                                                                                             \
   ME_INLINE packed_storage& operator=(const vec<T, N>& v) {                                     \
     for (int i = 0; i < N; i++) data_[i] = v.get(i);                                            \
     return *this;                                                                               \
   }                                                                                             \
-  ME_INLINE constexpr operator vec<T, N>() const {                                              \
+  ME_INLINE constexpr vec<T, N> unpack() const {                                                \
     return value(std::make_index_sequence<N>());                                                \
   }                                                                                             \
+  ME_INLINE constexpr operator vec<T, N>() const { return unpack(); }                           \
   ME_INLINE T& operator[](int i) { return data_[i]; }                                           \
   ME_INLINE const T& operator[](int i) const { return data_[i]; }                               \
   ME_PACKED_COMPOUND(+) ME_PACKED_COMPOUND(-) ME_PACKED_COMPOUND(*) ME_PACKED_COMPOUND(/)       \
@@ -335,7 +336,7 @@ struct vec<T, 4> {
                                                                                                 \
  public:
 #define ME_PACKED_COMPOUND(op) \
-  ME_INLINE packed_storage& operator op##=(const value_type& b) { return *this = value_type(*this) op b; }
+  ME_INLINE packed_storage& operator op##=(const value_type& b) { return *this = unpack() op b; }
 
 template <class T>
 struct packed_storage<vec<T, 2>> {

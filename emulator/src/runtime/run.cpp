@@ -324,8 +324,9 @@ Report run(const Library& library, const Dispatch& dispatch) {
   m.findings.clear();
   m.counters = {};
   for (Simdgroup& g : m.simdgroups) g.clock[0] = g.clock[1] = 0;
-  table.set_hooks(&hooks());
+  table.set_hooks(nullptr);
   set_constants(table, dispatch);
+  table.set_hooks(&hooks());
   find_library_range(m, table.kernels);
   bind_buffers(m, dispatch);
   bind_threadgroup_memory(m, dispatch);
