@@ -18,7 +18,8 @@ class Fiber {
   /// Suspends `from` (the running one) and goes on with this one.
   void switch_from(Fiber& from);
 
-  /// Whether fibers prepared from now on use ucontext. All fibers of a dispatch must agree.
+  /// Whether fibers use ucontext; not to be changed during a dispatch. At start: where there is no
+  /// register switch, or the environment says METAL_EMULATOR_FIBERS=portable.
   static void use_portable(bool portable);
   static bool portable();
 

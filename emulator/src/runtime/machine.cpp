@@ -69,6 +69,10 @@ void Machine::start_lanes() {
   const abi::Uint3 size = grid.threads_per_threadgroup;
   threads = live = size.x * size.y * size.z;
   simdgroup_count = (threads + 31) / 32;
+  if (lanes_portable_ != Fiber::portable()) {
+    lanes_portable_ = Fiber::portable();
+    restart_lanes_ = true;
+  }
   for (uint32_t i = 0; i < threads; i++) {
     LaneState& lane = lanes[i];
     if (!lane.prepared || restart_lanes_) prepare(lane, i);

@@ -139,6 +139,7 @@ class Machine {
   sigjmp_buf escape_;
   bool running_ = false;
   bool restart_lanes_ = false;
+  bool lanes_portable_ = false;  ///< the kind of fiber that prepared lanes have
   uint32_t barrier_count_ = 0, barrier_flags_ = 0;
   uint64_t barrier_key_ = 0;
   const void* barrier_site_ = nullptr;
