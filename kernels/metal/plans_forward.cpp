@@ -412,6 +412,19 @@ bool splits(const LoraShape& s, const char* kernel, double repeated, double limi
   return !can_fuse || repeated > limit;
 }
 
+/// Two dispatches of the tiled form; `fused` is the choice that was not taken.
+std::vector<Plan> split_tiled(const LoraShape& s, bool dx, const GemmChoice& fused) {
+  Plan second = gemm_plan(s, AdapterUse::given, dx, choose_gemm(s, dx ? s.k : s.n, false));
+  if (s.rank > kMaxFusedTileRank) {
+    second.why += "; two dispatches: the rank is above " + std::to_string(kMaxFusedTileRank);
+  } else {
+    second.why += std::string("; two dispatches: one would add ") + percent(fused.repeated) +
+                  " of the base product's multiply-adds for " + (dx ? "dy·B" : "x·Aᵀ") +
+                  " (limit " + percent(kMaxRepeatedProducts) + ")";
+  }
+  return {shrink_plan(s, dx), std::move(second)};
+}
+
 }  // namespace
 
 std::vector<Plan> plan_lora_forward(const LoraShape& s) {
@@ -437,8 +450,7 @@ std::vector<Plan> plan_lora_forward(const LoraShape& s) {
   if (!splits(s, kKernel, c.repeated, kMaxRepeatedProducts, s.rank <= kMaxFusedTileRank)) {
     return {gemm_plan(s, AdapterUse::fused, false, c)};
   }
-  return {
-      shrink_plan(s, false), gemm_plan(s, AdapterUse::given, false, choose_gemm(s, s.n, false))};
+  return split_tiled(s, false, c);
 }
 
 std::vector<Plan> plan_lora_dx(const LoraShape& s) {
@@ -451,7 +463,7 @@ std::vector<Plan> plan_lora_dx(const LoraShape& s) {
   if (!splits(s, kKernel, c.repeated, kMaxRepeatedProducts, s.rank <= kMaxFusedTileRank)) {
     return {gemm_plan(s, AdapterUse::fused, true, c)};
   }
-  return {shrink_plan(s, true), gemm_plan(s, AdapterUse::given, true, choose_gemm(s, s.k, false))};
+  return split_tiled(s, true, c);
 }
 
 Plan plan_lora_shrink(const LoraShape& s) {
