@@ -55,7 +55,6 @@ Plan plan_verify(const VerifyShape& s) {
   require_size(s.batch, kName, "batch");
   require_size(s.vocab, kName, "vocab");
   require(s.vocab < (1u << 31), kName, "vocab must be below 2^31");
-  require(s.drafts > 0, kName, "drafts must be at least 1");
   require(s.temperature >= 0.0f, kName, "temperature must be 0 or more");
   const bool greedy = s.temperature == 0.0f, probabilities = !greedy && s.has_draft_probs;
   const uint64_t tokens = uint64_t{s.batch} * s.drafts;

@@ -9,6 +9,7 @@
 namespace metal_lora::metal {
 
 struct VerifyShape {
+  /// drafts 0: one token of each sequence; draft_tokens is then not read (nor may it be empty).
   uint32_t batch = 0, drafts = 0, vocab = 0;
   DType dtype = DType::f32;      ///< of the logits
   float temperature = 0.0f;      ///< 0: greedy
@@ -21,7 +22,8 @@ struct VerifyShape {
 /// next_token int32 [batch]. A sequence that meets a row without a distribution (NaN, +infinity or
 /// nothing but -infinity) stops there with next_token -1. Rejection sampling keeps the target's
 /// distribution: Leviathan et al., Fast inference from transformers via speculative decoding
-/// (arXiv:2211.17192). Throws std::invalid_argument (a size of 0, a temperature below 0).
+/// (arXiv:2211.17192). Without drafts the next token is drawn from the one row; draft_tokens is
+/// then any array. Throws std::invalid_argument (a batch or vocab of 0, a temperature below 0).
 Plan plan_verify(const VerifyShape& shape);
 
 }  // namespace metal_lora::metal

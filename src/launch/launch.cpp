@@ -55,16 +55,6 @@ struct Staged {
   }
 };
 
-/// Tangents of the inputs `at`, zeros for the others.
-Arrays all_tangents(const Arrays& primals, const Arrays& tangents, const std::vector<int>& at) {
-  Arrays all;
-  for (size_t i = 0, next = 0; i < primals.size(); ++i) {
-    const bool given = next < at.size() && at[next] == static_cast<int>(i);
-    all.push_back(given ? tangents[next++] : mx::zeros_like(primals[i]));
-  }
-  return all;
-}
-
 class KernelPrimitive : public mx::Primitive {
  public:
   KernelPrimitive(mx::Stream stream, std::shared_ptr<const Launch> launch)
@@ -116,7 +106,12 @@ class KernelPrimitive : public mx::Primitive {
   Arrays jvp(
       const Arrays& primals, const Arrays& tangents, const std::vector<int>& argnums) override {
     if (!launch_->reference) refuse("forward-mode derivative");
-    return mx::jvp(launch_->reference, primals, all_tangents(primals, tangents, argnums)).second;
+    Arrays all_tangents;
+    for (size_t i = 0, next = 0; i < primals.size(); ++i) {
+      const bool given = next < argnums.size() && argnums[next] == static_cast<int>(i);
+      all_tangents.push_back(given ? tangents[next++] : mx::zeros_like(primals[i]));
+    }
+    return mx::jvp(launch_->reference, primals, all_tangents).second;
   }
 
   std::pair<Arrays, std::vector<int>> vmap(
@@ -196,6 +191,14 @@ Arrays launch_metal(Launch launch, mx::StreamOrDevice stream) {
             std::string(backend_name(active_backend())) + " kernel",
         "METAL_LORA_BACKEND=cpu has one");
   }
+  if (!launch.inputs.empty() && launch.inputs[0].size() == 0) {
+    // No tokens: a dispatch has at least one thread, and every sum over nothing is 0.
+    Arrays zeros;
+    for (const auto& output : launch.outputs) {
+      zeros.push_back(mx::zeros(output.shape, output.dtype, stream));
+    }
+    return zeros;
+  }
   auto build = [metal = launch.metal, stream](const Arrays& in) { return metal(in, stream); };
   if (!launch.vjp) return build(launch.inputs);
   // MLX asks a custom function for all gradients; those that nobody uses are never evaluated.
@@ -211,16 +214,7 @@ Arrays launch_metal(Launch launch, mx::StreamOrDevice stream) {
     for (size_t i = 0; i < wanted.size(); ++i) all[wanted[i]] = computed[i];
     return all;
   };
-  if (!launch.reference) return mx::custom_vjp(build, gradients)(launch.inputs);
-  auto forward_mode = [reference = launch.reference](
-                          const Arrays& primals, const Arrays& tangents, const std::vector<int>& at) {
-    return mx::jvp(reference, primals, all_tangents(primals, tangents, at)).second;
-  };
-  auto mapped = [reference = launch.reference](const Arrays& in, const std::vector<int>& axes) {
-    auto outputs = mx::vmap(reference, axes)(in);
-    return std::pair{outputs, std::vector<int>(outputs.size(), 0)};
-  };
-  return mx::custom_function(build, gradients, forward_mode, mapped)(launch.inputs);
+  return mx::custom_vjp(build, gradients)(launch.inputs);
 }
 
 }  // namespace

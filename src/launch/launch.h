@@ -40,7 +40,8 @@ struct Launch {
   std::vector<OutputSpec> outputs = {};
   /// Runs on the stream's thread; parameters and base weights are captured by value (handles).
   std::function<void(const KernelArgs&)> cpu = {};
-  /// The op as Metal kernels: nodes made by metal_dispatch(). Gradients come from `vjp`.
+  /// The op as Metal kernels: nodes made by metal_dispatch(). Gradients come from `vjp`. Not called
+  /// when inputs[0] is empty: the outputs are zeros then.
   GraphFunction metal = {};
   /// The op in MLX's own operations, which the Metal backend runs where the project has no kernel
   /// and MLX's is good. Gradients are MLX's.
@@ -53,7 +54,8 @@ struct Launch {
       const Arrays& outputs)>
       vjp = {};
   std::vector<int> not_differentiable = {};  ///< inputs that `vjp` refuses: ids, tables
-  /// The same outputs in plain MLX, for jvp and vmap; empty: these say by name that there is none.
+  /// The same outputs in plain MLX, for jvp and vmap on the CPU; empty: these say by name that there
+  /// is none, as MLX does of every custom Metal kernel.
   std::function<Arrays(const Arrays&)> reference = {};
   /// The kernel checks what its inputs hold and may throw: eval then waits for it and rethrows.
   bool may_throw = false;

@@ -26,8 +26,8 @@ LoraParams checked_lora(const Lora& lora, const Weight& table) {
   return p;
 }
 
-void check_ids(const int32_t* ids, uint32_t tokens, uint32_t vocab) {
-  for (uint32_t i = 0; i < tokens; ++i) {
+void check_ids(std::span<const int32_t> ids, uint32_t vocab) {
+  for (size_t i = 0; i < ids.size(); ++i) {
     if (static_cast<uint32_t>(ids[i]) >= vocab) {
       refuse(
           kOp, fmt::format("ids[{}]", i), fmt::format("in [0, {})", vocab), std::to_string(ids[i]));
@@ -88,6 +88,7 @@ mx::array lora_embedding(const mx::array& ids, const LoraLinear& table, mx::Dtyp
   const Weight weight = table.weight;
   const LoraParams lora = table.lora ? checked_lora(*table.lora, weight) : LoraParams{};
   const DType kernel_dtype = to_kernel(dtype);
+  check_ids(metal_ops::values_at_hand<int32_t>(ids), weight.params().n);
 
   Launch forward{
       .kernel = kOp,
@@ -96,7 +97,7 @@ mx::array lora_embedding(const mx::array& ids, const LoraLinear& table, mx::Dtyp
       .cpu =
           [=](const KernelArgs& args) {
             const auto* id = static_cast<const int32_t*>(args.in[0]);
-            check_ids(id, tokens, weight.params().n);
+            check_ids({id, tokens}, weight.params().n);
             cpu::LoraView view{lora, nullptr, nullptr};
             if (lora.rank > 0) view = {lora, args.in[1], args.in[2]};
             cpu::lora_embedding_forward(

@@ -72,7 +72,8 @@ cpu::LoraBankView bank_view(const Call& call, const KernelArgs& args) {
 }
 
 /// The kernels index the bank with these.
-void check_values(const Call& call, const cpu::LoraBankView& bank, const int32_t* index) {
+void check_values(
+    const Call& call, std::span<const int32_t> ranks, std::span<const int32_t> index) {
   const auto check = [](const char* name, size_t i, int32_t got, int64_t least, int64_t most) {
     if (got >= least && got <= most) return;
     refuse(
@@ -81,10 +82,10 @@ void check_values(const Call& call, const cpu::LoraBankView& bank, const int32_t
         fmt::format("in [{}, {}]", least, most),
         std::to_string(got));
   };
-  for (uint32_t i = 0; i < call.bank.adapters; ++i) {
-    check("ranks", i, bank.ranks[i], 0, call.bank.max_rank);
+  for (size_t i = 0; i < ranks.size(); ++i) {
+    check("ranks", i, ranks[i], 0, call.bank.max_rank);
   }
-  for (uint32_t t = 0; t < call.tokens; ++t) {
+  for (size_t t = 0; t < index.size(); ++t) {
     check("adapter_index", t, index[t], -1, int64_t{call.bank.adapters} - 1);
   }
 }
@@ -92,7 +93,7 @@ void check_values(const Call& call, const cpu::LoraBankView& bank, const int32_t
 void forward_cpu(const Call& call, const KernelArgs& args) {
   const auto bank = bank_view(call, args);
   const auto* index = static_cast<const int32_t*>(args.in[kIndex]);
-  check_values(call, bank, index);
+  check_values(call, {bank.ranks, call.bank.adapters}, {index, call.tokens});
   cpu::lora_linear_multi_forward(
       call.tokens,
       call.dtype,
@@ -260,6 +261,10 @@ mx::array lora_linear_multi(
     const mx::array& adapter_index,
     const std::optional<mx::array>& bias) {
   auto call = std::make_shared<const Call>(checked_call(x, weight, bank, adapter_index, bias));
+  check_values(
+      *call,
+      metal_ops::values_at_hand<int32_t>(bank.ranks),
+      metal_ops::values_at_hand<int32_t>(adapter_index));
   Launch forward{
       .kernel = kOp,
       .inputs = {x, bank.a, bank.b, bank.ranks, bank.scales, adapter_index},

@@ -1,5 +1,7 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
+#include <algorithm>
+
 #include <mlx/ops.h>
 
 #include "kernels/cpu/transformer_kernels.h"
@@ -33,9 +35,9 @@ LinearCrossEntropyParams checked_params(
 void check_targets(
     const char* op,
     const LinearCrossEntropyParams& p,
-    const int32_t* targets,
-    const float* weights) {
-  for (uint32_t i = 0; i < p.tokens; ++i) {
+    std::span<const int32_t> targets,
+    std::span<const float> weights) {
+  for (size_t i = 0; i < std::min(targets.size(), weights.size()); ++i) {
     if (weights[i] != 0.0f && static_cast<uint32_t>(targets[i]) >= p.vocab) {
       refuse(
           op,
@@ -58,6 +60,11 @@ mx::array linear_cross_entropy(
   const auto p = checked_params(kOp, x, head, targets);
   check_shape(kOp, "weights", weights, {x.shape(0)});
   check_dtype(kOp, "weights", weights, mx::float32);
+  check_targets(
+      kOp,
+      p,
+      metal_ops::values_at_hand<int32_t>(targets),
+      metal_ops::values_at_hand<float>(weights));
   Launch forward{
       .kernel = kOp,
       .inputs = {x, targets, weights},
@@ -66,7 +73,7 @@ mx::array linear_cross_entropy(
           [=](const KernelArgs& args) {
             const auto* target = static_cast<const int32_t*>(args.in[1]);
             const auto* weight = static_cast<const float*>(args.in[2]);
-            check_targets(kOp, p, target, weight);
+            check_targets(kOp, p, {target, p.tokens}, {weight, p.tokens});
             cpu::linear_cross_entropy(
                 p,
                 args.in[0],
@@ -115,6 +122,8 @@ mx::array linear_cross_entropy(
 mx::array token_losses(const mx::array& x, const Weight& head, const mx::array& targets) {
   constexpr const char* kOp = "token_losses";
   const auto p = checked_params(kOp, x, head, targets);
+  const auto known = metal_ops::values_at_hand<int32_t>(targets);
+  check_targets(kOp, p, known, std::vector<float>(known.size(), 1.0f));
   return launch(
       {.kernel = kOp,
        .inputs = {x, targets},
@@ -123,7 +132,7 @@ mx::array token_losses(const mx::array& x, const Weight& head, const mx::array& 
            [=](const KernelArgs& args) {
              const std::vector<float> ones(p.tokens, 1.0f);
              const auto* target = static_cast<const int32_t*>(args.in[1]);
-             check_targets(kOp, p, target, ones.data());
+             check_targets(kOp, p, {target, p.tokens}, ones);
              float sum = 0.0f;
              cpu::linear_cross_entropy(
                  p,

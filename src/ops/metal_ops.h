@@ -7,10 +7,14 @@
 #include <map>
 #include <string>
 #include <utility>
+#include <stdexcept>
 #include <vector>
+
+#include <mlx/ops.h>
 
 #include "kernels/metal/plans.h"
 #include "metal_lora/ops.h"
+#include "src/launch/backend.h"
 #include "src/launch/launch.h"
 
 namespace metal_lora::ops::metal_ops {
@@ -26,9 +30,23 @@ void bind_weight(NamedArrays& arrays, const Weight& weight);
 void run_plans(
     const std::vector<metal::Plan>& plans, NamedArrays& arrays, const NamedOutputs& outputs);
 
+/// Values that a Metal kernel cannot refuse, for checking before it runs: those of an int32 or f32
+/// array that is at hand on a Metal backend. Empty for one that is still to be computed (there the
+/// kernel does what its op says of bad values) and on the CPU, whose kernels check.
+template <class T>
+std::vector<T> values_at_hand(const mlx::core::array& a);
+
 /// Calls a planner; what no kernel does (std::invalid_argument) becomes Error unsupported "[op] …".
 template <class Planner, class Shape>
 auto planned(const char* op, Planner planner, const Shape& shape) -> decltype(planner(shape));
+
+template <class T>
+std::vector<T> values_at_hand(const mlx::core::array& a) {
+  if (!runs_metal_kernels(active_backend()) || !a.is_available()) return {};
+  auto rows = mlx::core::contiguous(a, false, mlx::core::Device(mlx::core::Device::cpu));
+  rows.eval();
+  return {rows.data<T>(), rows.data<T>() + rows.size()};
+}
 
 [[noreturn]] void refuse_plan(const char* op, const std::exception& why);
 

@@ -63,9 +63,11 @@ Verification verify_tokens(
     shape.vocab = p.vocab;
     shape.dtype = p.dtype;
     shape.temperature = p.temperature;
-    shape.has_draft_probs = in.size() > 2;
+    // A buffer cannot be empty: without drafts the kernel gets a word that it does not read.
+    shape.has_draft_probs = in.size() > 2 && p.drafts > 0;
     shape.seed = p.seed;
-    metal_ops::NamedArrays arrays{{"logits", in[0]}, {"draft_tokens", in[1]}};
+    metal_ops::NamedArrays arrays{
+        {"logits", in[0]}, {"draft_tokens", p.drafts > 0 ? in[1] : mx::array({0}, mx::int32)}};
     if (in.size() > 2) arrays.insert_or_assign("draft_probs", in[2]);
     const OutputSpec ints{{static_cast<int>(p.batch)}, mx::int32};
     metal_ops::run_plans(

@@ -227,6 +227,15 @@ TEST(MetalVerify, SamplesAsTheFormulaAndTheCpu) {
   }
 }
 
+TEST(MetalVerify, WithoutDraftsTheRowIsDrawnFrom) {
+  for (const float temperature : {0.0f, 1.0f}) {
+    Drafted d = drafted(3, 0, 90, DType::f32, temperature, false, 3);
+    Verified want = run_cpu(d);
+    EXPECT_EQ(want.accepted, (std::vector<int32_t>{0, 0, 0}));
+    EXPECT_EQ(run_metal(d), want);
+  }
+}
+
 TEST(MetalVerify, EqualsGiveTheLowestToken) {
   Drafted d = drafted(1, 1, 600, DType::f32, 0.0f, false, 1);
   std::vector<float> logits(1200, 0.25f);
@@ -309,9 +318,9 @@ TEST(MetalVerify, KeepsTheTargetsDistribution) {
 }
 
 TEST(VerifyPlan, RefusesByName) {
-  metal::VerifyShape shape{.batch = 1, .drafts = 0, .vocab = 10};
+  metal::VerifyShape shape{.batch = 0, .drafts = 2, .vocab = 10};
   EXPECT_THROW(metal::plan_verify(shape), std::invalid_argument);
-  shape.drafts = 2;
+  shape.batch = 1;
   shape.temperature = -1.0f;
   EXPECT_THROW(metal::plan_verify(shape), std::invalid_argument);
 }

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "metal_lora/ops.h"
+#include "src/launch/backend.h"
 
 namespace metal_lora::testing {
 
@@ -56,6 +57,11 @@ inline void expect_same_gradients(
   for (size_t i = 0; i < inputs.size(); ++i) {
     expect_close(ours[i], plain[i], tolerance, ("gradient " + std::to_string(i)).c_str());
   }
+}
+
+/// The suite runs a second time with METAL_LORA_BACKEND=emulator.
+inline bool on_metal_kernels() {
+  return runs_metal_kernels(active_backend());
 }
 
 }  // namespace metal_lora::testing
