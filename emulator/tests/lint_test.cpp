@@ -125,6 +125,16 @@ const Rule kRules[] = {
      "int f(int n) { return n; } " K("int (*p)(int) = f; y[0] = p(1);"),
      "k.metal:3: error: pointers to functions",
      "int f(int n) { return n; } " K("y[0] = f(1);")},
+    {"FunctionPointerCall",
+     "int f(int n) { return n; } " K("auto p = &f; y[0] = p(1);"),
+     "call through a function pointer in k",
+     "int f(int n) { return n; } template <int (*g)(int)> int h(int n) { return g(n); } " K(
+         "y[0] = h<f>(1);")},
+    {"TemporaryForThreadReference",
+     "struct A { float v; }; float f(const device A& a) { return a.v; } " K("y[0] = f(A{1});"),
+     "k.metal:3: error:",
+     "struct A { float v; A(float x) : v(x) {} }; float f(const thread A& a) { return a.v; } " K(
+         "y[0] = f(A(1.0f));")},
     {"Virtual",
      "struct S { virtual int f() { return 1; } };",
      "k.metal:3: error: Metal has no virtual",

@@ -255,20 +255,29 @@ void build(
   const TemporaryFolder folder(fs::temp_directory_path());
   const fs::path source = folder.path() / "kernels.cpp", built = folder.path() / "kernels.so";
   write_file(source, translation.text);
-  const fs::path header = precompiled_header(cache, toolchain);
-  const ProcessResult result = run_compiler(
-      "c++",
-      {"-include-pch",
-       header.string(),
-       source.string(),
-       "-o",
-       built.string(),
-       "-shared",
-       "-nostdlib++",
-       "-fno-sanitize-link-runtime",
-       "-Wl,-Bsymbolic",
-       "-Wl,-z,defs",
-       "-lm"});
+  const auto compile = [&] {
+    const fs::path header = precompiled_header(cache, toolchain);
+    return run_compiler(
+        "c++",
+        {"-include-pch",
+         header.string(),
+         source.string(),
+         "-o",
+         built.string(),
+         "-shared",
+         "-nostdlib++",
+         "-fno-sanitize-link-runtime",
+         "-Wl,-Bsymbolic",
+         "-Wl,-z,defs",
+         "-lm"});
+  };
+  ProcessResult result = compile();
+  if (result.status != 0 && result.err.find("precompiled header") != std::string::npos) {
+    // Someone edited the headers after they were hashed.
+    std::error_code code;
+    fs::remove(cache / (toolchain + ".pch"), code);
+    result = compile();
+  }
   if (result.status != 0) {
     throw CompileError(errors_of(result.err));
   }

@@ -15,7 +15,8 @@ namespace {
 
 using Kind = Declaration::Kind;
 
-// clang has no conversion between half and bfloat, Metal has.
+// clang has no conversion between half and bfloat, Metal has. value() is what an expression stands
+// for: itself, or the vector of a swizzle.
 constexpr std::string_view kPrelude = R"(#include <metal_stdlib>
 namespace metal_emulator_rewrite {
 template <class T, class U>
@@ -27,6 +28,15 @@ __attribute__((always_inline)) constexpr T cast(U&& value) {
     return static_cast<T>(static_cast<float>(value));
   } else {
     return static_cast<T>(static_cast<U&&>(value));
+  }
+}
+template <class T>
+__attribute__((always_inline)) constexpr auto value(T&& expression) {
+  using Stands = typename metal::detail::value<__remove_cvref(T)>::type;
+  if constexpr (__is_same(Stands, __remove_cvref(T))) {
+    return static_cast<T&&>(expression);
+  } else {
+    return static_cast<Stands>(expression);
   }
 }
 }  // namespace metal_emulator_rewrite

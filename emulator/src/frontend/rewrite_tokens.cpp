@@ -115,8 +115,30 @@ class SpaceEraser {
     }
   }
 
+  // `auto v = x.xy;`: a swizzle of the library's vectors is a proxy, Metal's is a vector.
+  void deduced(size_t at) {
+    if (at + 3 >= tokens_.size() || !tokens_[at + 1].is_identifier() || !tokens_[at + 2].is("=") ||
+        tokens_[at + 3].is("{") || (at > 0 && tokens_[at - 1].is("constexpr"))) {
+      return;
+    }
+    size_t end = at + 3;
+    while (end < tokens_.size() && !tokens_[end].is(";") && !tokens_[end].is(")") &&
+           !tokens_[end].is("}")) {
+      end = tokens_[end].is("(") || tokens_[end].is("[") || tokens_[end].is("{")
+                ? match_bracket(stream_, end) + 1
+                : end + 1;
+    }
+    if (end > at + 3 && split_commas(stream_, at + 3, end).size() == 1) {
+      tokens_[at + 2].after += " ::metal_emulator_rewrite::value(";
+      tokens_[end - 1].after += ")";
+    }
+  }
+
   void word(size_t at) {
     Token& token = tokens_[at];
+    if (token.is("auto")) {
+      deduced(at);
+    }
     if (token.is("constant")) {
       if (beside_const(at) || qualifies_constructor(at)) {
         token.erased = true;

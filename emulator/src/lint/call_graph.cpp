@@ -12,6 +12,7 @@ namespace {
 struct Function {
   std::string debug;  ///< number of its !DISubprogram
   std::set<std::string> calls;
+  bool indirect = false;  ///< calls through a pointer
 };
 
 // The symbol after '@': name or "quoted name".
@@ -59,7 +60,13 @@ class Assembly {
     for (const auto& [name, function] : functions_) {
       std::set<std::string> seen;
       if (reaches(name, name, seen)) {
-        messages.push_back(message(function, name));
+        messages.push_back(recursion(function, name));
+      }
+      if (function.indirect) {
+        Message m = place(function);
+        m.text = "call through a function pointer in " + name_of(function, name) +
+                 ": Metal kernels have none";
+        messages.push_back(std::move(m));
       }
     }
   }
@@ -82,7 +89,18 @@ class Assembly {
     } else if (!current.empty()) {
       const size_t call = text.find("call ");
       const size_t at = call == std::string_view::npos ? call : text.find('@', call);
-      if (at != std::string_view::npos) {
+      const size_t arguments = call == std::string_view::npos ? call : text.find('(', call);
+      const size_t local = call == std::string_view::npos ? call : text.find('%', call);
+      if (local != std::string_view::npos && local < arguments &&
+          !text.substr(local).starts_with("%\"struct") &&
+          text.substr(call, arguments - call).find('@') == std::string_view::npos) {
+        // The callee stands right before its arguments: a register is a pointer.
+        size_t begin = arguments;
+        while (begin > call && text[begin - 1] != ' ') {
+          begin--;
+        }
+        functions_[current].indirect = functions_[current].indirect || text[begin] == '%';
+      } else if (at != std::string_view::npos) {
         functions_[current].calls.insert(symbol_at(text, at));
       }
     }
@@ -101,13 +119,22 @@ class Assembly {
     return false;
   }
 
-  Message message(const Function& function, const std::string& symbol) {
+  std::string name_of(const Function& function, const std::string& symbol) {
+    const std::string name = unquote(field(metadata_[function.debug], "name"));
+    return name.empty() ? symbol : name;
+  }
+
+  Message place(const Function& function) {
     const std::string& program = metadata_[function.debug];
-    const std::string name = unquote(field(program, "name"));
     Message m;
     m.line = std::atoi(field(program, "line").c_str());
     m.file = unquote(field(metadata_[field(program, "file")], "filename"));
-    m.text = "recursion: " + (name.empty() ? symbol : name) + " calls itself" +
+    return m;
+  }
+
+  Message recursion(const Function& function, const std::string& symbol) {
+    Message m = place(function);
+    m.text = "recursion: " + name_of(function, symbol) + " calls itself" +
              (function.calls.count(symbol) ? "" : " through other functions");
     return m;
   }
@@ -118,7 +145,7 @@ class Assembly {
 
 }  // namespace
 
-void check_recursion(const std::string& assembly, std::vector<Message>& messages) {
+void check_calls(const std::string& assembly, std::vector<Message>& messages) {
   Assembly(assembly).report(messages);
 }
 

@@ -74,6 +74,7 @@ class OpenClRewriter {
       }
     }
     frontend::rewrite_threadgroup_variables(stream_, declarations_);
+    function_parameters();
     for (size_t at = 0; at < tokens_.size();) {
       if (frontend::is_attribute(stream_, at)) {
         attribute(at);
@@ -87,6 +88,19 @@ class OpenClRewriter {
  private:
   bool is(size_t index, std::string_view text) const {
     return index < tokens_.size() && tokens_[index].is(text);
+  }
+
+  // template <int (*f)(int)>: clang's C++ for OpenCL takes functions by reference only.
+  void function_parameters() {
+    for (size_t i = 0; i + 1 < tokens_.size(); i++) {
+      const size_t close =
+          is(i, "template") && is(i + 1, "<") ? frontend::match_angle(stream_, i + 1) : kNone;
+      for (size_t p = i + 2; close != kNone && p + 4 < close; p++) {
+        if (is(p, "(") && is(p + 1, "*") && is(p + 3, ")") && is(p + 4, "(")) {
+          tokens_[p + 1].text = "&";
+        }
+      }
+    }
   }
 
   // Function constants, and what is computed from them, have no value at compile time.

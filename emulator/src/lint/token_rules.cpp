@@ -73,6 +73,9 @@ class TokenRules {
       }
       c_style_cast(i);
     }
+    for (size_t i = 0; i + 3 < tokens_.size(); i++) {
+      function_pointer(i);
+    }
   }
 
   void declarations(const std::vector<Declaration>& list) {
@@ -112,6 +115,32 @@ class TokenRules {
     if (is(close + 1, "(") || is(close + 1, "{")) {
       report(i, "Metal has no lambda expressions");
     }
+  }
+
+  // `int (*f)(int)` but in template parameters, where it names a function at compile time.
+  void function_pointer(size_t i) {
+    if (!is(i, "(") || !is(i + 1, "*") || !tokens_[i + 2].is_identifier() || i == 0 ||
+        !(tokens_[i - 1].is_identifier() || tokens_[i - 1].is("*") || tokens_[i - 1].is(">"))) {
+      return;
+    }
+    const size_t close = frontend::match_bracket(stream_, i);
+    const bool declarator = close == i + 3 || (is(i + 3, "[") && is(close - 1, "]"));
+    if (declarator && is(close + 1, "(") && !in_template_parameters(i)) {
+      report(i, "pointers to functions are not allowed");
+    }
+  }
+
+  bool in_template_parameters(size_t at) const {
+    for (size_t i = at; i-- > 1;) {
+      if (tokens_[i].is(";") || tokens_[i].is("{") || tokens_[i].is("}")) {
+        return false;
+      }
+      if (tokens_[i].is("<") && tokens_[i - 1].is("template")) {
+        const size_t close = frontend::match_angle(stream_, i);
+        return close != kNone && close > at;
+      }
+    }
+    return false;
   }
 
   // (float*)x
