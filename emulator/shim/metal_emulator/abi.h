@@ -67,24 +67,24 @@ struct Lane {
 };
 
 struct Grid {
-  Uint3 threadgroup;                 ///< position of the running threadgroup
-  Uint3 threadgroups;                ///< per grid, rounded up
-  Uint3 threads;                     ///< per grid
-  Uint3 threads_per_threadgroup;     ///< of the running threadgroup: smaller at a ragged edge
-  Uint3 nominal_threadgroup;         ///< as dispatched
+  Uint3 threadgroup;              ///< position of the running threadgroup
+  Uint3 threadgroups;             ///< per grid, rounded up
+  Uint3 threads;                  ///< per grid
+  Uint3 threads_per_threadgroup;  ///< of the running threadgroup: smaller at a ragged edge
+  Uint3 nominal_threadgroup;      ///< as dispatched
 };
 
 struct Context {
-  void* const* buffers;              ///< [31]
-  void* const* threadgroup_memory;   ///< [31]
-  void* dummy;                       ///< 4 KiB behind arguments that a function constant disables
+  void* const* buffers;             ///< [31]
+  void* const* threadgroup_memory;  ///< [31]
+  void* dummy;                      ///< 4 KiB behind arguments that a function constant disables
   const Grid* grid;
   const Lane* lane;
 };
 
 struct Kernel {
-  const char* name;                  ///< host name
-  void (*thunk)(const Context&);     ///< glue::call(&function, args, context)
+  const char* name;               ///< host name
+  void (*thunk)(const Context&);  ///< glue::call(&function, args, context)
   const Arg* args;
   uint32_t arg_count;
 };
@@ -94,13 +94,13 @@ struct FunctionConstant {
   const char* name;
   void* value;
   uint32_t bytes;
-  bool* defined;                     ///< what is_function_constant_defined() reads; may be null
+  bool* defined;  ///< what is_function_constant_defined() reads; may be null
 };
 
 /// Where a threadgroup variable lives; one static object per declaration (and instantiation).
 struct ThreadgroupSlot {
   uint32_t index;
-  uint32_t generation;               ///< of the dispatch that assigned the index; 0 at start
+  uint32_t generation;  ///< of the dispatch that assigned the index; 0 at start
 };
 
 enum class CollectiveKind : uint32_t { simd, simdgroup_barrier, matrix, matrix_multiply };
@@ -109,13 +109,13 @@ enum class CollectiveKind : uint32_t { simd, simdgroup_barrier, matrix, matrix_m
 struct Exchange {
   const void* in[kSimdWidth];
   void* out[kSimdWidth];
-  uint32_t mask;                     ///< lanes that take part
-  const void* site;                  ///< return address of the call in the kernel
+  uint32_t mask;     ///< lanes that take part
+  const void* site;  ///< return address of the call in the kernel
 };
 
 struct Collective {
   CollectiveKind kind;
-  void (*finish)(const Exchange&);   ///< runs once, on behalf of all lanes of the mask; may be null
+  void (*finish)(const Exchange&);  ///< runs once, on behalf of all lanes of the mask; may be null
 };
 
 /// Filled by the runtime. `site` is a return address inside the kernel's code, for file and line.
@@ -156,15 +156,15 @@ struct Hooks {
 };
 
 struct Library {
-  uint32_t version;                  ///< kVersion
+  uint32_t version;  ///< kVersion
   const Kernel* kernels;
   uint32_t kernel_count;
   const FunctionConstant* constants;
   uint32_t constant_count;
-  void (*set_hooks)(const Hooks*);   ///< abi::set_hooks of library.h
-  void (*constants_changed)();       ///< recomputes program-scope values derived from function
-                                     ///< constants; may be null
-  const char* shim_directory;        ///< abi::kShimDirectory of library.h: frames there are skipped
+  void (*set_hooks)(const Hooks*);  ///< abi::set_hooks of library.h
+  void (*constants_changed)();      ///< recomputes program-scope values derived from function
+                                    ///< constants; may be null
+  const char* shim_directory;       ///< abi::kShimDirectory of library.h: frames there are skipped
 };
 
 /// The table of this generated library; hidden, so that each library has its own.

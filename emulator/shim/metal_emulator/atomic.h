@@ -5,6 +5,7 @@
 // atomic; the hook tells the checks. Metal has relaxed order alone.
 #pragma once
 
+#include "abi.h"
 #include "types.h"
 
 namespace metal {
@@ -60,8 +61,8 @@ ME_ATOMIC void atomic_store_explicit(
   const_cast<_atomic<T>*>(object)->__s = desired;
 }
 template <class T>
-ME_ATOMIC T atomic_exchange_explicit(
-    volatile _atomic<T>* object, detail::exactly_t<T> desired, memory_order) {
+ME_ATOMIC T
+atomic_exchange_explicit(volatile _atomic<T>* object, detail::exactly_t<T> desired, memory_order) {
   T* cell = detail::atomic_cell<T, true>(object, __builtin_return_address(0));
   const T old = *cell;
   *cell = desired;
@@ -83,18 +84,18 @@ ME_ATOMIC bool atomic_compare_exchange_weak_explicit(
   *expected = *cell;
   return false;
 }
-#define ME_FETCH(name, condition, expression)                                             \
-  template <class T>                                                                      \
-  ME_ATOMIC enable_if_t<condition, T> atomic_fetch_##name##_explicit(                     \
-      volatile _atomic<T>* object, detail::exactly_t<T> operand, memory_order) {          \
-    T* cell = detail::atomic_cell<T, true>(object, __builtin_return_address(0));          \
-    const T old = *cell;                                                                  \
-    *cell = static_cast<T>(expression);                                                   \
-    return old;                                                                           \
+#define ME_FETCH(name, condition, expression)                                    \
+  template <class T>                                                             \
+  ME_ATOMIC enable_if_t<condition, T> atomic_fetch_##name##_explicit(            \
+      volatile _atomic<T>* object, detail::exactly_t<T> operand, memory_order) { \
+    T* cell = detail::atomic_cell<T, true>(object, __builtin_return_address(0)); \
+    const T old = *cell;                                                         \
+    *cell = static_cast<T>(expression);                                          \
+    return old;                                                                  \
   }
 ME_FETCH(add, (!is_same_v<T, bool>), old + operand)
 ME_FETCH(sub, (!is_same_v<T, bool>), old - operand)
-ME_FETCH(and, (is_integral_v<T>), old & operand)
+ME_FETCH(and, (is_integral_v<T>), old& operand)
 ME_FETCH(or, (is_integral_v<T>), old | operand)
 ME_FETCH(xor, (is_integral_v<T>), old ^ operand)
 ME_FETCH(min, (is_integral_v<T> && !is_same_v<T, bool>), operand < old ? operand : old)

@@ -46,7 +46,8 @@ ME_INLINE vec<T, N> reflect(const vec<T, N>& i, const vec<T, N>& n) {
   return i - T(2) * dot(n, i) * n;
 }
 template <class T, int N>
-ME_INLINE vec<T, N> faceforward(const vec<T, N>& n, const vec<T, N>& i, const vec<T, N>& reference) {
+ME_INLINE vec<T, N> faceforward(
+    const vec<T, N>& n, const vec<T, N>& i, const vec<T, N>& reference) {
   return dot(reference, i) < T(0) ? n : -n;
 }
 template <class T, int N>

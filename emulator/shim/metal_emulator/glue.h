@@ -11,7 +11,9 @@ namespace metal_emulator {
 namespace glue {
 
 // All of this is inlined into the thunk, which is not instrumented.
-METAL_EMULATOR_INLINE uint32_t threads(const abi::Uint3& t) { return t.x * t.y * t.z; }
+METAL_EMULATOR_INLINE uint32_t threads(const abi::Uint3& t) {
+  return t.x * t.y * t.z;
+}
 METAL_EMULATOR_INLINE abi::Uint3 built_in(abi::ArgKind kind, const abi::Context& c) {
   using K = abi::ArgKind;
   const abi::Lane& lane = *c.lane;
@@ -20,29 +22,48 @@ METAL_EMULATOR_INLINE abi::Uint3 built_in(abi::ArgKind kind, const abi::Context&
                    &nominal = grid.nominal_threadgroup;
   switch (kind) {
     case K::thread_position_in_grid:
-      return {group.x * nominal.x + lane.position.x, group.y * nominal.y + lane.position.y,
-              group.z * nominal.z + lane.position.z};
-    case K::thread_position_in_threadgroup: return lane.position;
-    case K::threadgroup_position_in_grid: return group;
-    case K::thread_index_in_threadgroup: return {lane.thread, 0, 0};
-    case K::thread_index_in_simdgroup: return {lane.lane, 0, 0};
-    case K::thread_index_in_quadgroup: return {lane.lane & 3, 0, 0};
-    case K::simdgroup_index_in_threadgroup: return {lane.simdgroup, 0, 0};
-    case K::quadgroup_index_in_threadgroup: return {lane.thread / 4, 0, 0};
-    case K::threads_per_threadgroup: return size;
-    case K::threadgroups_per_grid: return grid.threadgroups;
+      return {
+          group.x * nominal.x + lane.position.x,
+          group.y * nominal.y + lane.position.y,
+          group.z * nominal.z + lane.position.z};
+    case K::thread_position_in_threadgroup:
+      return lane.position;
+    case K::threadgroup_position_in_grid:
+      return group;
+    case K::thread_index_in_threadgroup:
+      return {lane.thread, 0, 0};
+    case K::thread_index_in_simdgroup:
+      return {lane.lane, 0, 0};
+    case K::thread_index_in_quadgroup:
+      return {lane.lane & 3, 0, 0};
+    case K::simdgroup_index_in_threadgroup:
+      return {lane.simdgroup, 0, 0};
+    case K::quadgroup_index_in_threadgroup:
+      return {lane.thread / 4, 0, 0};
+    case K::threads_per_threadgroup:
+      return size;
+    case K::threadgroups_per_grid:
+      return grid.threadgroups;
     case K::threads_per_grid:
-    case K::grid_size: return grid.threads;
+    case K::grid_size:
+      return grid.threads;
     case K::threads_per_simdgroup:
-    case K::thread_execution_width: return {abi::kSimdWidth, 1, 1};
-    case K::simdgroups_per_threadgroup: return {(threads(size) + 31) / 32, 1, 1};
-    case K::quadgroups_per_threadgroup: return {(threads(size) + 3) / 4, 1, 1};
-    case K::dispatch_threads_per_threadgroup: return nominal;
-    case K::dispatch_simdgroups_per_threadgroup: return {(threads(nominal) + 31) / 32, 1, 1};
-    case K::dispatch_quadgroups_per_threadgroup: return {(threads(nominal) + 3) / 4, 1, 1};
+    case K::thread_execution_width:
+      return {abi::kSimdWidth, 1, 1};
+    case K::simdgroups_per_threadgroup:
+      return {(threads(size) + 31) / 32, 1, 1};
+    case K::quadgroups_per_threadgroup:
+      return {(threads(size) + 3) / 4, 1, 1};
+    case K::dispatch_threads_per_threadgroup:
+      return nominal;
+    case K::dispatch_simdgroups_per_threadgroup:
+      return {(threads(nominal) + 31) / 32, 1, 1};
+    case K::dispatch_quadgroups_per_threadgroup:
+      return {(threads(nominal) + 3) / 4, 1, 1};
     case K::grid_origin:
     case K::buffer:
-    case K::threadgroup_memory: break;
+    case K::threadgroup_memory:
+      break;
   }
   return {0, 0, 0};
 }
@@ -93,8 +114,7 @@ METAL_EMULATOR_INLINE void call(
 }
 /// Runs `kernel` for the thread of `c`; args[i] describes its i-th parameter.
 template <class... P>
-METAL_EMULATOR_INLINE void call(
-    void (*kernel)(P...), const abi::Arg* args, const abi::Context& c) {
+METAL_EMULATOR_INLINE void call(void (*kernel)(P...), const abi::Arg* args, const abi::Context& c) {
   call(kernel, args, c, std::make_index_sequence<sizeof...(P)>());
 }
 

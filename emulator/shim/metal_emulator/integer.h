@@ -1,8 +1,8 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// Integer functions: real overloads for each scalar type, as Metal has them (a call with mixed types
-// is ambiguous there too), and maps for vectors.
+// Integer functions: real overloads for each scalar type, as Metal has them (a call with mixed
+// types is ambiguous there too), and maps for vectors.
 #pragma once
 
 #include "relational.h"
@@ -78,7 +78,8 @@ ME_INLINE T int_insert(T base, T value, uint offset, uint bits) {
   const U ones = static_cast<U>(~U(0)) >> (bits_v<T> - bits);
   const U mask = static_cast<U>(ones << offset);
   return static_cast<T>(
-      (static_cast<U>(base) & static_cast<U>(~mask)) | (static_cast<U>(static_cast<U>(value) << offset) & mask));
+      (static_cast<U>(base) & static_cast<U>(~mask)) |
+      (static_cast<U>(static_cast<U>(value) << offset) & mask));
 }
 template <class X>
 using enable_integer_vector_t = enable_if_t<
@@ -90,70 +91,97 @@ using enable_integer_vectors_t = enable_integer_vector_t<common_vector_t<X...>>;
 
 #define ME_INTEGER_TYPES(M) \
   M(char) M(int8_t) M(uchar) M(short) M(ushort) M(int) M(uint) M(long) M(ulong)
-#define ME_INTEGER_1(name)                                                                \
-  template <class V>                                                                      \
-  ME_INLINE detail::enable_integer_vector_t<V> name(const V& v) {                         \
-    const detail::value_t<V> a = v;                                                       \
-    return detail::map<detail::value_t<V>>([](auto x) { return name(x); }, a);            \
+#define ME_INTEGER_1(name)                                                     \
+  template <class V>                                                           \
+  ME_INLINE detail::enable_integer_vector_t<V> name(const V& v) {              \
+    const detail::value_t<V> a = v;                                            \
+    return detail::map<detail::value_t<V>>([](auto x) { return name(x); }, a); \
   }
-#define ME_INTEGER_2(name)                                                                \
-  template <class A, class B>                                                             \
-  ME_INLINE detail::enable_integer_vectors_t<A, B> name(const A& a, const B& b) {         \
-    using V = detail::common_vector_t<A, B>;                                              \
-    return detail::map<V>([](auto x, auto y) { return name(x, y); }, V(a), V(b));         \
+#define ME_INTEGER_2(name)                                                        \
+  template <class A, class B>                                                     \
+  ME_INLINE detail::enable_integer_vectors_t<A, B> name(const A& a, const B& b) { \
+    using V = detail::common_vector_t<A, B>;                                      \
+    return detail::map<V>([](auto x, auto y) { return name(x, y); }, V(a), V(b)); \
   }
-#define ME_INTEGER_3(name)                                                                \
-  template <class A, class B, class C>                                                    \
-  ME_INLINE detail::enable_integer_vectors_t<A, B, C> name(const A& a, const B& b, const C& c) { \
-    using V = detail::common_vector_t<A, B, C>;                                           \
-    return detail::map<V>(                                                                \
-        [](auto x, auto y, auto z) { return name(x, y, z); }, V(a), V(b), V(c));          \
+#define ME_INTEGER_3(name)                                                                         \
+  template <class A, class B, class C>                                                             \
+  ME_INLINE detail::enable_integer_vectors_t<A, B, C> name(const A& a, const B& b, const C& c) {   \
+    using V = detail::common_vector_t<A, B, C>;                                                    \
+    return detail::map<V>([](auto x, auto y, auto z) { return name(x, y, z); }, V(a), V(b), V(c)); \
   }
-#define ME_SCALARS(T)                                                                     \
-  ME_INLINE constexpr T min(T x, T y) { return y < x ? y : x; }                           \
-  ME_INLINE constexpr T max(T x, T y) { return x < y ? y : x; }                           \
-  ME_INLINE constexpr T clamp(T x, T low, T high) { return min(max(x, low), high); }      \
-  ME_INLINE T min3(T x, T y, T z) { return min(x, min(y, z)); }                           \
-  ME_INLINE T max3(T x, T y, T z) { return max(x, max(y, z)); }                           \
-  ME_INLINE T median3(T x, T y, T z) { return detail::int_median<T>(x, y, z); }           \
-  ME_INLINE T abs(T x) { return static_cast<T>(x < 0 ? T(0) - x : x); }                   \
-  ME_INLINE auto absdiff(T x, T y) { return detail::int_absdiff<T>(x, y); }               \
-  ME_INLINE T addsat(T x, T y) {                                                          \
-    using W = detail::wide_t<T>;                                                          \
-    return detail::saturate_to<T>(static_cast<W>(x) + static_cast<W>(y));                 \
-  }                                                                                       \
-  ME_INLINE T subsat(T x, T y) {                                                          \
-    using W = detail::wide_t<T>;                                                          \
-    if (!std::is_signed<T>::value && x < y) return 0;                                     \
-    return detail::saturate_to<T>(static_cast<W>(x) - static_cast<W>(y));                 \
-  }                                                                                       \
-  ME_INLINE T hadd(T x, T y) {                                                            \
-    using W = detail::wide_t<T>;                                                          \
-    return static_cast<T>((static_cast<W>(x) + static_cast<W>(y)) >> 1);                  \
-  }                                                                                       \
-  ME_INLINE T rhadd(T x, T y) {                                                           \
-    using W = detail::wide_t<T>;                                                          \
-    return static_cast<T>((static_cast<W>(x) + static_cast<W>(y) + 1) >> 1);              \
-  }                                                                                       \
-  ME_INLINE T mulhi(T x, T y) {                                                           \
-    using W = detail::wide_t<T>;                                                          \
-    return static_cast<T>(static_cast<W>(x) * static_cast<W>(y) >> detail::bits_v<T>);    \
-  }                                                                                       \
-  ME_INLINE T madhi(T x, T y, T z) { return static_cast<T>(mulhi(x, y) + z); }            \
-  ME_INLINE T madsat(T x, T y, T z) {                                                     \
-    using W = detail::wide_t<T>;                                                          \
+#define ME_SCALARS(T)                                                                         \
+  ME_INLINE constexpr T min(T x, T y) {                                                       \
+    return y < x ? y : x;                                                                     \
+  }                                                                                           \
+  ME_INLINE constexpr T max(T x, T y) {                                                       \
+    return x < y ? y : x;                                                                     \
+  }                                                                                           \
+  ME_INLINE constexpr T clamp(T x, T low, T high) {                                           \
+    return min(max(x, low), high);                                                            \
+  }                                                                                           \
+  ME_INLINE T min3(T x, T y, T z) {                                                           \
+    return min(x, min(y, z));                                                                 \
+  }                                                                                           \
+  ME_INLINE T max3(T x, T y, T z) {                                                           \
+    return max(x, max(y, z));                                                                 \
+  }                                                                                           \
+  ME_INLINE T median3(T x, T y, T z) {                                                        \
+    return detail::int_median<T>(x, y, z);                                                    \
+  }                                                                                           \
+  ME_INLINE T abs(T x) {                                                                      \
+    return static_cast<T>(x < 0 ? T(0) - x : x);                                              \
+  }                                                                                           \
+  ME_INLINE auto absdiff(T x, T y) {                                                          \
+    return detail::int_absdiff<T>(x, y);                                                      \
+  }                                                                                           \
+  ME_INLINE T addsat(T x, T y) {                                                              \
+    using W = detail::wide_t<T>;                                                              \
+    return detail::saturate_to<T>(static_cast<W>(x) + static_cast<W>(y));                     \
+  }                                                                                           \
+  ME_INLINE T subsat(T x, T y) {                                                              \
+    using W = detail::wide_t<T>;                                                              \
+    if (!std::is_signed<T>::value && x < y) return 0;                                         \
+    return detail::saturate_to<T>(static_cast<W>(x) - static_cast<W>(y));                     \
+  }                                                                                           \
+  ME_INLINE T hadd(T x, T y) {                                                                \
+    using W = detail::wide_t<T>;                                                              \
+    return static_cast<T>((static_cast<W>(x) + static_cast<W>(y)) >> 1);                      \
+  }                                                                                           \
+  ME_INLINE T rhadd(T x, T y) {                                                               \
+    using W = detail::wide_t<T>;                                                              \
+    return static_cast<T>((static_cast<W>(x) + static_cast<W>(y) + 1) >> 1);                  \
+  }                                                                                           \
+  ME_INLINE T mulhi(T x, T y) {                                                               \
+    using W = detail::wide_t<T>;                                                              \
+    return static_cast<T>(static_cast<W>(x) * static_cast<W>(y) >> detail::bits_v<T>);        \
+  }                                                                                           \
+  ME_INLINE T madhi(T x, T y, T z) {                                                          \
+    return static_cast<T>(mulhi(x, y) + z);                                                   \
+  }                                                                                           \
+  ME_INLINE T madsat(T x, T y, T z) {                                                         \
+    using W = detail::wide_t<T>;                                                              \
     return detail::saturate_to<T>(static_cast<W>(x) * static_cast<W>(y) + static_cast<W>(z)); \
-  }                                                                                       \
-  ME_INLINE T clz(T x) { return detail::int_clz<T>(x); }                                  \
-  ME_INLINE T ctz(T x) { return detail::int_ctz<T>(x); }                                  \
-  ME_INLINE T popcount(T x) { return detail::int_popcount<T>(x); }                        \
-  ME_INLINE T reverse_bits(T x) { return detail::int_reverse<T>(x); }                     \
-  ME_INLINE T rotate(T x, T n) { return detail::int_rotate<T>(x, n); }                    \
-  ME_INLINE T extract_bits(T x, uint offset, uint bits) {                                 \
-    return detail::int_extract<T>(x, offset, bits);                                       \
-  }                                                                                       \
-  ME_INLINE T insert_bits(T base, T value, uint offset, uint bits) {                      \
-    return detail::int_insert<T>(base, value, offset, bits);                              \
+  }                                                                                           \
+  ME_INLINE T clz(T x) {                                                                      \
+    return detail::int_clz<T>(x);                                                             \
+  }                                                                                           \
+  ME_INLINE T ctz(T x) {                                                                      \
+    return detail::int_ctz<T>(x);                                                             \
+  }                                                                                           \
+  ME_INLINE T popcount(T x) {                                                                 \
+    return detail::int_popcount<T>(x);                                                        \
+  }                                                                                           \
+  ME_INLINE T reverse_bits(T x) {                                                             \
+    return detail::int_reverse<T>(x);                                                         \
+  }                                                                                           \
+  ME_INLINE T rotate(T x, T n) {                                                              \
+    return detail::int_rotate<T>(x, n);                                                       \
+  }                                                                                           \
+  ME_INLINE T extract_bits(T x, uint offset, uint bits) {                                     \
+    return detail::int_extract<T>(x, offset, bits);                                           \
+  }                                                                                           \
+  ME_INLINE T insert_bits(T base, T value, uint offset, uint bits) {                          \
+    return detail::int_insert<T>(base, value, offset, bits);                                  \
   }
 ME_INTEGER_TYPES(ME_SCALARS)
 #undef ME_SCALARS
@@ -196,8 +224,16 @@ ME_INLINE vec<T, N> insert_bits(const vec<T, N>& a, const vec<T, N>& b, uint off
 }
 
 // 24-bit factors; higher bits are ignored, as the instruction does.
-ME_INLINE int mul24(int x, int y) { return ((x << 8) >> 8) * ((y << 8) >> 8); }
-ME_INLINE uint mul24(uint x, uint y) { return (x & 0xffffffu) * (y & 0xffffffu); }
-ME_INLINE int mad24(int x, int y, int z) { return mul24(x, y) + z; }
-ME_INLINE uint mad24(uint x, uint y, uint z) { return mul24(x, y) + z; }
+ME_INLINE int mul24(int x, int y) {
+  return ((x << 8) >> 8) * ((y << 8) >> 8);
+}
+ME_INLINE uint mul24(uint x, uint y) {
+  return (x & 0xffffffu) * (y & 0xffffffu);
+}
+ME_INLINE int mad24(int x, int y, int z) {
+  return mul24(x, y) + z;
+}
+ME_INLINE uint mad24(uint x, uint y, uint z) {
+  return mul24(x, y) + z;
+}
 }  // namespace metal

@@ -56,19 +56,19 @@ static constexpr const char* kShimDirectory = detail::kDirectory.text;
 }  // namespace metal_emulator
 
 #define ME_HOOK extern "C" __attribute__((visibility("hidden"), used)) METAL_EMULATOR_RAW
-#define ME_ACCESS(n)                                                       \
-  ME_HOOK void __tsan_read##n(const void* p) {                             \
-    [[clang::musttail]] return metal_emulator::abi::hooks->read##n(p);     \
-  }                                                                        \
-  ME_HOOK void __tsan_write##n(void* p) {                                  \
-    [[clang::musttail]] return metal_emulator::abi::hooks->write##n(p);    \
+#define ME_ACCESS(n)                                                    \
+  ME_HOOK void __tsan_read##n(const void* p) {                          \
+    [[clang::musttail]] return metal_emulator::abi::hooks->read##n(p);  \
+  }                                                                     \
+  ME_HOOK void __tsan_write##n(void* p) {                               \
+    [[clang::musttail]] return metal_emulator::abi::hooks->write##n(p); \
   }
-#define ME_UNALIGNED(n)                                                    \
-  ME_HOOK void __tsan_unaligned_read##n(const void* p) {                   \
-    [[clang::musttail]] return metal_emulator::abi::hooks->read##n(p);     \
-  }                                                                        \
-  ME_HOOK void __tsan_unaligned_write##n(void* p) {                        \
-    [[clang::musttail]] return metal_emulator::abi::hooks->write##n(p);    \
+#define ME_UNALIGNED(n)                                                 \
+  ME_HOOK void __tsan_unaligned_read##n(const void* p) {                \
+    [[clang::musttail]] return metal_emulator::abi::hooks->read##n(p);  \
+  }                                                                     \
+  ME_HOOK void __tsan_unaligned_write##n(void* p) {                     \
+    [[clang::musttail]] return metal_emulator::abi::hooks->write##n(p); \
   }
 ME_ACCESS(1)
 ME_ACCESS(2)
@@ -162,7 +162,8 @@ ME_HOOK void __ubsan_handle_shift_out_of_bounds(
 }
 ME_HOOK void __ubsan_handle_divrem_overflow(const void*, uintptr_t, uintptr_t right) {
   metal_emulator::abi::hooks->undefined(
-      "integer division by zero or overflow", static_cast<int64_t>(right),
+      "integer division by zero or overflow",
+      static_cast<int64_t>(right),
       __builtin_return_address(0));
 }
 

@@ -2,53 +2,60 @@
 // SPDX-License-Identifier: MIT
 //
 // Math and common functions for half, float and their vectors; half is computed in float and
-// rounded once. fast:: and precise:: are the same functions: an emulator cannot tell how far Apple's
-// fast ones are off. There are no bfloat overloads, because Metal has none.
+// rounded once. fast:: and precise:: are the same functions: an emulator cannot tell how far
+// Apple's fast ones are off. There are no bfloat overloads, because Metal has none.
 #pragma once
 
 #include "relational.h"
 
 namespace metal {
 
-#define ME_FUNCTION_1(name, expression)                                                   \
-  ME_INLINE float name(float x) { return static_cast<float>(expression); }                \
-  ME_INLINE half name(half h) {                                                           \
-    const float x = static_cast<float>(h);                                                \
-    return static_cast<half>(static_cast<float>(expression));                             \
-  }                                                                                       \
-  template <class V>                                                                      \
-  ME_INLINE detail::enable_math_vector_t<V> name(const V& v) {                            \
-    const detail::value_t<V> a = v;                                                       \
-    return detail::map<detail::value_t<V>>([](auto x) { return name(x); }, a);            \
+#define ME_FUNCTION_1(name, expression)                                        \
+  ME_INLINE float name(float x) {                                              \
+    return static_cast<float>(expression);                                     \
+  }                                                                            \
+  ME_INLINE half name(half h) {                                                \
+    const float x = static_cast<float>(h);                                     \
+    return static_cast<half>(static_cast<float>(expression));                  \
+  }                                                                            \
+  template <class V>                                                           \
+  ME_INLINE detail::enable_math_vector_t<V> name(const V& v) {                 \
+    const detail::value_t<V> a = v;                                            \
+    return detail::map<detail::value_t<V>>([](auto x) { return name(x); }, a); \
   }
-#define ME_FUNCTION_2(name, expression)                                                   \
-  ME_INLINE float name(float x, float y) { return static_cast<float>(expression); }       \
-  ME_INLINE half name(half h, half i) {                                                   \
-    const float x = static_cast<float>(h), y = static_cast<float>(i);                     \
-    return static_cast<half>(static_cast<float>(expression));                             \
-  }                                                                                       \
-  template <class A, class B>                                                             \
-  ME_INLINE detail::enable_math_vectors_t<A, B> name(const A& a, const B& b) {            \
-    using V = detail::common_vector_t<A, B>;                                              \
-    return detail::map<V>([](auto x, auto y) { return name(x, y); }, V(a), V(b));         \
+#define ME_FUNCTION_2(name, expression)                                           \
+  ME_INLINE float name(float x, float y) {                                        \
+    return static_cast<float>(expression);                                        \
+  }                                                                               \
+  ME_INLINE half name(half h, half i) {                                           \
+    const float x = static_cast<float>(h), y = static_cast<float>(i);             \
+    return static_cast<half>(static_cast<float>(expression));                     \
+  }                                                                               \
+  template <class A, class B>                                                     \
+  ME_INLINE detail::enable_math_vectors_t<A, B> name(const A& a, const B& b) {    \
+    using V = detail::common_vector_t<A, B>;                                      \
+    return detail::map<V>([](auto x, auto y) { return name(x, y); }, V(a), V(b)); \
   }
-#define ME_FUNCTION_3(name, expression)                                                   \
-  ME_INLINE float name(float x, float y, float z) { return static_cast<float>(expression); } \
-  ME_INLINE half name(half h, half i, half j) {                                           \
-    const float x = static_cast<float>(h), y = static_cast<float>(i), z = static_cast<float>(j); \
-    return static_cast<half>(static_cast<float>(expression));                             \
-  }                                                                                       \
-  template <class A, class B, class C>                                                    \
-  ME_INLINE detail::enable_math_vectors_t<A, B, C> name(const A& a, const B& b, const C& c) { \
-    using V = detail::common_vector_t<A, B, C>;                                           \
-    return detail::map<V>(                                                                \
-        [](auto x, auto y, auto z) { return name(x, y, z); }, V(a), V(b), V(c));          \
+#define ME_FUNCTION_3(name, expression)                                                            \
+  ME_INLINE float name(float x, float y, float z) {                                                \
+    return static_cast<float>(expression);                                                         \
+  }                                                                                                \
+  ME_INLINE half name(half h, half i, half j) {                                                    \
+    const float x = static_cast<float>(h), y = static_cast<float>(i), z = static_cast<float>(j);   \
+    return static_cast<half>(static_cast<float>(expression));                                      \
+  }                                                                                                \
+  template <class A, class B, class C>                                                             \
+  ME_INLINE detail::enable_math_vectors_t<A, B, C> name(const A& a, const B& b, const C& c) {      \
+    using V = detail::common_vector_t<A, B, C>;                                                    \
+    return detail::map<V>([](auto x, auto y, auto z) { return name(x, y, z); }, V(a), V(b), V(c)); \
   }
 
 namespace detail {
 // Exact reduction to [-1, 1], then π in double: right to the last bit of a float.
 constexpr double kPi = 3.14159265358979323846264338327950288;
-ME_INLINE double half_turns(float x) { return x - 2.0 * __builtin_rint(x * 0.5); }
+ME_INLINE double half_turns(float x) {
+  return x - 2.0 * __builtin_rint(x * 0.5);
+}
 ME_INLINE float sin_pi(float x) {
   const double r = half_turns(x);
   return r == __builtin_rint(r) ? 0.0f * x : static_cast<float>(__builtin_sin(kPi * r));
@@ -61,12 +68,10 @@ ME_INLINE float sign(float x) {
   return x > 0 ? 1.0f : x < 0 ? -1.0f : __builtin_isnan(x) ? 0.0f : x;
 }
 ME_INLINE float median(float x, float y, float z) {
-  return __builtin_fmaxf(
-      __builtin_fminf(x, y), __builtin_fminf(__builtin_fmaxf(x, y), z));
+  return __builtin_fmaxf(__builtin_fminf(x, y), __builtin_fminf(__builtin_fmaxf(x, y), z));
 }
 ME_INLINE float smooth(float low, float high, float x) {
-  const float t =
-      __builtin_fminf(__builtin_fmaxf((x - low) / (high - low), 0.0f), 1.0f);
+  const float t = __builtin_fminf(__builtin_fmaxf((x - low) / (high - low), 0.0f), 1.0f);
   return t * t * (3.0f - 2.0f * t);
 }
 }  // namespace detail
@@ -145,7 +150,9 @@ ME_INLINE detail::enable_math_vector_t<V> fract(const V& v) {
   return detail::map<detail::value_t<V>>([](auto x) { return fract(x); }, a);
 }
 
-ME_INLINE float nextafter(float x, float y) { return __builtin_nextafterf(x, y); }
+ME_INLINE float nextafter(float x, float y) {
+  return __builtin_nextafterf(x, y);
+}
 ME_INLINE half nextafter(half x, half y) {
   if (isnan(x) || isnan(y)) return static_cast<half>(__builtin_nanf(""));
   if (x == y) return y;
@@ -155,13 +162,21 @@ ME_INLINE half nextafter(half x, half y) {
   return as_type<half>(static_cast<ushort>(away ? bits + 1 : bits - 1));
 }
 
-ME_INLINE float ldexp(float x, int k) { return __builtin_ldexpf(x, k); }
+ME_INLINE float ldexp(float x, int k) {
+  return __builtin_ldexpf(x, k);
+}
 ME_INLINE half ldexp(half x, int k) {
   return static_cast<half>(__builtin_ldexpf(static_cast<float>(x), k));
 }
-ME_INLINE int ilogb(float x) { return __builtin_ilogbf(x); }
-ME_INLINE int ilogb(half x) { return __builtin_ilogbf(static_cast<float>(x)); }
-ME_INLINE float frexp(float x, int& exponent) { return __builtin_frexpf(x, &exponent); }
+ME_INLINE int ilogb(float x) {
+  return __builtin_ilogbf(x);
+}
+ME_INLINE int ilogb(half x) {
+  return __builtin_ilogbf(static_cast<float>(x));
+}
+ME_INLINE float frexp(float x, int& exponent) {
+  return __builtin_frexpf(x, &exponent);
+}
 ME_INLINE half frexp(half x, int& exponent) {
   return static_cast<half>(__builtin_frexpf(static_cast<float>(x), &exponent));
 }
@@ -184,7 +199,8 @@ ME_INLINE half sincos(half x, half& cosine) {
   return sin(x);
 }
 template <class T, int N>
-ME_INLINE enable_if_t<detail::is_math_v<T>, vec<T, N>> ldexp(const vec<T, N>& x, const vec<int, N>& k) {
+ME_INLINE enable_if_t<detail::is_math_v<T>, vec<T, N>> ldexp(
+    const vec<T, N>& x, const vec<int, N>& k) {
   return detail::map<vec<T, N>>([](T a, int b) { return ldexp(a, b); }, x, k);
 }
 template <class T, int N>
@@ -212,7 +228,8 @@ ME_INLINE enable_if_t<detail::is_math_v<T>, vec<T, N>> modf(const vec<T, N>& x, 
   return r;
 }
 template <class T, int N>
-ME_INLINE enable_if_t<detail::is_math_v<T>, vec<T, N>> sincos(const vec<T, N>& x, vec<T, N>& cosine) {
+ME_INLINE enable_if_t<detail::is_math_v<T>, vec<T, N>> sincos(
+    const vec<T, N>& x, vec<T, N>& cosine) {
   cosine = cos(x);
   return sin(x);
 }
@@ -222,14 +239,15 @@ ME_INLINE enable_if_t<detail::is_math_v<T>, vec<T, N>> nextafter(
   return detail::map<vec<T, N>>([](T a, T b) { return nextafter(a, b); }, x, y);
 }
 
-#define ME_BOTH(M)                                                                             \
-  M(acos) M(acosh) M(asin) M(asinh) M(atan) M(atan2) M(atanh) M(ceil) M(copysign) M(cos)       \
-  M(cosh) M(cospi) M(divide) M(exp) M(exp10) M(exp2) M(fabs) M(abs) M(fdim) M(floor) M(fma)    \
-  M(fmax) M(fmax3) M(fmedian3) M(fmin) M(fmin3) M(fmod) M(fract) M(frexp) M(ilogb) M(ldexp)    \
-  M(log) M(log10) M(log2) M(max) M(max3) M(median3) M(min) M(min3) M(modf) M(nextafter) M(pow) \
-  M(powr) M(rint) M(round) M(rsqrt) M(sin) M(sincos) M(sinh) M(sinpi) M(sqrt) M(tan) M(tanh)   \
-  M(tanpi) M(trunc) M(clamp) M(mix) M(saturate) M(sign) M(smoothstep) M(step) M(isnan)         \
-  M(isinf) M(isfinite) M(isnormal) M(signbit)
+#define ME_BOTH(M)                                                                                 \
+  M(acos)                                                                                          \
+  M(acosh) M(asin) M(asinh) M(atan) M(atan2) M(atanh) M(ceil) M(copysign) M(cos) M(cosh) M(cospi)  \
+      M(divide) M(exp) M(exp10) M(exp2) M(fabs) M(abs) M(fdim) M(floor) M(fma) M(fmax) M(fmax3)    \
+          M(fmedian3) M(fmin) M(fmin3) M(fmod) M(fract) M(frexp) M(ilogb) M(ldexp) M(log) M(log10) \
+              M(log2) M(max) M(max3) M(median3) M(min) M(min3) M(modf) M(nextafter) M(pow) M(powr) \
+                  M(rint) M(round) M(rsqrt) M(sin) M(sincos) M(sinh) M(sinpi) M(sqrt) M(tan)       \
+                      M(tanh) M(tanpi) M(trunc) M(clamp) M(mix) M(saturate) M(sign) M(smoothstep)  \
+                          M(step) M(isnan) M(isinf) M(isfinite) M(isnormal) M(signbit)
 #define ME_USING(name) using metal::name;
 namespace fast {
 ME_BOTH(ME_USING)

@@ -116,19 +116,19 @@ ME_INLINE T determinant(const matrix<T, 4, 4>& a) {
     return a[c].get(i) * a[c + 1].get(j) - a[c].get(j) * a[c + 1].get(i);
   };
   return minor(0, 0, 1) * minor(2, 2, 3) - minor(0, 0, 2) * minor(2, 1, 3) +
-      minor(0, 0, 3) * minor(2, 1, 2) + minor(0, 1, 2) * minor(2, 0, 3) -
-      minor(0, 1, 3) * minor(2, 0, 2) + minor(0, 2, 3) * minor(2, 0, 1);
+         minor(0, 0, 3) * minor(2, 1, 2) + minor(0, 1, 2) * minor(2, 0, 3) -
+         minor(0, 1, 3) * minor(2, 0, 2) + minor(0, 2, 3) * minor(2, 0, 1);
 }
 
-#define ME_MATRICES(name, T)                                                              \
-  typedef matrix<T, 2, 2> name##2x2;                                                      \
-  typedef matrix<T, 2, 3> name##2x3;                                                      \
-  typedef matrix<T, 2, 4> name##2x4;                                                      \
-  typedef matrix<T, 3, 2> name##3x2;                                                      \
-  typedef matrix<T, 3, 3> name##3x3;                                                      \
-  typedef matrix<T, 3, 4> name##3x4;                                                      \
-  typedef matrix<T, 4, 2> name##4x2;                                                      \
-  typedef matrix<T, 4, 3> name##4x3;                                                      \
+#define ME_MATRICES(name, T)         \
+  typedef matrix<T, 2, 2> name##2x2; \
+  typedef matrix<T, 2, 3> name##2x3; \
+  typedef matrix<T, 2, 4> name##2x4; \
+  typedef matrix<T, 3, 2> name##3x2; \
+  typedef matrix<T, 3, 3> name##3x3; \
+  typedef matrix<T, 3, 4> name##3x4; \
+  typedef matrix<T, 4, 2> name##4x2; \
+  typedef matrix<T, 4, 3> name##4x3; \
   typedef matrix<T, 4, 4> name##4x4;
 ME_MATRICES(half, half)
 ME_MATRICES(float, float)

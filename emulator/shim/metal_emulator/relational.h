@@ -48,7 +48,9 @@ ME_INLINE constexpr R map(F f, const V&... v) {
 }  // namespace detail
 
 #define ME_CLASSIFY(name, expression)                                                     \
-  ME_INLINE bool name(float x) { return expression; }                                     \
+  ME_INLINE bool name(float x) {                                                          \
+    return expression;                                                                    \
+  }                                                                                       \
   ME_INLINE bool name(half h) {                                                           \
     const float x = static_cast<float>(h);                                                \
     return expression;                                                                    \
@@ -63,7 +65,9 @@ ME_CLASSIFY(isinf, __builtin_isinf(x))
 ME_CLASSIFY(isfinite, __builtin_isfinite(x))
 ME_CLASSIFY(signbit, __builtin_signbit(x))
 #undef ME_CLASSIFY
-ME_INLINE bool isnormal(float x) { return __builtin_isnormal(x); }
+ME_INLINE bool isnormal(float x) {
+  return __builtin_isnormal(x);
+}
 ME_INLINE bool isnormal(half x) {
   const uint exponent = as_type<ushort>(x) >> 10 & 31;
   return exponent != 0 && exponent != 31;
@@ -90,8 +94,12 @@ ME_INLINE vec<bool, N> isordered(const vec<T, N>& a, const vec<T, N>& b) {
   return !isunordered(a, b);
 }
 
-ME_INLINE bool all(bool x) { return x; }
-ME_INLINE bool any(bool x) { return x; }
+ME_INLINE bool all(bool x) {
+  return x;
+}
+ME_INLINE bool any(bool x) {
+  return x;
+}
 template <int N>
 ME_INLINE bool all(const vec<bool, N>& v) {
   for (int i = 0; i < N; i++)

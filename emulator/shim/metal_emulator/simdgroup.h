@@ -6,6 +6,7 @@
 // -1), since Metal leaves that value undefined.
 #pragma once
 
+#include "integer.h"
 #include "math.h"
 #include "relational.h"
 #include "vector.h"
@@ -39,7 +40,9 @@ METAL_EMULATOR_MEETING inline void simdgroup_barrier(mem_flags flags) {
 }
 
 namespace detail {
-METAL_EMULATOR_RAW inline uint lane() { return (*abi::hooks->current)->lane; }
+METAL_EMULATOR_RAW inline uint lane() {
+  return (*abi::hooks->current)->lane;
+}
 
 template <class Finish, class Out, class In>
 METAL_EMULATOR_MEETING Out meet(In in) {
@@ -56,7 +59,9 @@ template <class T>
 METAL_EMULATOR_INLINE T& out(const abi::Exchange& e, uint i) {
   return *static_cast<T*>(e.out[i]);
 }
-METAL_EMULATOR_INLINE bool active(const abi::Exchange& e, uint i) { return e.mask >> i & 1; }
+METAL_EMULATOR_INLINE bool active(const abi::Exchange& e, uint i) {
+  return e.mask >> i & 1;
+}
 
 // Metal has no bfloat overloads of these functions.
 template <class T>
@@ -68,35 +73,53 @@ using enable_simd_integer_t =
 
 struct Sum {
   template <class T>
-  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) { return static_cast<T>(a + b); }
+  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) {
+    return static_cast<T>(a + b);
+  }
   template <class T>
-  METAL_EMULATOR_INLINE static T neutral() { return T(element_t<T>(0)); }
+  METAL_EMULATOR_INLINE static T neutral() {
+    return T(element_t<T>(0));
+  }
 };
 struct Product {
   template <class T>
-  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) { return static_cast<T>(a * b); }
+  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) {
+    return static_cast<T>(a * b);
+  }
   template <class T>
-  METAL_EMULATOR_INLINE static T neutral() { return T(element_t<T>(1)); }
+  METAL_EMULATOR_INLINE static T neutral() {
+    return T(element_t<T>(1));
+  }
 };
 struct Max {
   template <class T>
-  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) { return max(a, b); }
+  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) {
+    return max(a, b);
+  }
 };
 struct Min {
   template <class T>
-  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) { return min(a, b); }
+  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) {
+    return min(a, b);
+  }
 };
 struct And {
   template <class T>
-  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) { return static_cast<T>(a & b); }
+  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) {
+    return static_cast<T>(a & b);
+  }
 };
 struct Or {
   template <class T>
-  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) { return static_cast<T>(a | b); }
+  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) {
+    return static_cast<T>(a | b);
+  }
 };
 struct Xor {
   template <class T>
-  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) { return static_cast<T>(a ^ b); }
+  METAL_EMULATOR_INLINE static T combine(const T& a, const T& b) {
+    return static_cast<T>(a ^ b);
+  }
 };
 
 /// A tree over the group's lanes (i with i + width/2, then width/4 …): one fixed order.
@@ -175,99 +198,103 @@ struct Ballot {
 #define ME_MEET(Finish, Out, ...) detail::meet<Finish, Out>(__VA_ARGS__)
 #define ME_COMMA ,
 
-#define ME_GROUP_REDUCE(group, width, name, Op, Enable)                                    \
-  template <class T>                                                                       \
-  METAL_EMULATOR_INLINE detail::Enable<T> group##_##name(T v) {                            \
-    using V = detail::value_t<T>;                                                          \
-    return detail::meet<detail::Reduce<V, detail::Op, width>, V, V>(v);                    \
+#define ME_GROUP_REDUCE(group, width, name, Op, Enable)                 \
+  template <class T>                                                    \
+  METAL_EMULATOR_INLINE detail::Enable<T> group##_##name(T v) {         \
+    using V = detail::value_t<T>;                                       \
+    return detail::meet<detail::Reduce<V, detail::Op, width>, V, V>(v); \
   }
-#define ME_GROUP_SCAN(group, width, name, Op, Exclusive)                                   \
-  template <class T>                                                                       \
-  METAL_EMULATOR_INLINE detail::enable_simd_t<T> group##_##name(T v) {                     \
-    using V = detail::value_t<T>;                                                          \
-    return detail::meet<detail::Scan<V, detail::Op, Exclusive, width>, V, V>(v);           \
+#define ME_GROUP_SCAN(group, width, name, Op, Exclusive)                         \
+  template <class T>                                                             \
+  METAL_EMULATOR_INLINE detail::enable_simd_t<T> group##_##name(T v) {           \
+    using V = detail::value_t<T>;                                                \
+    return detail::meet<detail::Scan<V, detail::Op, Exclusive, width>, V, V>(v); \
   }
-#define ME_GROUP(group, width)                                                             \
-  ME_GROUP_REDUCE(group, width, sum, Sum, enable_simd_t)                                   \
-  ME_GROUP_REDUCE(group, width, product, Product, enable_simd_t)                           \
-  ME_GROUP_REDUCE(group, width, max, Max, enable_simd_t)                                   \
-  ME_GROUP_REDUCE(group, width, min, Min, enable_simd_t)                                   \
-  ME_GROUP_REDUCE(group, width, and, And, enable_simd_integer_t)                           \
-  ME_GROUP_REDUCE(group, width, or, Or, enable_simd_integer_t)                             \
-  ME_GROUP_REDUCE(group, width, xor, Xor, enable_simd_integer_t)                           \
-  ME_GROUP_SCAN(group, width, prefix_inclusive_sum, Sum, false)                            \
-  ME_GROUP_SCAN(group, width, prefix_exclusive_sum, Sum, true)                             \
-  ME_GROUP_SCAN(group, width, prefix_inclusive_product, Product, false)                    \
-  ME_GROUP_SCAN(group, width, prefix_exclusive_product, Product, true)                     \
-  ME_GROUP_SHUFFLE(group, width, shuffle, base + (n & (width - 1)))                        \
-  ME_GROUP_SHUFFLE(group, width, broadcast, base + (n & (width - 1)))                      \
-  ME_GROUP_SHUFFLE(group, width, shuffle_up, own >= n ? base + own - n : -1)               \
-  ME_GROUP_SHUFFLE(group, width, shuffle_down, own + n < width ? base + own + n : -1)      \
-  ME_GROUP_SHUFFLE(group, width, shuffle_xor, base + ((own ^ n) & (width - 1)))            \
-  ME_GROUP_SHUFFLE(group, width, shuffle_rotate_up, base + ((own - n) & (width - 1)))      \
-  ME_GROUP_SHUFFLE(group, width, shuffle_rotate_down, base + ((own + n) & (width - 1)))    \
-  template <class T>                                                                       \
-  METAL_EMULATOR_INLINE detail::enable_simd_t<T> group##_shuffle_and_fill_up(              \
-      T v, T fill, ushort delta, ushort modulo = width) {                                  \
-    using V = detail::value_t<T>;                                                          \
-    const int lane = detail::lane(), own = lane % modulo, base = lane - own;               \
-    const int from = own - delta;                                                          \
-    return detail::meet<detail::Shuffle<V>, V>(detail::ShuffleIn<V>{                       \
-        v, fill, base + (from < 0 ? from + modulo : from), from < 0});                     \
-  }                                                                                        \
-  template <class T>                                                                       \
-  METAL_EMULATOR_INLINE detail::enable_simd_t<T> group##_shuffle_and_fill_down(            \
-      T v, T fill, ushort delta, ushort modulo = width) {                                  \
-    using V = detail::value_t<T>;                                                          \
-    const int lane = detail::lane(), own = lane % modulo, base = lane - own;               \
-    const int from = own + delta;                                                          \
-    return detail::meet<detail::Shuffle<V>, V>(detail::ShuffleIn<V>{                       \
-        v, fill, base + (from >= modulo ? from - modulo : from), from >= modulo});         \
-  }                                                                                        \
-  template <class T>                                                                       \
-  METAL_EMULATOR_INLINE detail::enable_simd_t<T> group##_broadcast_first(T v) {            \
-    using V = detail::value_t<T>;                                                          \
-    return detail::meet<detail::BroadcastFirst<V, width>, V, V>(v);                        \
-  }                                                                                        \
-  struct group##_vote {                                                                    \
-    using vote_t = conditional_t<width == 32, uint64_t, ushort>;                           \
-    constexpr explicit group##_vote(vote_t v = 0, vote_t active_lanes = kAll)              \
-        : votes(v), active(active_lanes) {}                                                \
-    constexpr explicit operator vote_t() const { return votes; }                           \
-    constexpr bool all() const { return votes == active; }                                 \
-    constexpr bool any() const { return votes != 0; }                                      \
-                                                                                           \
-   private:                                                                                \
+#define ME_GROUP(group, width)                                                              \
+  ME_GROUP_REDUCE(group, width, sum, Sum, enable_simd_t)                                    \
+  ME_GROUP_REDUCE(group, width, product, Product, enable_simd_t)                            \
+  ME_GROUP_REDUCE(group, width, max, Max, enable_simd_t)                                    \
+  ME_GROUP_REDUCE(group, width, min, Min, enable_simd_t)                                    \
+  ME_GROUP_REDUCE(group, width, and, And, enable_simd_integer_t)                            \
+  ME_GROUP_REDUCE(group, width, or, Or, enable_simd_integer_t)                              \
+  ME_GROUP_REDUCE(group, width, xor, Xor, enable_simd_integer_t)                            \
+  ME_GROUP_SCAN(group, width, prefix_inclusive_sum, Sum, false)                             \
+  ME_GROUP_SCAN(group, width, prefix_exclusive_sum, Sum, true)                              \
+  ME_GROUP_SCAN(group, width, prefix_inclusive_product, Product, false)                     \
+  ME_GROUP_SCAN(group, width, prefix_exclusive_product, Product, true)                      \
+  ME_GROUP_SHUFFLE(group, width, shuffle, base + (n & (width - 1)))                         \
+  ME_GROUP_SHUFFLE(group, width, broadcast, base + (n & (width - 1)))                       \
+  ME_GROUP_SHUFFLE(group, width, shuffle_up, own >= n ? base + own - n : -1)                \
+  ME_GROUP_SHUFFLE(group, width, shuffle_down, own + n < width ? base + own + n : -1)       \
+  ME_GROUP_SHUFFLE(group, width, shuffle_xor, base + ((own ^ n) & (width - 1)))             \
+  ME_GROUP_SHUFFLE(group, width, shuffle_rotate_up, base + ((own - n) & (width - 1)))       \
+  ME_GROUP_SHUFFLE(group, width, shuffle_rotate_down, base + ((own + n) & (width - 1)))     \
+  template <class T>                                                                        \
+  METAL_EMULATOR_INLINE detail::enable_simd_t<T> group##_shuffle_and_fill_up(               \
+      T v, T fill, ushort delta, ushort modulo = width) {                                   \
+    using V = detail::value_t<T>;                                                           \
+    const int lane = detail::lane(), own = lane % modulo, base = lane - own;                \
+    const int from = own - delta;                                                           \
+    return detail::meet<detail::Shuffle<V>, V>(                                             \
+        detail::ShuffleIn<V>{v, fill, base + (from < 0 ? from + modulo : from), from < 0}); \
+  }                                                                                         \
+  template <class T>                                                                        \
+  METAL_EMULATOR_INLINE detail::enable_simd_t<T> group##_shuffle_and_fill_down(             \
+      T v, T fill, ushort delta, ushort modulo = width) {                                   \
+    using V = detail::value_t<T>;                                                           \
+    const int lane = detail::lane(), own = lane % modulo, base = lane - own;                \
+    const int from = own + delta;                                                           \
+    return detail::meet<detail::Shuffle<V>, V>(detail::ShuffleIn<V>{                        \
+        v, fill, base + (from >= modulo ? from - modulo : from), from >= modulo});          \
+  }                                                                                         \
+  template <class T>                                                                        \
+  METAL_EMULATOR_INLINE detail::enable_simd_t<T> group##_broadcast_first(T v) {             \
+    using V = detail::value_t<T>;                                                           \
+    return detail::meet<detail::BroadcastFirst<V, width>, V, V>(v);                         \
+  }                                                                                         \
+  struct group##_vote {                                                                     \
+    using vote_t = conditional_t<width == 32, uint64_t, ushort>;                            \
+    constexpr explicit group##_vote(vote_t v = 0, vote_t active_lanes = kAll)               \
+        : votes(v), active(active_lanes) {}                                                 \
+    constexpr explicit operator vote_t() const { return votes; }                            \
+    constexpr bool all() const { return votes == active; }                                  \
+    constexpr bool any() const { return votes != 0; }                                       \
+                                                                                            \
+   private:                                                                                 \
     static constexpr vote_t kAll = vote_t(width == 32 ? ~0u : 0xfu);                        \
-    vote_t votes, active;                                                                  \
-  };                                                                                       \
-  METAL_EMULATOR_INLINE group##_vote group##_ballot(bool vote) {                           \
-    const ulong both = detail::meet<detail::Ballot, ulong>(vote);                          \
-    const uint shift = width == 32 ? 0 : detail::lane() & ~3u;                             \
-    const uint all = width == 32 ? 0xffffffffu : 0xfu;                                     \
-    return group##_vote(                                                                   \
-        static_cast<group##_vote::vote_t>(static_cast<uint>(both) >> shift & all),         \
-        static_cast<group##_vote::vote_t>(static_cast<uint>(both >> 32) >> shift & all));  \
-  }                                                                                        \
-  METAL_EMULATOR_INLINE bool group##_all(bool vote) { return group##_ballot(vote).all(); } \
-  METAL_EMULATOR_INLINE bool group##_any(bool vote) { return group##_ballot(vote).any(); } \
-  METAL_EMULATOR_INLINE group##_vote group##_active_threads_mask() {                       \
-    return group##_ballot(true);                                                           \
-  }                                                                                        \
-  METAL_EMULATOR_INLINE bool group##_is_first() {                                          \
-    const auto active =                                                                    \
-        static_cast<uint>(static_cast<group##_vote::vote_t>(group##_ballot(true)));        \
-    return static_cast<uint>(__builtin_ctz(active)) == (detail::lane() & (width - 1));     \
+    vote_t votes, active;                                                                   \
+  };                                                                                        \
+  METAL_EMULATOR_INLINE group##_vote group##_ballot(bool vote) {                            \
+    const ulong both = detail::meet<detail::Ballot, ulong>(vote);                           \
+    const uint shift = width == 32 ? 0 : detail::lane() & ~3u;                              \
+    const uint all = width == 32 ? 0xffffffffu : 0xfu;                                      \
+    return group##_vote(                                                                    \
+        static_cast<group##_vote::vote_t>(static_cast<uint>(both) >> shift & all),          \
+        static_cast<group##_vote::vote_t>(static_cast<uint>(both >> 32) >> shift & all));   \
+  }                                                                                         \
+  METAL_EMULATOR_INLINE bool group##_all(bool vote) {                                       \
+    return group##_ballot(vote).all();                                                      \
+  }                                                                                         \
+  METAL_EMULATOR_INLINE bool group##_any(bool vote) {                                       \
+    return group##_ballot(vote).any();                                                      \
+  }                                                                                         \
+  METAL_EMULATOR_INLINE group##_vote group##_active_threads_mask() {                        \
+    return group##_ballot(true);                                                            \
+  }                                                                                         \
+  METAL_EMULATOR_INLINE bool group##_is_first() {                                           \
+    const auto active =                                                                     \
+        static_cast<uint>(static_cast<group##_vote::vote_t>(group##_ballot(true)));         \
+    return static_cast<uint>(__builtin_ctz(active)) == (detail::lane() & (width - 1));      \
   }
 // `n` is the second argument, `own` the lane within its group, `base` the group's first lane.
-#define ME_GROUP_SHUFFLE(group, width, name, expression)                                   \
-  template <class T>                                                                       \
-  METAL_EMULATOR_INLINE detail::enable_simd_t<T> group##_##name(T v, ushort second) {      \
-    using V = detail::value_t<T>;                                                          \
-    const int n = second, own = detail::lane() & (width - 1);                              \
-    const int base = static_cast<int>(detail::lane()) - own;                               \
-    return detail::meet<detail::Shuffle<V>, V>(                                            \
-        detail::ShuffleIn<V>{v, v, (void(base), expression), false});                      \
+#define ME_GROUP_SHUFFLE(group, width, name, expression)                              \
+  template <class T>                                                                  \
+  METAL_EMULATOR_INLINE detail::enable_simd_t<T> group##_##name(T v, ushort second) { \
+    using V = detail::value_t<T>;                                                     \
+    const int n = second, own = detail::lane() & (width - 1);                         \
+    const int base = static_cast<int>(detail::lane()) - own;                          \
+    return detail::meet<detail::Shuffle<V>, V>(                                       \
+        detail::ShuffleIn<V>{v, v, (void(base), expression), false});                 \
   }
 
 namespace detail {
@@ -292,6 +319,10 @@ ME_GROUP(quad, 4)
 #undef ME_MEET
 #undef ME_COMMA
 
-METAL_EMULATOR_INLINE bool simd_is_helper_thread() { return false; }
-METAL_EMULATOR_INLINE bool quad_is_helper_thread() { return false; }
+METAL_EMULATOR_INLINE bool simd_is_helper_thread() {
+  return false;
+}
+METAL_EMULATOR_INLINE bool quad_is_helper_thread() {
+  return false;
+}
 }  // namespace metal

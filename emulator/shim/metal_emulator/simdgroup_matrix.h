@@ -70,7 +70,9 @@ struct Tile {
   bool transpose;
   vec<remove_const_t<T>, 2> elements;  // of a store
 };
-METAL_EMULATOR_INLINE uint first_lane(const abi::Exchange& e) { return __builtin_ctz(e.mask); }
+METAL_EMULATOR_INLINE uint first_lane(const abi::Exchange& e) {
+  return __builtin_ctz(e.mask);
+}
 template <class T>
 METAL_EMULATOR_RAW const Tile<T>& agreed_tile(const abi::Exchange& e) {
   const Tile<T>& tile = in<Tile<T>>(e, first_lane(e));
@@ -79,7 +81,8 @@ METAL_EMULATOR_RAW const Tile<T>& agreed_tile(const abi::Exchange& e) {
     const Tile<T>& other = in<Tile<T>>(e, i);
     if (other.first != tile.first || other.stride != tile.stride ||
         other.transpose != tile.transpose) {
-      abi::hooks->undefined("lanes give a simdgroup matrix operation different addresses", i, e.site);
+      abi::hooks->undefined(
+          "lanes give a simdgroup matrix operation different addresses", i, e.site);
       break;
     }
   }
@@ -212,7 +215,8 @@ METAL_EMULATOR_INLINE void simdgroup_multiply(
     simdgroup_matrix<D, 8, 8>& d,
     const simdgroup_matrix<A, 8, 8>& a,
     const simdgroup_matrix<B, 8, 8>& b) {
-  const detail::Multiplicands<A, B, float> m{a.thread_elements(), b.thread_elements(), vec<float, 2>(0.0f)};
+  const detail::Multiplicands<A, B, float> m{
+      a.thread_elements(), b.thread_elements(), vec<float, 2>(0.0f)};
   vec<D, 2> elements;
   detail::meet_matrix<detail::MultiplyAccumulate<D, A, B, float>>(m, &elements);
   d.thread_elements() = elements;

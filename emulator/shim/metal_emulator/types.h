@@ -190,9 +190,10 @@ template <class... T>
 struct _disjunction : bool_constant<(T::value || ... || false)> {};
 
 template <class T>
-struct is_floating_point : bool_constant<is_same_v<remove_cv_t<T>, float> ||
-                                         is_same_v<remove_cv_t<T>, half> ||
-                                         is_same_v<remove_cv_t<T>, bfloat>> {};
+struct is_floating_point
+    : bool_constant<
+          is_same_v<remove_cv_t<T>, float> || is_same_v<remove_cv_t<T>, half> ||
+          is_same_v<remove_cv_t<T>, bfloat>> {};
 template <class T>
 constexpr bool is_floating_point_v = is_floating_point<T>::value;
 template <class T>
@@ -240,7 +241,9 @@ struct numeric_limits<bfloat> {
   static constexpr bfloat max() { return (bfloat)3.38953138925153547590470800371487867e38f; }
   static constexpr bfloat lowest() { return (bfloat)-3.38953138925153547590470800371487867e38f; }
   static constexpr bfloat min() { return (bfloat)1.17549435082228751e-38f; }
-  static constexpr bfloat denorm_min() { return (bfloat)9.18354961579912115600575419704879436e-41f; }
+  static constexpr bfloat denorm_min() {
+    return (bfloat)9.18354961579912115600575419704879436e-41f;
+  }
   static constexpr bfloat infinity() { return (bfloat)__builtin_inff(); }
   static constexpr bfloat quiet_NaN() { return (bfloat)__builtin_nanf(""); }
   static constexpr bfloat signaling_NaN() { return (bfloat)__builtin_nanf(""); }

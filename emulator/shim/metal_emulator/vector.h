@@ -125,116 +125,131 @@ struct swizzle<vec<T, N>, Storage, I...> {
     return *this;
   }
   ME_INLINE swizzle& operator=(const swizzle& other) { return *this = static_cast<V>(other); }
-#define ME_COMPOUND(op) \
-  ME_INLINE swizzle& operator op##=(const V& b) { return *this = static_cast<V>(*this) op b; }
-  ME_COMPOUND(+) ME_COMPOUND(-) ME_COMPOUND(*) ME_COMPOUND(/) ME_COMPOUND(%) ME_COMPOUND(&)
-  ME_COMPOUND(|) ME_COMPOUND(^) ME_COMPOUND(<<) ME_COMPOUND(>>)
+#define ME_COMPOUND(op)                           \
+  ME_INLINE swizzle& operator op##=(const V& b) { \
+    return *this = static_cast<V>(*this) op b;    \
+  }
+  ME_COMPOUND(+)
+  ME_COMPOUND(-) ME_COMPOUND(*) ME_COMPOUND(/) ME_COMPOUND(%) ME_COMPOUND(&) ME_COMPOUND(|)
+      ME_COMPOUND(^) ME_COMPOUND(<<) ME_COMPOUND(>>)
 #undef ME_COMPOUND
-  ME_INLINE element operator[](int i) const {
+          ME_INLINE element
+          operator[](int i) const {
     constexpr int index[] = {I...};
     return data[index[i]];
   }
 };
 
 // Common to vec<T, 2..4>.
-#define ME_VEC_MEMBERS(N)                                                                       \
-  using element = T;                                                                            \
-  using native = typename detail::native<T, N>::type;                                           \
-  static constexpr int width = N;                                                               \
-  static constexpr int kStorage = N;                                                            \
-  struct from_native {};                                                                        \
-  vec() = default;                                                                              \
-  ME_INLINE constexpr vec(const vec& o) : native_(o.native_) {}                                 \
-  ME_INLINE constexpr vec(from_native, native n) : native_(n) {}                                \
-  ME_INLINE constexpr vec(T s) : native_(static_cast<detail::lane_t<T>>(s)) {}                  \
-  template <class U>                                                                            \
-  ME_INLINE constexpr explicit vec(const vec<U, N>& o)                                          \
-      : native_(convert(o, std::make_index_sequence<N>())) {}                                   \
-  template <class U>                                                                            \
-  ME_INLINE constexpr explicit vec(const packed_storage<vec<U, N>>& o)                          \
-      : vec(o.unpack()) {}                                                             \
-  template <                                                                                    \
-      class A,                                                                                  \
-      class B,                                                                                  \
-      class... C,                                                                               \
-      class = enable_if_t<detail::total_width<A, B, C...>() == N>>                              \
-  ME_INLINE constexpr vec(const A& a, const B& b, const C&... c)                                \
-      : native_(gather(a, b, c...)) {}                                                          \
-  ME_INLINE constexpr vec& operator=(const vec& o) {                                            \
-    native_ = o.native_;                                                                        \
-    return *this;                                                                               \
-  }                                                                                             \
-  ME_INLINE constexpr T get(int i) const { return static_cast<T>(native_[i]); }                 \
-  ME_INLINE T& operator[](int i) { return data_[i]; }                                           \
-  ME_INLINE const T& operator[](int i) const { return data_[i]; }                               \
-                                                                                                \
- private:                                                                                       \
-  template <class V, size_t... I>                                                               \
-  ME_INLINE static constexpr native convert(const V& o, std::index_sequence<I...>) {            \
-    return native{static_cast<detail::lane_t<T>>(detail::convert_to<T>(o.get(I)))...};                 \
-  }                                                                                             \
-  template <size_t... I>                                                                        \
-  ME_INLINE static constexpr native pack(                                                       \
-      const detail::filler<T, N>& f, std::index_sequence<I...>) {                               \
-    return native{static_cast<detail::lane_t<T>>(f.data[I])...};                                \
-  }                                                                                             \
-  template <class... A>                                                                         \
-  ME_INLINE static constexpr native gather(const A&... a) {                                     \
-    detail::filler<T, N> f;                                                                     \
-    (f.add(a), ...);                                                                            \
-    return pack(f, std::make_index_sequence<N>());                                              \
-  }                                                                                             \
-                                                                                                \
- public:                                                                                        \
+#define ME_VEC_MEMBERS(N)                                                                         \
+  using element = T;                                                                              \
+  using native = typename detail::native<T, N>::type;                                             \
+  static constexpr int width = N;                                                                 \
+  static constexpr int kStorage = N;                                                              \
+  struct from_native {};                                                                          \
+  vec() = default;                                                                                \
+  ME_INLINE constexpr vec(const vec& o) : native_(o.native_) {}                                   \
+  ME_INLINE constexpr vec(from_native, native n) : native_(n) {}                                  \
+  ME_INLINE constexpr vec(T s) : native_(static_cast<detail::lane_t<T>>(s)) {}                    \
+  template <class U>                                                                              \
+  ME_INLINE constexpr explicit vec(const vec<U, N>& o)                                            \
+      : native_(convert(o, std::make_index_sequence<N>())) {}                                     \
+  template <class U>                                                                              \
+  ME_INLINE constexpr explicit vec(const packed_storage<vec<U, N>>& o) : vec(o.unpack()) {}       \
+  template <                                                                                      \
+      class A,                                                                                    \
+      class B,                                                                                    \
+      class... C,                                                                                 \
+      class = enable_if_t<detail::total_width<A, B, C...>() == N>>                                \
+  ME_INLINE constexpr vec(const A& a, const B& b, const C&... c) : native_(gather(a, b, c...)) {} \
+  ME_INLINE constexpr vec& operator=(const vec& o) {                                              \
+    native_ = o.native_;                                                                          \
+    return *this;                                                                                 \
+  }                                                                                               \
+  ME_INLINE constexpr T get(int i) const {                                                        \
+    return static_cast<T>(native_[i]);                                                            \
+  }                                                                                               \
+  ME_INLINE T& operator[](int i) {                                                                \
+    return data_[i];                                                                              \
+  }                                                                                               \
+  ME_INLINE const T& operator[](int i) const {                                                    \
+    return data_[i];                                                                              \
+  }                                                                                               \
+                                                                                                  \
+ private:                                                                                         \
+  template <class V, size_t... I>                                                                 \
+  ME_INLINE static constexpr native convert(const V& o, std::index_sequence<I...>) {              \
+    return native{static_cast<detail::lane_t<T>>(detail::convert_to<T>(o.get(I)))...};            \
+  }                                                                                               \
+  template <size_t... I>                                                                          \
+  ME_INLINE static constexpr native pack(                                                         \
+      const detail::filler<T, N>& f, std::index_sequence<I...>) {                                 \
+    return native{static_cast<detail::lane_t<T>>(f.data[I])...};                                  \
+  }                                                                                               \
+  template <class... A>                                                                           \
+  ME_INLINE static constexpr native gather(const A&... a) {                                       \
+    detail::filler<T, N> f;                                                                       \
+    (f.add(a), ...);                                                                              \
+    return pack(f, std::make_index_sequence<N>());                                                \
+  }                                                                                               \
+                                                                                                  \
+ public:                                                                                          \
   ME_VEC_OPERATORS(N)
 
-#define ME_ARITHMETIC(op)                                                                 \
-  friend ME_INLINE constexpr vec operator op(const vec& a, const vec& b) {                \
-    return vec(from_native{}, a.native_ op b.native_);                                    \
-  }                                                                                       \
-  ME_INLINE vec& operator op##=(const vec& b) { return *this = *this op b; }
-#define ME_COMPARE(N, op)                                                                 \
-  friend ME_INLINE constexpr vec<bool, N> operator op(const vec& a, const vec& b) {       \
-    return vec<bool, N>(                                                                  \
-        typename vec<bool, N>::from_native{},                                             \
+#define ME_ARITHMETIC(op)                                                  \
+  friend ME_INLINE constexpr vec operator op(const vec& a, const vec& b) { \
+    return vec(from_native{}, a.native_ op b.native_);                     \
+  }                                                                        \
+  ME_INLINE vec& operator op##=(const vec& b) {                            \
+    return *this = *this op b;                                             \
+  }
+#define ME_COMPARE(N, op)                                                                   \
+  friend ME_INLINE constexpr vec<bool, N> operator op(const vec& a, const vec& b) {         \
+    return vec<bool, N>(                                                                    \
+        typename vec<bool, N>::from_native{},                                               \
         __builtin_convertvector(-(a.native_ op b.native_), typename vec<bool, N>::native)); \
   }
-#define ME_LOGIC(N, op)                                                                   \
-  friend ME_INLINE constexpr vec<bool, N> operator op(const vec& a, const vec& b) {       \
-    vec<bool, N> r(false);                                                                \
-    for (int i = 0; i < N; i++) r.native_[i] = (a.get(i) op b.get(i)) ? 1 : 0;            \
-    return r;                                                                             \
+#define ME_LOGIC(N, op)                                                             \
+  friend ME_INLINE constexpr vec<bool, N> operator op(const vec& a, const vec& b) { \
+    vec<bool, N> r(false);                                                          \
+    for (int i = 0; i < N; i++) r.native_[i] = (a.get(i) op b.get(i)) ? 1 : 0;      \
+    return r;                                                                       \
   }
-#define ME_VEC_OPERATORS(N)                                                               \
-  ME_ARITHMETIC(+) ME_ARITHMETIC(-) ME_ARITHMETIC(*) ME_ARITHMETIC(/)                     \
-  ME_ARITHMETIC(%) ME_ARITHMETIC(&) ME_ARITHMETIC(|) ME_ARITHMETIC(^)                     \
-  ME_ARITHMETIC(<<) ME_ARITHMETIC(>>)                                                     \
-  ME_COMPARE(N, ==) ME_COMPARE(N, !=) ME_COMPARE(N, <)                                    \
-  ME_COMPARE(N, >) ME_COMPARE(N, <=) ME_COMPARE(N, >=)                                    \
-  ME_LOGIC(N, &&) ME_LOGIC(N, ||)                                                         \
-  friend ME_INLINE constexpr vec operator-(const vec& a) {                                \
-    return vec(from_native{}, -a.native_);                                                \
-  }                                                                                       \
-  friend ME_INLINE constexpr vec operator+(const vec& a) { return a; }                    \
-  friend ME_INLINE constexpr vec operator~(const vec& a) {                                \
-    return vec(from_native{}, ~a.native_);                                                \
-  }                                                                                       \
-  friend ME_INLINE constexpr vec<bool, N> operator!(const vec& a) {                       \
-    vec<bool, N> r(false);                                                                \
-    for (int i = 0; i < N; i++) r.native_[i] = a.get(i) ? 0 : 1;                          \
-    return r;                                                                             \
-  }                                                                                       \
-  ME_INLINE vec& operator++() { return *this = *this + vec(T(1)); }                       \
-  ME_INLINE vec& operator--() { return *this = *this - vec(T(1)); }                       \
-  ME_INLINE vec operator++(int) {                                                         \
-    vec old = *this;                                                                      \
-    ++*this;                                                                              \
-    return old;                                                                           \
-  }                                                                                       \
-  ME_INLINE vec operator--(int) {                                                         \
-    vec old = *this;                                                                      \
-    --*this;                                                                              \
-    return old;                                                                           \
+#define ME_VEC_OPERATORS(N)                                                                       \
+  ME_ARITHMETIC(+)                                                                                \
+  ME_ARITHMETIC(-) ME_ARITHMETIC(*) ME_ARITHMETIC(/) ME_ARITHMETIC(%) ME_ARITHMETIC(&)            \
+      ME_ARITHMETIC(|) ME_ARITHMETIC(^) ME_ARITHMETIC(<<) ME_ARITHMETIC(>>) ME_COMPARE(N, ==)     \
+          ME_COMPARE(N, !=) ME_COMPARE(N, <) ME_COMPARE(N, >) ME_COMPARE(N, <=) ME_COMPARE(N, >=) \
+              ME_LOGIC(N, &&) ME_LOGIC(N, ||) friend ME_INLINE constexpr vec                      \
+              operator-(const vec& a) {                                                           \
+    return vec(from_native{}, -a.native_);                                                        \
+  }                                                                                               \
+  friend ME_INLINE constexpr vec operator+(const vec& a) {                                        \
+    return a;                                                                                     \
+  }                                                                                               \
+  friend ME_INLINE constexpr vec operator~(const vec& a) {                                        \
+    return vec(from_native{}, ~a.native_);                                                        \
+  }                                                                                               \
+  friend ME_INLINE constexpr vec<bool, N> operator!(const vec& a) {                               \
+    vec<bool, N> r(false);                                                                        \
+    for (int i = 0; i < N; i++) r.native_[i] = a.get(i) ? 0 : 1;                                  \
+    return r;                                                                                     \
+  }                                                                                               \
+  ME_INLINE vec& operator++() {                                                                   \
+    return *this = *this + vec(T(1));                                                             \
+  }                                                                                               \
+  ME_INLINE vec& operator--() {                                                                   \
+    return *this = *this - vec(T(1));                                                             \
+  }                                                                                               \
+  ME_INLINE vec operator++(int) {                                                                 \
+    vec old = *this;                                                                              \
+    ++*this;                                                                                      \
+    return old;                                                                                   \
+  }                                                                                               \
+  ME_INLINE vec operator--(int) {                                                                 \
+    vec old = *this;                                                                              \
+    --*this;                                                                                      \
+    return old;                                                                                   \
   }
 
 template <class T>
@@ -293,50 +308,58 @@ struct vec<T, 4> {
 };
 
 /// Elements without padding, aligned like one element.
-#define ME_PACKED_MEMBERS(N)                                                                    \
-  using element = T;                                                                            \
-  static constexpr int width = N;                                                               \
-  packed_storage() = default;                                                                   \
-  ME_INLINE constexpr packed_storage(const packed_storage& o)                                   \
-      : packed_storage(o.unpack()) {}                                                           \
-  ME_INLINE constexpr packed_storage(const vec<T, N>& v)                                        \
-      : packed_storage(v, std::make_index_sequence<N>()) {}                                     \
-  ME_INLINE constexpr packed_storage(T s) : packed_storage(vec<T, N>(s)) {}                     \
-  template <                                                                                    \
-      class A,                                                                                  \
-      class B,                                                                                  \
-      class... C,                                                                               \
-      class = enable_if_t<detail::total_width<A, B, C...>() == N>>                              \
-  ME_INLINE constexpr packed_storage(const A& a, const B& b, const C&... c)                     \
-      : packed_storage(vec<T, N>(a, b, c...)) {}                                                \
-  ME_INLINE packed_storage& operator=(const packed_storage& o) {                                \
-    return *this = o.unpack();                                                                   \
-  }                                                                                             \
-  ME_INLINE packed_storage& operator=(const vec<T, N>& v) {                                     \
-    for (int i = 0; i < N; i++) data_[i] = v.get(i);                                            \
-    return *this;                                                                               \
-  }                                                                                             \
-  ME_INLINE constexpr vec<T, N> unpack() const {                                                \
-    return value(std::make_index_sequence<N>());                                                \
-  }                                                                                             \
-  ME_INLINE constexpr operator vec<T, N>() const { return unpack(); }                           \
-  ME_INLINE T& operator[](int i) { return data_[i]; }                                           \
-  ME_INLINE const T& operator[](int i) const { return data_[i]; }                               \
-  ME_PACKED_COMPOUND(+) ME_PACKED_COMPOUND(-) ME_PACKED_COMPOUND(*) ME_PACKED_COMPOUND(/)       \
-  ME_PACKED_COMPOUND(%) ME_PACKED_COMPOUND(&) ME_PACKED_COMPOUND(|) ME_PACKED_COMPOUND(^)       \
-                                                                                                \
- private:                                                                                       \
-  template <size_t... I>                                                                        \
-  ME_INLINE constexpr packed_storage(const vec<T, N>& v, std::index_sequence<I...>)             \
-      : data_{v.get(I)...} {}                                                                   \
-  template <size_t... I>                                                                        \
-  ME_INLINE constexpr vec<T, N> value(std::index_sequence<I...>) const {                        \
-    return vec<T, N>(data_[I]...);                                                              \
-  }                                                                                             \
-                                                                                                \
+#define ME_PACKED_MEMBERS(N)                                                                  \
+  using element = T;                                                                          \
+  static constexpr int width = N;                                                             \
+  packed_storage() = default;                                                                 \
+  ME_INLINE constexpr packed_storage(const packed_storage& o) : packed_storage(o.unpack()) {} \
+  ME_INLINE constexpr packed_storage(const vec<T, N>& v)                                      \
+      : packed_storage(v, std::make_index_sequence<N>()) {}                                   \
+  ME_INLINE constexpr packed_storage(T s) : packed_storage(vec<T, N>(s)) {}                   \
+  template <                                                                                  \
+      class A,                                                                                \
+      class B,                                                                                \
+      class... C,                                                                             \
+      class = enable_if_t<detail::total_width<A, B, C...>() == N>>                            \
+  ME_INLINE constexpr packed_storage(const A& a, const B& b, const C&... c)                   \
+      : packed_storage(vec<T, N>(a, b, c...)) {}                                              \
+  ME_INLINE packed_storage& operator=(const packed_storage& o) {                              \
+    return *this = o.unpack();                                                                \
+  }                                                                                           \
+  ME_INLINE packed_storage& operator=(const vec<T, N>& v) {                                   \
+    for (int i = 0; i < N; i++) data_[i] = v.get(i);                                          \
+    return *this;                                                                             \
+  }                                                                                           \
+  ME_INLINE constexpr vec<T, N> unpack() const {                                              \
+    return value(std::make_index_sequence<N>());                                              \
+  }                                                                                           \
+  ME_INLINE constexpr operator vec<T, N>() const {                                            \
+    return unpack();                                                                          \
+  }                                                                                           \
+  ME_INLINE T& operator[](int i) {                                                            \
+    return data_[i];                                                                          \
+  }                                                                                           \
+  ME_INLINE const T& operator[](int i) const {                                                \
+    return data_[i];                                                                          \
+  }                                                                                           \
+  ME_PACKED_COMPOUND(+)                                                                       \
+  ME_PACKED_COMPOUND(-) ME_PACKED_COMPOUND(*) ME_PACKED_COMPOUND(/) ME_PACKED_COMPOUND(%)     \
+      ME_PACKED_COMPOUND(&) ME_PACKED_COMPOUND(|) ME_PACKED_COMPOUND(^)                       \
+                                                                                              \
+          private                                                                             \
+      : template <size_t... I>                                                                \
+        ME_INLINE constexpr packed_storage(const vec<T, N>& v, std::index_sequence<I...>)     \
+      : data_{v.get(I)...} {}                                                                 \
+  template <size_t... I>                                                                      \
+  ME_INLINE constexpr vec<T, N> value(std::index_sequence<I...>) const {                      \
+    return vec<T, N>(data_[I]...);                                                            \
+  }                                                                                           \
+                                                                                              \
  public:
-#define ME_PACKED_COMPOUND(op) \
-  ME_INLINE packed_storage& operator op##=(const value_type& b) { return *this = unpack() op b; }
+#define ME_PACKED_COMPOUND(op)                                    \
+  ME_INLINE packed_storage& operator op##=(const value_type& b) { \
+    return *this = unpack() op b;                                 \
+  }
 
 template <class T>
 struct packed_storage<vec<T, 2>> {
@@ -402,12 +425,12 @@ struct make_scalar {
   using type = make_scalar_t<T>;
 };
 
-#define ME_NAMES(name, T)                                                                 \
-  typedef vec<T, 2> name##2;                                                              \
-  typedef vec<T, 3> name##3;                                                              \
-  typedef vec<T, 4> name##4;                                                              \
-  typedef packed_vec<T, 2> packed_##name##2;                                              \
-  typedef packed_vec<T, 3> packed_##name##3;                                              \
+#define ME_NAMES(name, T)                    \
+  typedef vec<T, 2> name##2;                 \
+  typedef vec<T, 3> name##3;                 \
+  typedef vec<T, 4> name##4;                 \
+  typedef packed_vec<T, 2> packed_##name##2; \
+  typedef packed_vec<T, 3> packed_##name##3; \
   typedef packed_vec<T, 4> packed_##name##4;
 ME_NAMES(bool, bool)
 ME_NAMES(char, char)
@@ -425,14 +448,14 @@ ME_NAMES(float, float)
 }  // namespace metal
 
 // Vector names are known without `using namespace metal`.
-#define ME_GLOBAL(name)                                                                   \
-  using metal::name##2;                                                                   \
-  using metal::name##3;                                                                   \
-  using metal::name##4;                                                                   \
-  using metal::packed_##name##2;                                                          \
-  using metal::packed_##name##3;                                                          \
+#define ME_GLOBAL(name)          \
+  using metal::name##2;          \
+  using metal::name##3;          \
+  using metal::name##4;          \
+  using metal::packed_##name##2; \
+  using metal::packed_##name##3; \
   using metal::packed_##name##4;
-ME_GLOBAL(bool) ME_GLOBAL(char) ME_GLOBAL(uchar) ME_GLOBAL(short) ME_GLOBAL(ushort)
-ME_GLOBAL(int) ME_GLOBAL(uint) ME_GLOBAL(long) ME_GLOBAL(ulong)
-ME_GLOBAL(half) ME_GLOBAL(bfloat) ME_GLOBAL(float)
+ME_GLOBAL(bool)
+ME_GLOBAL(char) ME_GLOBAL(uchar) ME_GLOBAL(short) ME_GLOBAL(ushort) ME_GLOBAL(int) ME_GLOBAL(uint)
+    ME_GLOBAL(long) ME_GLOBAL(ulong) ME_GLOBAL(half) ME_GLOBAL(bfloat) ME_GLOBAL(float)
 #undef ME_GLOBAL
