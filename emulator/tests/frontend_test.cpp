@@ -495,6 +495,27 @@ TEST(Rewrite, PragmasOfMacrosStandOnTheirOwnLine) {
   EXPECT_TRUE(has(full, "\n#pragma unroll\n"));
 }
 
+TEST(Rewrite, UnrollHintsWithMacrosAreDropped) {
+  EXPECT_FALSE(has(
+      rewrite(tokens_of("kernel void k() {\n#pragma unroll (MIN(4, N))\nfor (;;) {} }"), {}).text,
+      "#pragma unroll"));
+  EXPECT_TRUE(
+      has(rewrite(tokens_of("kernel void k() {\n#pragma unroll(4)\nfor (;;) {} }"), {}).text,
+          "#pragma unroll(4)"));
+}
+
+TEST(Rewrite, DeducedVariablesHoldVectorsNotSwizzles) {
+  const std::string r = rewritten(
+      "kernel void k() { const auto v = a.xy; for (auto i = f(1, 2); i < 3; i++) {} auto& q = b; "
+      "auto x = 1, y = 2; constexpr auto c = 3; if (auto z = g()) {} }");
+  EXPECT_TRUE(has(r, "const auto v = ::metal_emulator_rewrite::value( a.xy);"));
+  EXPECT_TRUE(has(r, "auto i = ::metal_emulator_rewrite::value( f(1, 2));"));
+  EXPECT_TRUE(has(r, "if (auto z = ::metal_emulator_rewrite::value( g())) {}"));
+  for (const char* kept : {"auto& q = b;", "auto x = 1, y = 2;", "constexpr auto c = 3;"}) {
+    EXPECT_TRUE(has(r, kept));
+  }
+}
+
 TEST(Rewrite, UnbalancedText) {
   EXPECT_TRUE(has(error_of("kernel void k() {\n"), "k.metal:1: error: { without its end"));
   EXPECT_TRUE(has(error_of("int f(int a]) {}"), "unexpected ]"));
