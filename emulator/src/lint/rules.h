@@ -27,8 +27,8 @@ void check_tokens(
 std::string to_opencl(
     frontend::TokenStream stream, const std::vector<frontend::Declaration>& declarations);
 
-/// Recursion and calls through pointers in the LLVM assembly that clang printed for to_opencl()'s text. (Its line tables give
-/// the place of every function.)
+/// Recursion and calls through pointers in the LLVM assembly that clang printed for to_opencl()'s
+/// text. (Its line tables give the place of every function.)
 void check_calls(const std::string& assembly, std::vector<Message>& messages);
 
 }  // namespace metal_emulator::linting
