@@ -40,8 +40,6 @@ METAL_EMULATOR_RAW inline T* atomic_cell(const volatile _atomic<T>* object, cons
   return const_cast<T*>(&object->__s);
 }
 template <class T>
-using same_t = T;
-template <class T>
 struct exactly {
   using type = T;
 };

@@ -6,6 +6,7 @@
 // -1), since Metal leaves that value undefined.
 #pragma once
 
+#include "atomic.h"
 #include "integer.h"
 #include "math.h"
 #include "relational.h"
@@ -35,6 +36,9 @@ METAL_EMULATOR_INLINE constexpr mem_flags operator&(mem_flags a, mem_flags b) {
 METAL_EMULATOR_MEETING inline void threadgroup_barrier(mem_flags flags) {
   abi::hooks->threadgroup_barrier(static_cast<uint>(flags), __builtin_return_address(0));
 }
+/// Orders nothing by itself: the checks treat data that a fence and an atomic hand over as a race.
+METAL_EMULATOR_INLINE void atomic_thread_fence(
+    mem_flags, memory_order = memory_order_relaxed, thread_scope = thread_scope_device) {}
 METAL_EMULATOR_MEETING inline void simdgroup_barrier(mem_flags flags) {
   abi::hooks->simdgroup_barrier(static_cast<uint>(flags), __builtin_return_address(0));
 }
@@ -194,10 +198,6 @@ struct Ballot {
 };
 }  // namespace detail
 
-// A macro, not a function: the call in the kernel is the meeting place.
-#define ME_MEET(Finish, Out, ...) detail::meet<Finish, Out>(__VA_ARGS__)
-#define ME_COMMA ,
-
 #define ME_GROUP_REDUCE(group, width, name, Op, Enable)                 \
   template <class T>                                                    \
   METAL_EMULATOR_INLINE detail::Enable<T> group##_##name(T v) {         \
@@ -316,8 +316,6 @@ ME_GROUP(quad, 4)
 #undef ME_GROUP_REDUCE
 #undef ME_GROUP_SCAN
 #undef ME_GROUP_SHUFFLE
-#undef ME_MEET
-#undef ME_COMMA
 
 METAL_EMULATOR_INLINE bool simd_is_helper_thread() {
   return false;

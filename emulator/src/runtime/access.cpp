@@ -114,8 +114,7 @@ void report_race(
     const void* site) {
   if (m.findings.add(FindingKind::out_of_bounds, site)) {
     const std::string place =
-        region.bytes == 0 ? "an address that belongs to no buffer"
-                          : m.where(region, p) + (region.space == Space::threadgroup ? "" : "");
+        region.bytes == 0 ? "an address that belongs to no buffer" : m.where(region, p);
     m.findings.set_text(
         std::string(writes(access) ? "write" : "read") + " of " + std::to_string(n) + " bytes at " +
         place + " by " + m.who());
