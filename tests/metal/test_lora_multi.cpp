@@ -291,6 +291,50 @@ TEST(LoraMultiPlan, RefusesByName) {
   EXPECT_NE(refusal([](Shape& s) { s.m = 0; }).find("x must have 1 to"), std::string::npos);
 }
 
+/// Bytes read of each input, and times that each of its bytes was.
+struct Traffic {
+  double bytes = 0.0, times = 0.0;
+};
+Traffic traffic(const EmulatedDispatch& d, const std::string& input) {
+  for (const auto& counters : d.report.counters.buffers) {
+    if (d.buffer_names[counters.index] != input) continue;
+    const auto bytes = static_cast<double>(counters.read_bytes);
+    return {bytes, bytes / static_cast<double>(counters.unique_read_bytes)};
+  }
+  ADD_FAILURE() << "no input named " << input;
+  return {};
+}
+
+TEST(LoraMultiTraffic, DecodeReadsTheBaseAndEachAdaptersBOnce) {
+  const Case c{8, 256, 512, Base::f16, kH, kH, 16, 4};
+  const Served served(c, 8);
+  EmulatorLog log;
+  served.run(make_batch(c, 9).x, {0, 0, 2, -1, 3, 2, 0, 3});
+  const auto dispatches = log.take();
+  ASSERT_EQ(dispatches.size(), 1u);
+  EXPECT_LE(traffic(dispatches[0], "w").times, 1.02);
+  EXPECT_LE(traffic(dispatches[0], "b").times, 1.1);
+}
+
+TEST(LoraMultiTraffic, PrefillMultipliesOnTheMatrixUnits) {
+  const Case c{64, 128, 256, Base::f16, kH, kH, 16, 2};
+  const Served served(c, 10);
+  std::vector<int32_t> index(64, 0);
+  std::fill(index.begin() + 32, index.end(), -1);  // full ranks or none: every product is wanted
+  EmulatorLog log;
+  served.run(make_batch(c, 11).x, index);
+  const auto dispatches = log.take();
+  ASSERT_EQ(dispatches.size(), 1u);
+  const double wanted =
+      64.0 * 128 * 256 + 32.0 * 16 * 256 * 2 /* columns of tiles */ + 32.0 * 16 * 128;
+  const double elsewhere = 32.0 * 128;  // scale, once an output with an adapter
+  const double on_matrix_units =
+      512.0 * static_cast<double>(dispatches[0].report.counters.matrix_operations);
+  EXPECT_EQ(on_matrix_units, wanted);
+  EXPECT_GE(on_matrix_units / (on_matrix_units + elsewhere), 0.95);
+  EXPECT_LE(traffic(dispatches[0], "w").times, 1.02);
+}
+
 TEST(LoraMultiPlan, TokensWithoutAnAdapterReadNone) {
   const Case c{8, 32, 64, Base::f16, kH, kH, 8, 2};
   const Served served(c, 6);

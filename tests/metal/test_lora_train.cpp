@@ -121,6 +121,33 @@ INSTANTIATE_TEST_SUITE_P(Shapes, LoraGrad, testing::ValuesIn(kGradCases), [](con
   return name.str();
 });
 
+TEST(LoraGradTraffic, ReadsActivationsOnceAndMultipliesOnTheMatrixUnits) {
+  const metal::LoraGradShape shape{
+      .m = 64, .n = 256, .k = 128, .rank = 16, .scale = 1.0f, .dtype = DType::f16};
+  EmulatorLog log;
+  test::run(
+      {metal::plan_lora_grad(shape)},
+      {{"x", mx::ones({64, 128}, mx::float16)},
+       {"dy", mx::ones({64, 256}, mx::float16)},
+       {"v", mx::ones({64, 16})},
+       {"u", mx::ones({64, 16})}},
+      {{"da", {{16, 128}, mx::float32}}, {"db", {{256, 16}, mx::float32}}});
+  const auto dispatches = log.take();
+  ASSERT_EQ(dispatches.size(), 1u);
+  const auto& counters = dispatches[0].report.counters;
+  EXPECT_EQ(counters.matrix_operations, 64u / 8 * (16 / 8) * ((128 + 256) / 8));
+  EXPECT_EQ(counters.atomics, 0u);
+  for (const auto& buffer : counters.buffers) {
+    const auto& name = dispatches[0].buffer_names[buffer.index];
+    if (name == "x" || name == "dy") {
+      EXPECT_EQ(buffer.read_bytes, buffer.unique_read_bytes) << name;
+    }
+    if (name == "da" || name == "db") {
+      EXPECT_EQ(buffer.written_bytes, buffer.unique_written_bytes) << name;
+    }
+  }
+}
+
 TEST(MetalDropout, DrawsTheCpusMask) {
   // v = I: row t of dA is drop(x[t]) itself.
   constexpr int kTokens = 16, kColumns = 130;
