@@ -176,6 +176,7 @@ int run_command_line(int argc, const char* const* argv) {
         add_inspect(root),
         add_convert(root),
         add_fuse(root),
+        add_export(root),
         add_bench(root)};
     for (Command& command : commands) {
       command.app->allow_extras();

@@ -26,6 +26,7 @@ Command add_tokenize(CLI::App& parent);
 Command add_inspect(CLI::App& parent);
 Command add_convert(CLI::App& parent);
 Command add_fuse(CLI::App& parent);
+Command add_export(CLI::App& parent);
 Command add_bench(CLI::App& parent);
 
 /// The whole program; the exit code is that of error_traits.
