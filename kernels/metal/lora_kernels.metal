@@ -10,7 +10,7 @@
 // lane. u = x·Aᵀ is summed over the same chunks, stays in threadgroup memory, and B's columns are
 // added to the rows' sums before their one simd_sum: A·x never leaves the chip, y is written once.
 //
-// Bytes read, n x k weights of w bytes, T = n / (64·passes) threadgroups, l = bytes of A's elements:
+// Bytes read, n x k weights of w bytes, T = n / (64·passes) threadgroups, l = bytes of A's values:
 //   one dispatch: n·k·w  +  T·rank·k·l  +  n·rank·l  +  T·m·k·bytes(x)
 //   split:        n·k·w  +    rank·k·l  +  n·rank·l  +  (T + rank)·m·k·bytes(x)  +  T·m·rank·4
 // so one dispatch repeats A by rank·l / (64·passes·w) of W's bytes: 1/4 for rank 16, all 16-bit.
@@ -131,8 +131,7 @@ inline Adapter<true, false, LT, PA, PB, const device float*> fused_adapter(
 }
 // `second` is b in the forward and a in dx; the other one is not read.
 template <typename LT, typename PU, typename P>
-inline Adapter<false, true, LT, P, P, PU> given_adapter(
-    PU u, P second, uint rank, float scale) {
+inline Adapter<false, true, LT, P, P, PU> given_adapter(PU u, P second, uint rank, float scale) {
   Adapter<false, true, LT, P, P, PU> out;
   out.a = second;
   out.b = second;
@@ -165,7 +164,9 @@ struct AdapterMask {
   uint threshold;
   inline Key key(uint token) const { return dropout_key(seed, token); }
   inline bool keep(Key key, uint column) const { return dropout_keep(key, column, threshold); }
-  inline float keep_scale() const { return 1.0f / (1.0f - float(threshold) * 2.3283064365386963e-10f); }
+  inline float keep_scale() const {
+    return 1.0f / (1.0f - float(threshold) * 2.3283064365386963e-10f);
+  }
 };
 
 inline AdapterMask adapter_mask(uint seed_low, uint seed_high, uint threshold) {
@@ -228,8 +229,8 @@ struct GemvTile {
   enum {
     TOKENS = TOKENS_,
     SIMDGROUPS = SIMDGROUPS_,
-    ROWS = 4,           // of W, per simdgroup
-    BLOCK = 32 * RUN,   // weights of a row that a simdgroup takes at once
+    ROWS = 4,          // of W, per simdgroup
+    BLOCK = 32 * RUN,  // weights of a row that a simdgroup takes at once
     FIT = 16384 / (TOKENS_ * int(sizeof(T))),
     CHUNK = (FIT < 2048 ? FIT : 2048) / BLOCK * BLOCK,  // of K, staged in threadgroup memory
     X_SIZE = TOKENS_ * CHUNK,
@@ -247,8 +248,7 @@ inline uint gemv_place(uint e) {
 }
 
 template <typename Tile, int RUN, typename T, typename PX>
-inline void gemv_stage_x(
-    threadgroup T* xs, PX x, uint m, uint k, uint k0, uint thread_index) {
+inline void gemv_stage_x(threadgroup T* xs, PX x, uint m, uint k, uint k0, uint thread_index) {
   const uint size = min(uint(Tile::CHUNK), (k - k0 + Tile::BLOCK - 1) / Tile::BLOCK * Tile::BLOCK);
   for (uint i = thread_index; i < Tile::TOKENS * (size / 8); i += Tile::SIMDGROUPS * 32) {
     const uint token = i / (size / 8), e = i % (size / 8) * 8;

@@ -2,13 +2,13 @@
 // SPDX-License-Identifier: MIT
 //
 // Weight policies of packed formats for the kernels of lora_kernels.metal and lora_tiled.metal:
-//   affine   w = q·scale[group] + bias[group]      4 or 8 bits, groups of 32, 64 or 128, MLX's packing
-//   NF4      w = level[q]·absmax[block]            blocks of 64, absmax f32 or double-quantised
+//   affine   w = q·scale[group] + bias[group]     4 or 8 bits, groups of 32, 64, 128; MLX's packing
+//   NF4      w = level[q]·absmax[block]           blocks of 64, absmax f32 or double-quantised
 // Codes are unpacked in registers: 8 or 16 bytes a lane (RUN 16 or 32 weights), so that a simdgroup
 // takes 256 or 512 bytes of a row at once. In the matrix-vector form weights stay f32; in the tiled
 // form they are rounded to x's type in threadgroup memory: one rounding, 2^-11 or 2^-8 of a weight.
 //
-// Lanes that share a scale exchange it (simd_shuffle), so that scales and biases are read once, too.
+// Lanes that share a scale exchange it (simd_shuffle), so that scales and biases are read once too.
 // Bytes of a weight of 4 bits, against 2 of a 16-bit one:
 //   affine, 16-bit scales   0.5 + 4/group: 0.531 (group 128, 0.266x), 0.5625 (64, 0.281x)
 //   NF4, f32 absmax         0.5 + 4/64 = 0.5625 (0.281x)

@@ -18,16 +18,17 @@
 //
 // Per tile of BM x BN: depth·(BM·bytes(x) + BN·bytes(w) + rank·bytes(A)) + BN·rank·bytes(B) bytes,
 // depth·(BM·BN + BM·rank) + BM·BN·rank products, all on the matrix units but two per element (scale
-// and bias): > 99 % from a depth of 200; with packed weights one more for each weight and row of tiles: >= 1 - 1/BM.
+// and bias): > 99 % from a depth of 200; with packed weights one more for each weight and row of
+// tiles: >= 1 - 1/BM.
 //
 // Ladder (m = 128, n = k = 512, rank 16, f16; emulator's counters; unique: 0.69 MB):
-//   tile                 x read    W read    A read    all     8x8x8 products  barriers  threadgroup
+//   tile                 x read    W read    A read    all     8x8x8 products  barriers   on chip
 //   32 x 32              2.10 MB   2.10 MB   1.05 MB   7.71x   100352          2176      19.3 MB
 //   32 x 64              1.05 MB   2.10 MB   0.52 MB   5.43x   83968           1088      14.5 MB
 //   64 x 64              1.05 MB   1.05 MB   0.26 MB   3.48x   83968           544       10.9 MB
 //   64 x 128             0.52 MB   1.05 MB   0.13 MB   2.52x   75776           272       8.7 MB
 //   shrink + 64 x 128    0.66 MB   1.05 MB   0.07 MB   2.67x   69632           128 + 272  7.6 MB
-// (base product alone: 65536; "threadgroup": bytes read and written there.)
+// (base product alone: 65536; on chip: bytes read and written in threadgroup memory.)
 
 // @region tiles : common
 // Tiles in threadgroup memory and 8x8 fragments of them.
@@ -178,7 +179,7 @@ inline void shrink_tile(
 namespace metal_lora {
 
 // Tile of the product [m, width] = [m, depth]·[depth, width]: forward (depth = k, width = n) or
-// BACKWARD, dx (depth = n, width = k, W and the adapter read untransposed). BM x BN per threadgroup,
+// BACKWARD, dx (depth = n, width = k, W and the adapter read untransposed). BM x BN a threadgroup,
 // BK of depth at a time; RT: rank rounded up to 8, 16, 32 or 64 when u is computed here, else 0.
 // Each simdgroup makes 32 x (BN·BM / 32 / SIMDGROUPS) of the tile in 8x8 fragments.
 template <
@@ -200,13 +201,13 @@ struct GemmTile {
     BACKWARD = BACKWARD_,
     SIMDGROUPS = SIMDGROUPS_,
     THREADS = SIMDGROUPS_ * 32,
-    WM = BM_ / 32,             // simdgroups along m
-    WN = SIMDGROUPS_ / WM,     // and along width
+    WM = BM_ / 32,          // simdgroups along m
+    WN = SIMDGROUPS_ / WM,  // and along width
     TM = 4,
     TN = BN_ / 8 / WN,
     RANKS = RT == 0 ? 8 : RT,
     STRIPS = BM_ / 8 / SIMDGROUPS_,
-    ER = 32,                   // columns of the second adapter matrix at a time
+    ER = 32,  // columns of the second adapter matrix at a time
     // Rows are padded by 16 bytes: 8 rows of a fragment then lie in different banks.
     PAD_C = 16 / int(sizeof(C)),
     PAD_S = 16 / int(sizeof(S)),
@@ -228,13 +229,19 @@ struct GemmTile {
 
 template <typename Tile>
 struct GemmPlace {
-  uint row0, column0;         // of the threadgroup's tile
-  uint sg_row, sg_column;     // of the simdgroup's part, within the tile
+  uint row0, column0;      // of the threadgroup's tile
+  uint sg_row, sg_column;  // of the simdgroup's part, within the tile
   uint thread_index, simdgroup_index, lane;
 };
 
 // acc += x·W over all of depth; h += (masked x)·A-like in the same pass.
-template <typename Tile, typename XT, typename Weight, typename AdapterT, typename Mask, typename PX>
+template <
+    typename Tile,
+    typename XT,
+    typename Weight,
+    typename AdapterT,
+    typename Mask,
+    typename PX>
 inline void gemm_main_loop(
     thread simdgroup_matrix<float, 8, 8> (&acc)[Tile::TM][Tile::TN],
     thread simdgroup_matrix<float, 8, 8> (&h)[Tile::STRIPS][Tile::RANKS / 8],
@@ -254,8 +261,8 @@ inline void gemm_main_loop(
   threadgroup S* as = reinterpret_cast<threadgroup S*>(memory + Tile::X_WORDS + Tile::W_WORDS);
   typename Mask::Key keys[Tile::STRIPS];
   for (int s = 0; s < Tile::STRIPS; ++s) {
-    keys[s] = mask.key(
-        at.row0 + (at.simdgroup_index + Tile::SIMDGROUPS * s) * 8 + fragment_row(at.lane));
+    keys[s] =
+        mask.key(at.row0 + (at.simdgroup_index + Tile::SIMDGROUPS * s) * 8 + fragment_row(at.lane));
   }
   typename Weight::Group groups[Tile::BN * Tile::BK / Weight::kRun / Tile::THREADS];
   const uint depth = Tile::BACKWARD ? n : k;
@@ -395,8 +402,7 @@ inline void gemm_expand(
           simdgroup_multiply_accumulate(sum, left, right, sum);
         }
         for (uint e = 0; e < 2; ++e) {
-          const bool keep =
-              out_mask.keep(key, at.column0 + column + fragment_column(at.lane) + e);
+          const bool keep = out_mask.keep(key, at.column0 + column + fragment_column(at.lane) + e);
           acc[i][j].thread_elements()[e] +=
               keep ? adapter.scale * out_mask.keep_scale() * sum.thread_elements()[e] : 0.0f;
         }
@@ -483,7 +489,7 @@ inline void lora_gemm(
 // @region shrink : tiles
 namespace metal_lora {
 
-// u [m, rank] = x·Aᵀ for m <= TOKENS: one threadgroup for each r, its simdgroups take turns along k.
+// u [m, rank] = x·Aᵀ for m <= TOKENS: one threadgroup for each r, its simdgroups in turns along k.
 // partial: SIMDGROUPS·TOKENS floats.
 template <int TOKENS, int SIMDGROUPS, typename XT, typename LT, typename PX, typename PA>
 inline void lora_shrink_vector(
@@ -501,13 +507,11 @@ inline void lora_shrink_vector(
   for (int t = 0; t < TOKENS; ++t) {
     sums[t] = 0.0f;
   }
-  for (uint column = (simdgroup_index * 32 + lane) * 8; column < k;
-       column += SIMDGROUPS * 256) {
+  for (uint column = (simdgroup_index * 32 + lane) * 8; column < k; column += SIMDGROUPS * 256) {
     const int valid = int(k) - int(column);
     const Pack<LT, 8> values = load_pack_up_to<LT, 8>(a + r * k + column, valid);
     for (int t = 0; t < TOKENS; ++t) {
-      const Pack<XT, 8> xt =
-          load_pack_up_to<XT, 8>(x + t * k + column, uint(t) < m ? valid : 0);
+      const Pack<XT, 8> xt = load_pack_up_to<XT, 8>(x + t * k + column, uint(t) < m ? valid : 0);
       for (int i = 0; i < 8; ++i) {
         sums[t] += float(values.v[i]) * float(xt.v[i]);
       }
@@ -549,7 +553,7 @@ struct ShrinkTile {
   };
 };
 
-// u [m, rank] = (masked x [m, depth])·Aᵀ, a [rank, depth]; BACKWARD: v = dy·B, a is b [depth, rank].
+// u [m, rank] = (masked x [m, depth])·Aᵀ, a [rank, depth]; BACKWARD: v = dy·B, a = b [depth, rank].
 // threadgroup_position: (tile of columns of u, tile of tokens).
 template <typename Tile, typename XT, typename LT, typename Mask, typename PX, typename PA>
 inline void lora_shrink_tiled(
