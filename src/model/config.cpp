@@ -29,20 +29,6 @@ int get_size(const io::JsonObject& c, std::string_view key, int high) {
   return static_cast<int>(unwrap(c.get_int(key, 1, high)));
 }
 
-std::vector<int32_t> token_ids(const io::JsonObject& c, std::string_view key) {
-  if (!c.has(key)) return {};
-  if (!c.json()[std::string(key)].is_array()) {
-    return {static_cast<int32_t>(unwrap(c.get_int(key, 0, kMaxVocab)))};
-  }
-  std::vector<int32_t> ids;
-  for (int64_t id : unwrap(c.get_ints(key))) {
-    if (id < 0 || id > kMaxVocab)
-      io::throw_failure(c.failure(key, "token ids", std::to_string(id)));
-    ids.push_back(static_cast<int32_t>(id));
-  }
-  return ids;
-}
-
 /// Which layers use the sliding window, as transformers decides it.
 void read_window(const io::JsonObject& c, ModelConfig& config) {
   config.layer_uses_window.assign(config.num_hidden_layers, false);
@@ -82,6 +68,24 @@ void refuse_unsupported(const io::JsonObject& c) {
 }
 
 }  // namespace
+
+std::vector<int32_t> token_ids(
+    const io::JsonObject& c, std::string_view key, const ModelConfig& config) {
+  if (!c.has(key)) return {};
+  const int last = config.vocab_size - 1;
+  if (!c.json()[std::string(key)].is_array()) {
+    return {static_cast<int32_t>(unwrap(c.get_int(key, 0, last)))};
+  }
+  std::vector<int32_t> ids;
+  for (const int64_t id : unwrap(c.get_ints(key))) {
+    if (id < 0 || id > last) {
+      io::throw_failure(
+          c.failure(key, fmt::format("integers from 0 to {}", last), std::to_string(id)));
+    }
+    ids.push_back(static_cast<int32_t>(id));
+  }
+  return ids;
+}
 
 void validate_config(const ModelConfig& c, const std::string& path) {
   const auto require =
@@ -136,9 +140,9 @@ ModelConfig parse_hf_config(const io::Json& json, const std::string& path) {
   config.rms_norm_eps =
       static_cast<float>(unwrap(c.get_number_or("rms_norm_eps", 1e-6, 1e-12, 1e-1)));
   config.tie_word_embeddings = unwrap(c.get_bool_or("tie_word_embeddings", false));
-  config.eos_token_ids = token_ids(c, "eos_token_id");
-  if (auto ids = token_ids(c, "bos_token_id"); !ids.empty()) config.bos_token_id = ids[0];
-  if (auto ids = token_ids(c, "pad_token_id"); !ids.empty()) config.pad_token_id = ids[0];
+  config.eos_token_ids = token_ids(c, "eos_token_id", config);
+  if (auto ids = token_ids(c, "bos_token_id", config); !ids.empty()) config.bos_token_id = ids[0];
+  if (auto ids = token_ids(c, "pad_token_id", config); !ids.empty()) config.pad_token_id = ids[0];
   read_window(c, config);
 
   // transformers 5 moved both fields into rope_parameters.
@@ -206,7 +210,14 @@ ModelConfig parse_gguf_config(const io::GgufFile& file) {
   }
   const auto id = [&](const char* key) -> std::optional<int32_t> {
     if (!file.has(key)) return std::nullopt;
-    return static_cast<int32_t>(unwrap(file.get_u32(key)) & 0x7fffffffu);
+    const uint32_t value = unwrap(file.get_u32(key));
+    if (value >= static_cast<uint32_t>(config.vocab_size)) {
+      throw Error(
+          ErrorCode::invalid_input,
+          fmt::format(
+              "[{}, {}] must be below {} but is {}", file.path(), key, config.vocab_size, value));
+    }
+    return static_cast<int32_t>(value);
   };
   if (auto eos = id("tokenizer.ggml.eos_token_id")) config.eos_token_ids = {*eos};
   config.bos_token_id = id("tokenizer.ggml.bos_token_id");

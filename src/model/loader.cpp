@@ -121,15 +121,8 @@ void read_generation_config(const std::filesystem::path& folder, ModelConfig& co
   if (!std::filesystem::exists(path)) return;
   const auto json = io::unwrap(io::read_json_file(path.string()));
   const auto generation = io::unwrap(io::JsonObject::of(json, path.string()));
-  if (!generation.has("eos_token_id")) return;
-  config.eos_token_ids.clear();
-  if (json["eos_token_id"].is_array()) {
-    for (int64_t id : io::unwrap(generation.get_ints("eos_token_id"))) {
-      config.eos_token_ids.push_back(static_cast<int32_t>(id));
-    }
-  } else {
-    config.eos_token_ids.push_back(
-        static_cast<int32_t>(io::unwrap(generation.get_int("eos_token_id", 0, INT32_MAX))));
+  if (generation.has("eos_token_id")) {
+    config.eos_token_ids = token_ids(generation, "eos_token_id", config);
   }
 }
 

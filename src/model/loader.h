@@ -19,6 +19,10 @@ namespace metal_lora {
 ModelConfig parse_hf_config(const io::Json& json, const std::string& path);
 /// The same from a GGUF's metadata (llama, qwen2, qwen3).
 ModelConfig parse_gguf_config(const io::GgufFile& file);
+/// The id or list of ids under `key`, none where it is absent. Error invalid_input for ids outside
+/// the config's vocabulary.
+std::vector<int32_t> token_ids(
+    const io::JsonObject& json, std::string_view key, const ModelConfig& config);
 /// Checks what every config must satisfy (positive, bounded, consistent); fills layer_uses_window.
 void validate_config(const ModelConfig& config, const std::string& path);
 
