@@ -95,6 +95,33 @@ Verification verify_tokens(
 mlx::core::array lora_embedding(
     const mlx::core::array& ids, const LoraLinear& table, mlx::core::Dtype dtype);
 
+/// A dense w [out, in] in MLX's affine format; Weight::affine() takes the parts.
+struct QuantizedAffine {
+  mlx::core::array q;       ///< uint32 [out, in·bits/32]
+  mlx::core::array scales;  ///< [out, in/group_size], of w's dtype
+  mlx::core::array biases;  ///< as scales
+};
+/// As mx.quantize's affine mode on MLX's CPU backend, bit for bit on every backend: bits 4 or 8,
+/// group_size 32, 64 or 128, a divisor of `in`. w f32, f16 or bf16 and finite. Reads w once. Not
+/// differentiable.
+QuantizedAffine quantize(const mlx::core::array& w, int bits, int group_size);
+
+/// A dense w [out, in] in NF4 (Dettmers et al., QLoRA, arXiv:2305.14314); Weight::nf4() takes the
+/// parts.
+struct QuantizedNf4 {
+  mlx::core::array q;       ///< uint32 [out, in/8]
+  mlx::core::array absmax;  ///< f32 [out, in/64]
+};
+/// Each block of 64 by its largest magnitude, each weight to the nearest level (of two equally near
+/// the lower one), the same bits on every backend. w f32, f16 or bf16 and finite, `in` a multiple
+/// of 64. Reads w once. Not differentiable.
+QuantizedNf4 quantize_nf4(const mlx::core::array& w);
+
+/// W [out, in] dense: each weight's formula in f32 (affine: one fused multiply-add), rounded once
+/// to `dtype`. Reads the weight once. Not differentiable. Row-major weights only where Metal kernels
+/// run (Error unsupported for one that was prepared for the CPU).
+mlx::core::array dequantize(const Weight& weight, mlx::core::Dtype dtype);
+
 /// The tokens of a batch laid end to end ("packed"): no padding, no leaking between segments.
 struct Segments {
   mlx::core::array positions;      ///< int32 [tokens], from 0 in each segment
