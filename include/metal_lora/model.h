@@ -83,14 +83,33 @@ struct LinearInfo {
 };
 std::vector<LinearInfo> adaptable_linears(const ModelConfig& config);
 
+/// What a model's dense matrices (linears, embedding, head) become while it loads. Those that a
+/// file stores quantised stay as they are.
+enum class Quantization {
+  none,
+  int4,  ///< MLX's affine form: a scale and a bias for each group of weights
+  int8,
+  nf4,  ///< QLoRA's 4-bit NormalFloat (Dettmers et al. 2023), an absmax for each 64 weights
+};
+/// As users write it: "0", "4", "8", "nf4".
+std::string_view quantization_name(Quantization quantization);
+/// The reverse; nothing for other text.
+std::optional<Quantization> parse_quantization(std::string_view name);
+
 struct LoadOptions {
   mlx::core::Dtype dtype =
       mlx::core::bfloat16;  ///< of activations (and of dense weights that a file stores quantised
                             ///< in a form we do not multiply)
-  int quantize_bits = 0;    ///< 0: keep what the file stores; 4 or 8: quantise dense linears
-  int quantize_group = 64;
-  bool dequantize = false;                    ///< make every weight dense in `dtype`
+  Quantization quantize = Quantization::none;
+  int quantize_group = 64;  ///< weights that share a scale: 32, 64 or 128; nf4: 64
+  bool double_quant =
+      true;                 ///< nf4: the absmax in 8 bits (bitsandbytes' bnb_4bit_use_double_quant)
+  bool dequantize = false;  ///< make every weight dense in `dtype`
   std::function<void(double)> progress = {};  ///< 0 … 1
+
+  /// Checks quantize, quantize_group and double_quant; Error invalid_input naming the option.
+  /// Model::load does it first.
+  void validate() const;
 };
 
 class Model;

@@ -89,8 +89,9 @@ struct TrainingConfig {
   double grad_clip = 0.0;          ///< limit of the global gradient norm; 0: none
   bool packing = false;            ///< a "sample" is a stream filled up to max_seq_length
   std::string dtype = "bfloat16";  ///< of activations: float32, bfloat16, float16
-  int quantize = 0;                ///< bits of the frozen base: 0 (as stored), 4, 8
-  int quantize_group_size = 64;
+  Quantization quantize = Quantization::none;  ///< of a dense frozen base: 0 (as stored), 4, 8, nf4
+  int quantize_group_size = 64;                ///< of 4 and 8
+  bool double_quant = true;                    ///< nf4: its absmax in 8 bits
   int early_stop_patience = 0;  ///< evaluations without improvement; 0: never stop early
   uint64_t max_memory = 0;      ///< bytes; 0: what the machine has available
 

@@ -145,7 +145,7 @@ void explain_forms(Console& console, const BenchFlags& options) {
     console.line(fmt::format("M={:<5} {:>6} x {:<6} {}", tokens, n, k, form));
   };
   if (options.model.model.empty()) {
-    for (const char* format : {"f32", "bf16", "int4", "int8"}) {
+    for (const char* format : {"f32", "bf16", "int4", "int8", "nf4"}) {
       for (const uint32_t tokens : {1u, 8u, 64u, 512u}) add(tokens, format, 2048, 2048);
     }
   } else {
@@ -153,7 +153,7 @@ void explain_forms(Console& console, const BenchFlags& options) {
     for (int slot = 0; slot < kSlotsPerLayer; ++slot) {
       const auto path = fmt::format("model.layers.0.{}", slot_path(static_cast<Slot>(slot)));
       const WeightParams& p = model->linear(path).weight.params();
-      static constexpr const char* kFormats[] = {"f32", "f16", "bf16", "int4", "int8"};
+      static constexpr const char* kFormats[] = {"f32", "f16", "bf16", "int4", "int8", "nf4"};
       for (const uint32_t tokens : {1u, 256u})
         add(tokens, kFormats[static_cast<size_t>(p.format)], p.n, p.k);
     }
@@ -199,6 +199,7 @@ void bench_generation(Console& console, const BenchFlags& options) {
        options.rank > 0 ? fmt::format("random, rank {}", options.rank)
                         : options.model.adapter_path},
       {"dtype", options.model.dtype},
+      {"quantize", quantization_name(options.model.quantize)},
       {"prompt_tokens", prompt_tokens},
       {"generated_tokens", decode ? options.generate_tokens : 0},
       {"tokens_per_second", summary.median_ms},
@@ -276,6 +277,7 @@ void bench_train(Console& console, const BenchFlags& options) {
   config.dtype = options.model.dtype;
   config.quantize = options.model.quantize;
   config.quantize_group_size = options.model.quantize_group_size;
+  config.double_quant = options.model.double_quant;
   config.validate();
   write_training_data(scratch.path(), options.batch_size * (config.iters + 1), options.seq_length);
 
@@ -298,6 +300,7 @@ void bench_train(Console& console, const BenchFlags& options) {
        {"model", config.model},
        {"rank", config.lora_rank},
        {"dtype", config.dtype},
+       {"quantize", quantization_name(config.quantize)},
        {"batch_size", config.batch_size},
        {"seq_length", config.max_seq_length},
        {"tokens_per_second", summary.median_ms},

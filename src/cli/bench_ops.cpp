@@ -38,14 +38,15 @@ std::string dtype_text(mx::Dtype dtype) {
 
 struct LinearCase {
   mx::Dtype dtype;     ///< of x
-  std::string format;  ///< of the weight: "dense" (x's dtype), "int4", "int8"
+  std::string format;  ///< of the weight: "dense" (x's dtype), "int4", "nf4"
 };
 
 /// A weight with memory of its own.
 Weight make_weight(const LinearCase& c, const mx::array& dense) {
   const Weight weight = Weight::dense(mx::add(dense, mx::array(0, c.dtype)));
   if (c.format == "dense") return weight;
-  return weight.quantized(c.format == "int4" ? 4 : 8, 64).prepared();
+  if (c.format == "nf4") return weight.quantized_nf4(/*double_quant=*/true).prepared();
+  return weight.quantized(4, 64).prepared();
 }
 
 /// Enough copies that none is still in a cache when its turn comes again; few when many tokens
@@ -163,13 +164,16 @@ double OpResult::share_of_limit(const MachineLimits& limits) const {
 
 std::string kernel_form(uint32_t tokens, const std::string& weight_format, uint32_t n, uint32_t k) {
   std::string layout = "row-major";
-  if (weight_format == "int4" || weight_format == "int8") {
+  const bool nf4 = weight_format == "nf4";
+  if (nf4 || weight_format == "int4" || weight_format == "int8") {
     WeightParams params;
     params.n = n;
     params.k = k;
-    params.format = weight_format == "int4" ? WeightFormat::int4 : WeightFormat::int8;
+    params.format = nf4                       ? WeightFormat::nf4
+                    : weight_format == "int4" ? WeightFormat::int4
+                                              : WeightFormat::int8;
     params.group_size = 64;
-    params.scales_dtype = DType::f16;
+    params.scales_dtype = nf4 ? DType::f32 : DType::f16;
     if (cpu::can_pack(params)) layout = "packed";
   }
   return fmt::format(
@@ -185,7 +189,9 @@ void bench_ops(const std::function<void(const OpResult&)>& on_result) {
       {mx::float32, "dense"},
       {mx::bfloat16, "dense"},
       {mx::bfloat16, "int4"},
-      {mx::float32, "int4"}};
+      {mx::float32, "int4"},
+      {mx::bfloat16, "nf4"},
+      {mx::float32, "nf4"}};
   for (const LinearCase& c : cases) {
     for (const int tokens : {1, 8, 64, 512}) {
       for (const bool with_lora : {false, true}) on_result(bench_linear(c, tokens, with_lora));

@@ -26,7 +26,7 @@ checkpoint. An adapter changes its format; its tensors keep every bit.)";
 
 struct ConvertFlags {
   std::string input, output, to, dtype;
-  int quantize = 0, quantize_group_size = 64;
+  TargetQuantization quantize;
   bool fold_scale = false;
 };
 
@@ -60,9 +60,9 @@ void convert_model(Console& console, const ConvertFlags& options) {
         fmt::format("[--to] must be hf for a model but is {}", options.to));
   }
   ExportOptions target;
-  target.dtype = target_dtype(options.dtype, options.quantize);
-  target.quantize_bits = options.quantize;
-  target.quantize_group = options.quantize_group_size;
+  target.quantize_bits = options.quantize.bits();
+  target.quantize_group = options.quantize.group_size;
+  target.dtype = target_dtype(options.dtype, target.quantize_bits);
   target.progress = [&](double fraction) {
     console.progress(
         fmt::format("convert {} {:.0f} %", progress_bar(fraction, 30), 100 * fraction));
@@ -115,14 +115,8 @@ Command add_convert(CLI::App& parent) {
       "--dtype",
       options->dtype,
       "Of dense tensors: float32, bfloat16 (default) or float16 (default with --quantize)");
-  app->add_option("--quantize", options->quantize, "4 or 8 bits, as MLX checkpoints have them")
-      ->check(CLI::IsMember({4, 8}));
-  app->add_option(
-         "--quantize-group-size,--group-size",
-         options->quantize_group_size,
-         "Weights that share a scale")
-      ->check(CLI::IsMember({32, 64, 128}))
-      ->capture_default_str();
+  options->quantize.add_to(
+      *app, "4 or 8 bits, as MLX checkpoints have them", "--quantize-group-size,--group-size");
   app->add_flag(
       "--fold-scale",
       options->fold_scale,

@@ -24,7 +24,7 @@ loses the adapter (a 4-bit target usually does) is refused.)";
 
 struct FuseFlags {
   std::string model, adapter_path, output, dtype;
-  int quantize = 0, quantize_group_size = 64;
+  TargetQuantization quantize;
   bool allow_loss = false;
 };
 
@@ -49,9 +49,9 @@ void print_report(Console& console, const FuseFlags& options, const FuseReport& 
 
 void run_fuse(Console& console, const FuseFlags& options) {
   FuseOptions fuse;
-  fuse.target.dtype = target_dtype(options.dtype, options.quantize);
-  fuse.target.quantize_bits = options.quantize;
-  fuse.target.quantize_group = options.quantize_group_size;
+  fuse.target.quantize_bits = options.quantize.bits();
+  fuse.target.quantize_group = options.quantize.group_size;
+  fuse.target.dtype = target_dtype(options.dtype, fuse.target.quantize_bits);
   fuse.target.progress = [&](double fraction) {
     console.progress(fmt::format("fuse {} {:.0f} %", progress_bar(fraction, 30), 100 * fraction));
   };
@@ -75,8 +75,8 @@ void run_fuse(Console& console, const FuseFlags& options) {
   if (report.total.error() > kWarnUpdateError) {
     console.warn(fmt::format(
         "rounding to {} adds noise of {:.0f} % of the update; --dtype float32 adds none",
-        options.quantize > 0 ? fmt::format("{} bits", options.quantize)
-                             : (options.dtype.empty() ? "bfloat16" : options.dtype),
+        options.quantize.bits() > 0 ? fmt::format("{} bits", options.quantize.bits())
+                                    : (options.dtype.empty() ? "bfloat16" : options.dtype),
         100 * report.total.error()));
   }
 }
@@ -92,12 +92,8 @@ Command add_fuse(CLI::App& parent) {
   app->add_option("--output,-o,--save-path", options->output, "The new folder")->required();
   app->add_option(
       "--dtype", options->dtype, "Of the merged weights: float32, bfloat16 (default) or float16");
-  app->add_option("--quantize", options->quantize, "Quantise the merged weights to 4 or 8 bits")
-      ->check(CLI::IsMember({4, 8}));
-  app->add_option(
-         "--quantize-group-size", options->quantize_group_size, "Weights that share a scale")
-      ->check(CLI::IsMember({32, 64, 128}))
-      ->capture_default_str();
+  options->quantize.add_to(
+      *app, "Quantise the merged weights to 4 or 8 bits", "--quantize-group-size");
   app->add_flag(
       "--allow-loss", options->allow_loss, "Write a merge that loses the adapter all the same");
   app->footer(kFuseFooter);

@@ -35,19 +35,50 @@ void ModelOptions::add_to(CLI::App& app, const std::string& default_dtype) {
       "An adapter's folder, mlx-lm's or PEFT's; it is applied without merging");
   app.add_option("--dtype", dtype, "Of activations: float32, bfloat16 or float16")
       ->capture_default_str();
-  app.add_option("--quantize", quantize, "Quantise dense weights while loading: 4 or 8 bits")
-      ->check(CLI::IsMember({4, 8}));
+  app.add_option_function<std::string>(
+         "--quantize",
+         [this](const std::string& name) { quantize = *parse_quantization(name); },
+         "Quantise dense weights while loading: 4 or 8 bits, or nf4 (QLoRA's 4 bits)")
+      ->check(CLI::IsMember({"4", "8", "nf4"}));
   app.add_option("--quantize-group-size", quantize_group_size, "Weights that share a scale")
       ->check(CLI::IsMember({32, 64, 128}))
       ->capture_default_str();
+  app.add_flag(
+      "--double-quant,!--no-double-quant",
+      double_quant,
+      "Of nf4: its scales in 8 bits too, as QLoRA has them (the default)");
 }
 
 LoadOptions ModelOptions::load_options() const {
   LoadOptions options;
   options.dtype = parse_dtype(dtype);
-  options.quantize_bits = quantize;
+  options.quantize = quantize;
   options.quantize_group = quantize_group_size;
+  options.double_quant = double_quant;
   return options;
+}
+
+void TargetQuantization::add_to(
+    CLI::App& app, const std::string& help, const std::string& group_flags) {
+  app.add_option("--quantize", format, help)->type_name("4|8");
+  app.add_option(group_flags, group_size, "Weights that share a scale")
+      ->check(CLI::IsMember({32, 64, 128}))
+      ->capture_default_str();
+}
+
+int TargetQuantization::bits() const {
+  if (format.empty()) return 0;
+  if (format == "4") return 4;
+  if (format == "8") return 8;
+  if (format == "nf4") {
+    throw Error(
+        ErrorCode::unsupported,
+        "[--quantize] nf4 cannot be written: model folders hold MLX's affine 4 or 8 bits",
+        "write the model dense and give --quantize nf4 where it is loaded (train, generate, chat, "
+        "…), or write --quantize 4");
+  }
+  throw Error(
+      ErrorCode::invalid_input, fmt::format("[--quantize] must be 4 or 8 but is {}", format));
 }
 
 Session Session::load(Console& console, const ModelOptions& options) {

@@ -23,8 +23,9 @@ struct ModelOptions {
   std::string model;
   std::string adapter_path;
   std::string dtype;
-  int quantize = 0;
+  Quantization quantize = Quantization::none;
   int quantize_group_size = 64;
+  bool double_quant = true;
 
   void add_to(CLI::App& app, const std::string& default_dtype);
   LoadOptions load_options() const;
@@ -35,6 +36,17 @@ mlx::core::Dtype parse_dtype(const std::string& name);
 /// Of a written model's dense tensors when `name` is empty: bfloat16, or float16 beside quantised
 /// weights, whose scales are float16, so that MLX computes in one dtype.
 mlx::core::Dtype target_dtype(const std::string& name, int quantize_bits);
+
+/// --quantize and --quantize-group-size of a model to write.
+struct TargetQuantization {
+  std::string format;
+  int group_size = 64;
+
+  void add_to(CLI::App& app, const std::string& help, const std::string& group_flags);
+  /// 0 (none), 4 or 8. Error unsupported for nf4, which no model folder can hold; invalid_input for
+  /// other text.
+  int bits() const;
+};
 
 struct Session {
   std::shared_ptr<const Model> model;

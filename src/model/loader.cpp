@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 #include <mlx/ops.h>
 
+#include "kernels/nf4.h"
 #include "metal_lora/error.h"
 #include "src/io/result.h"
 #include "src/model/tensor_weight.h"
@@ -62,9 +63,33 @@ class ModelLoader {
     auto w = source.weight(name, out, in, options_.dtype);
     if (options_.dequantize && w.is_quantized())
       w = Weight::dense(mx::astype(w.dequantized(), options_.dtype));
-    if (options_.quantize_bits != 0)
-      w = w.quantized(options_.quantize_bits, options_.quantize_group);
+    w = quantized(w, name);
     return multiplied ? w.prepared() : w;
+  }
+
+  Weight quantized(const Weight& w, const std::string& name) const {
+    switch (options_.quantize) {
+      case Quantization::none:
+        return w;
+      case Quantization::int4:
+        return w.quantized(4, options_.quantize_group);
+      case Quantization::int8:
+        return w.quantized(8, options_.quantize_group);
+      case Quantization::nf4:
+        break;
+    }
+    if (!w.is_quantized() && w.params().k % kNf4Block != 0) {
+      throw Error(
+          ErrorCode::unsupported,
+          fmt::format(
+              "[{}: {}] rows must be a multiple of {} wide for quantize nf4 but are {}",
+              model_->path_.string(),
+              name,
+              kNf4Block,
+              w.params().k),
+          "quantize 4 or 8 takes groups of 32 and leaves narrower matrices as they are");
+    }
+    return w.quantized_nf4(options_.double_quant);
   }
 
   mx::array norm(TensorSource& source, const std::string& name, int size) const {
@@ -130,6 +155,7 @@ void read_generation_config(const std::filesystem::path& folder, ModelConfig& co
 
 std::shared_ptr<const Model> Model::load(
     const std::filesystem::path& path, const LoadOptions& options) {
+  options.validate();
   if (!std::filesystem::exists(path)) {
     throw Error(
         ErrorCode::not_found,

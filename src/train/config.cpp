@@ -56,6 +56,20 @@ struct ToJson {
     const auto& value = config.*member;
     return value.empty() ? Json(nullptr) : Json(value);
   }
+  /// 4 and 8 are numbers, as in YAML.
+  Json operator()(Quantization TrainingConfig::*member) const {
+    switch (config.*member) {
+      case Quantization::none:
+        return 0;
+      case Quantization::int4:
+        return 4;
+      case Quantization::int8:
+        return 8;
+      case Quantization::nf4:
+        break;
+    }
+    return quantization_name(config.*member);
+  }
 };
 
 struct TypeOf {
@@ -71,6 +85,7 @@ struct TypeOf {
   OptionType operator()(std::vector<std::string> TrainingConfig::*) const {
     return OptionType::list;
   }
+  OptionType operator()(Quantization TrainingConfig::*) const { return OptionType::text; }
 };
 
 nlohmann::ordered_json schedule_json(const ScheduleConfig& schedule) {
@@ -260,12 +275,7 @@ void TrainingConfig::validate() const {
   if (dtype != "float32" && dtype != "bfloat16" && dtype != "float16") {
     refuse("dtype", "float32, bfloat16 or float16", fmt::format("\"{}\"", dtype));
   }
-  if (quantize != 0 && quantize != 4 && quantize != 8) {
-    refuse("quantize", "0, 4 or 8", std::to_string(quantize));
-  }
-  if (quantize_group_size != 32 && quantize_group_size != 64 && quantize_group_size != 128) {
-    refuse("quantize_group_size", "32, 64 or 128", std::to_string(quantize_group_size));
-  }
+  load_options().validate();
   if (report_to != "html" && report_to != "none") {
     throw Error(
         ErrorCode::unsupported,
@@ -315,8 +325,9 @@ LoadOptions TrainingConfig::load_options() const {
   options.dtype = dtype == "float32"   ? mlx::core::float32
                   : dtype == "float16" ? mlx::core::float16
                                        : mlx::core::bfloat16;
-  options.quantize_bits = quantize;
+  options.quantize = quantize;
   options.quantize_group = quantize_group_size;
+  options.double_quant = double_quant;
   return options;
 }
 

@@ -63,11 +63,18 @@ std::vector<Field> make_fields() {
       {"packing", "--packing", &C::packing, "Fill streams of max_seq_length with whole samples"},
       {"seed", "--seed", &C::seed, "Seed of initial weights, data order and dropout"},
       {"dtype", "--dtype", &C::dtype, "Activations: float32, bfloat16 or float16"},
-      {"quantize", "--quantize", &C::quantize, "Quantise the frozen base to 4 or 8 bits; 0: keep"},
+      {"quantize",
+       "--quantize",
+       &C::quantize,
+       "Quantise the frozen base: 4 or 8 bits, or nf4 (QLoRA's 4 bits); 0: keep"},
       {"quantize_group_size",
        "--quantize-group-size",
        &C::quantize_group_size,
-       "Weights that share a scale: 32, 64 or 128"},
+       "Weights that share a scale: 32, 64 or 128; nf4: 64"},
+      {"double_quant",
+       "--double-quant",
+       &C::double_quant,
+       "Of nf4: its scales in 8 bits too, as QLoRA has them (the default)"},
       {"grad_checkpoint",
        "--grad-checkpoint",
        &C::grad_checkpoint,
@@ -165,6 +172,12 @@ struct Assigner {
     config.*member = parse_number(scalar("a number"), where);
   }
   void operator()(std::vector<std::string> C::*member) const { config.*member = value.items; }
+  void operator()(Quantization C::*member) const {
+    const std::string& text = scalar("0, 4, 8 or nf4");
+    const auto quantization = parse_quantization(text);
+    if (!quantization) wrong(where, "0, 4, 8 or nf4", text);
+    config.*member = *quantization;
+  }
 };
 
 size_t edit_distance(std::string_view a, std::string_view b) {

@@ -21,6 +21,7 @@ using Member = std::variant<
     uint64_t TrainingConfig::*,  ///< bytes: "1.5GB"
     double TrainingConfig::*,
     std::optional<double> TrainingConfig::*,
+    Quantization TrainingConfig::*,
     std::vector<std::string> TrainingConfig::*>;
 
 struct Field {

@@ -30,6 +30,14 @@ constexpr RefusedKey kRefusedKeys[] = {
     {"wandb", "metrics for other tools: --json gives one object a line"},
 };
 
+/// QLoRA's words, and ours for them.
+constexpr RefusedKey kQloraKeys[] = {
+    {"bnb_4bit_quant_type", "this program's key is quantize: nf4"},
+    {"bnb_4bit_use_double_quant", "this program's key is double_quant: true or false"},
+    {"load_in_4bit", "this program's key is quantize: nf4 (bitsandbytes') or 4 (MLX's)"},
+    {"load_in_8bit", "this program's key is quantize: 8"},
+};
+
 class YamlReader {
  public:
   YamlReader(TrainingConfig& config, std::string where)
@@ -115,6 +123,9 @@ class YamlReader {
 
   [[noreturn]] void unknown(
       const std::string& key, const YAML::Node& node, const std::vector<std::string>& known) const {
+    for (const auto& row : kQloraKeys) {
+      if (key == row.key) fail(node, key, "is no key of this program", std::string(row.hint));
+    }
     const std::string near = train::nearest_key(key, known);
     fail(
         node,

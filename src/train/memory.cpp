@@ -9,7 +9,10 @@
 #include <sstream>
 #include <string>
 
+#include "kernels/cpu/lora_quantized.h"
+#include "kernels/nf4.h"
 #include "metal_lora/train.h"
+#include "src/launch/backend.h"
 
 namespace metal_lora {
 namespace {
@@ -86,20 +89,38 @@ uint64_t kept_per_token(const ModelConfig& c) {
          3 * static_cast<uint64_t>(c.intermediate_size);
 }
 
-/// Bytes of the base as training holds it; `quantize` packs linears to so many bits.
-uint64_t base_bytes(const Model& model, const TrainingConfig& config) {
-  const uint64_t stored = model.weight_bytes();
-  if (config.quantize == 0) return stored;
-  uint64_t elements = 0;
-  for (const auto& info : adaptable_linears(model.config())) {
-    elements += static_cast<uint64_t>(info.out_features) * info.in_features;
+/// Bytes of `w` once loaded as `options` say; `multiplied`: prepared for the backend.
+uint64_t quantized_bytes(const Weight& w, const LoadOptions& options, bool multiplied) {
+  WeightParams p = w.params();
+  const bool nf4 = options.quantize == Quantization::nf4;
+  p.group_size = nf4 ? kNf4Block : static_cast<uint32_t>(options.quantize_group);
+  if (options.quantize == Quantization::none || w.is_quantized() || p.k % p.group_size != 0) {
+    return w.nbytes();
   }
-  // bits per weight and a 16-bit scale and bias per group
-  const double bytes = static_cast<double>(config.quantize) / 8.0 +
-                       4.0 / static_cast<double>(config.quantize_group_size);
-  return std::min(
-      stored,
-      static_cast<uint64_t>(static_cast<double>(elements) * bytes) + model.embedding().nbytes());
+  p.format = nf4                                      ? WeightFormat::nf4
+             : options.quantize == Quantization::int4 ? WeightFormat::int4
+                                                      : WeightFormat::int8;
+  p.scales_dtype = nf4 ? DType::f32 : DType::f16;
+  p.double_quant = nf4 && options.double_quant;
+  if (multiplied && active_backend() == Backend::cpu && cpu::can_pack(p)) {
+    p.layout = WeightLayout::cpu_packed;
+    p.double_quant = false;
+  }
+  // A handle without bytes: their number follows from the parameters.
+  return Weight::view(p, nullptr, nullptr).nbytes();
+}
+
+/// Bytes of the base as training holds it: `model` may be loaded as the configuration says, or may
+/// be dense where that would quantise it.
+uint64_t base_bytes(const Model& model, const TrainingConfig& config) {
+  const LoadOptions options = config.load_options();
+  const bool tied = model.config().tie_word_embeddings;
+  uint64_t bytes = quantized_bytes(model.embedding(), options, tied);
+  if (!tied) bytes += quantized_bytes(model.head(), options, true);
+  for (const auto& info : adaptable_linears(model.config())) {
+    bytes += quantized_bytes(model.linear(info.path).weight, options, true);
+  }
+  return bytes;
 }
 
 }  // namespace

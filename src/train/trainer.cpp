@@ -204,9 +204,9 @@ std::string Trainer::Impl::memory_hint(uint64_t limit) const {
       fmt::format("max_seq_length {}", std::max(2, train_set_.longest() / 2)),
       config,
       std::max<int64_t>(1, tokens / 2));
-  if (config.quantize != 4) {
+  if (config.quantize == Quantization::none) {
     TrainingConfig changed = config;
-    changed.quantize = 4;
+    changed.quantize = Quantization::int4;
     offer("quantize 4", changed, tokens);
   }
   return fmt::format("{}", fmt::join(hints, "; "));

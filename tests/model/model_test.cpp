@@ -237,7 +237,7 @@ TEST(Model, QuantisedOnLoadStaysClose) {
   // hidden 32: groups of 32. INT8 rounds weights of range ~6σ to 1/255 of it.
   const auto golden = read_golden(kModels / "llama");
   const auto model = Model::load(
-      kModels / "llama", {.dtype = mx::float32, .quantize_bits = 8, .quantize_group = 32});
+      kModels / "llama", {.dtype = mx::float32, .quantize = Quantization::int8, .quantize_group = 32});
   ASSERT_TRUE(model->linear("model.layers.0.self_attn.q_proj").weight.is_quantized());
   expect_close(all_logits(*model, golden.tokens), golden.logits, 0.05, "int8");
 }
