@@ -40,6 +40,14 @@ METAL_LINT_CONSTANT(M_SQRT1_2, 0.7071067811865476f)
 
 namespace metal {
 
+// Of bfloat alone; a template, so that a kernel's own overloads win.
+template <class T>
+struct lint_bfloat {};
+template <>
+struct lint_bfloat<bfloat> {
+  typedef bfloat type;
+};
+
 // Each for float and half and their vectors: an integer argument is ambiguous, as in Metal; bfloat
 // has none.
 #define METAL_LINT_FLOATS(M) M(float) M(float2) M(float3) M(float4) M(half) M(half2) M(half3) M(half4)
@@ -52,7 +60,9 @@ namespace metal {
   half2 name(half2);                                                                       \
   half3 name(half3);                                                                       \
   half4 name(half4);                                                                       \
-  bfloat name(bfloat) __attribute__((unavailable("Metal has no bfloat " #name "(); convert to float")));
+  template <class T>                                                                       \
+  typename lint_bfloat<T>::type name(T)                                                    \
+      __attribute__((unavailable("Metal has no bfloat " #name "(); convert to float")));
 #define METAL_LINT_BINARY(name)                                                            \
   float name(float, float);                                                                \
   float2 name(float2, float2);                                                             \
@@ -62,7 +72,8 @@ namespace metal {
   half2 name(half2, half2);                                                                \
   half3 name(half3, half3);                                                                \
   half4 name(half4, half4);                                                                \
-  bfloat name(bfloat, bfloat)                                                              \
+  template <class T>                                                                       \
+  typename lint_bfloat<T>::type name(T, T)                                                 \
       __attribute__((unavailable("Metal has no bfloat " #name "(); convert to float")));
 #define METAL_LINT_TERNARY(name)                                                           \
   float name(float, float, float);                                                         \
@@ -73,7 +84,8 @@ namespace metal {
   half2 name(half2, half2, half2);                                                         \
   half3 name(half3, half3, half3);                                                         \
   half4 name(half4, half4, half4);                                                         \
-  bfloat name(bfloat, bfloat, bfloat)                                                      \
+  template <class T>                                                                       \
+  typename lint_bfloat<T>::type name(T, T, T)                                              \
       __attribute__((unavailable("Metal has no bfloat " #name "(); convert to float")));
 #define METAL_LINT_OUT(name, OUT)            \
   float name(float, __private OUT(float)&);   \

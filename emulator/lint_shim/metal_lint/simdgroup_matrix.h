@@ -11,6 +11,7 @@ struct simdgroup_matrix {
   explicit simdgroup_matrix(T);
   typedef vec<T, 2> storage;
   __private storage& thread_elements() __private;
+  storage& thread_elements();  // of a member: its address space is not known
   storage thread_elements() const __private;
 
  private:

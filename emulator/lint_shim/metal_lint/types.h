@@ -19,6 +19,7 @@ typedef long ptrdiff_t;
 typedef ulong uintptr_t;
 typedef long intptr_t;
 typedef __bf16 bfloat;
+#define assert(condition) ((void)0)
 // What MLX puts before a kernel's text.
 typedef half float16_t;
 typedef bfloat bfloat16_t;
@@ -54,6 +55,11 @@ template <class V, class... A>
 constexpr V make(A...) {
   return V{};
 }
+// (half4)x → cast<half4>() ->* x: OpenCL's casts keep the size; ->* binds as a cast does, nearly.
+template <class V>
+struct cast {};
+template <class V, class A>
+V operator->*(cast<V>, A);
 
 template <class T>
 struct same {
@@ -116,6 +122,14 @@ using ::ushort;
 
 template <class T, int N>
 using vec = T __attribute__((ext_vector_type(N)));
+template <class T>
+struct vec_elements {
+  static constexpr __constant int value = 1;
+};
+template <class T, int N>
+struct vec_elements<T __attribute__((ext_vector_type(N)))> {
+  static constexpr __constant int value = N;
+};
 template <class T, int N>
 using packed_vec = T __attribute__((ext_vector_type(N)));
 
@@ -125,11 +139,32 @@ struct matrix {
   vec<T, R> columns[C];
   matrix() = default;
   explicit matrix(T);
+  template <class U>
+  explicit matrix(matrix<U, C, R>);
   template <class... A>
   explicit matrix(vec<T, R>, A...);
   __private vec<T, R>& operator[](int) __private;
   vec<T, R> operator[](int) const __private;
 };
+#define METAL_LINT_MATRIX_UPDATE(AS)                                            \
+  template <class T, int C, int R>                                              \
+  AS matrix<T, C, R>& operator+=(AS matrix<T, C, R>&, matrix<T, C, R>);         \
+  template <class T, int C, int R>                                              \
+  AS matrix<T, C, R>& operator-=(AS matrix<T, C, R>&, matrix<T, C, R>);         \
+  template <class T, int C, int R>                                              \
+  AS matrix<T, C, R>& operator*=(AS matrix<T, C, R>&, T);
+METAL_LINT_MATRIX_UPDATE(__private)
+METAL_LINT_MATRIX_UPDATE(__global)
+METAL_LINT_MATRIX_UPDATE(__local)
+#undef METAL_LINT_MATRIX_UPDATE
+template <class T, int C, int R>
+matrix<T, C, R> operator*(T, matrix<T, C, R>);
+template <class T, int C, int R>
+matrix<T, C, R> operator-(matrix<T, C, R>);
+template <class T, int C, int R>
+bool operator==(matrix<T, C, R>, matrix<T, C, R>);
+template <class T, int C, int R>
+bool operator!=(matrix<T, C, R>, matrix<T, C, R>);
 template <class T, int C, int R>
 vec<T, R> operator*(matrix<T, C, R>, vec<T, C>);
 template <class T, int C, int R>

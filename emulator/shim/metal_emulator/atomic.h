@@ -33,7 +33,7 @@ typedef _atomic<bool> atomic_bool;
 typedef _atomic<float> atomic_float;
 typedef _atomic<ulong> atomic_ulong;
 
-namespace detail {
+namespace _emulator {
 template <class T, bool Writes>
 METAL_EMULATOR_RAW inline T* atomic_cell(const volatile _atomic<T>* object, const void* site) {
   metal_emulator::abi::hooks->atomic(object, sizeof(T), Writes, site);
@@ -45,23 +45,23 @@ struct exactly {
 };
 template <class T>
 using exactly_t = typename exactly<T>::type;
-}  // namespace detail
+}  // namespace _emulator
 
 #define ME_ATOMIC METAL_EMULATOR_RAW inline
 template <class T>
 ME_ATOMIC T atomic_load_explicit(const volatile _atomic<T>* object, memory_order) {
-  return *detail::atomic_cell<T, false>(object, __builtin_return_address(0));
+  return *_emulator::atomic_cell<T, false>(object, __builtin_return_address(0));
 }
 template <class T>
 ME_ATOMIC void atomic_store_explicit(
-    volatile _atomic<T>* object, detail::exactly_t<T> desired, memory_order) {
+    volatile _atomic<T>* object, _emulator::exactly_t<T> desired, memory_order) {
   metal_emulator::abi::hooks->atomic_store(object, sizeof(T), __builtin_return_address(0));
   const_cast<_atomic<T>*>(object)->__s = desired;
 }
 template <class T>
-ME_ATOMIC T
-atomic_exchange_explicit(volatile _atomic<T>* object, detail::exactly_t<T> desired, memory_order) {
-  T* cell = detail::atomic_cell<T, true>(object, __builtin_return_address(0));
+ME_ATOMIC T atomic_exchange_explicit(
+    volatile _atomic<T>* object, _emulator::exactly_t<T> desired, memory_order) {
+  T* cell = _emulator::atomic_cell<T, true>(object, __builtin_return_address(0));
   const T old = *cell;
   *cell = desired;
   return old;
@@ -70,11 +70,11 @@ atomic_exchange_explicit(volatile _atomic<T>* object, detail::exactly_t<T> desir
 template <class T>
 ME_ATOMIC bool atomic_compare_exchange_weak_explicit(
     volatile _atomic<T>* object,
-    detail::exactly_t<T>* expected,
-    detail::exactly_t<T> desired,
+    _emulator::exactly_t<T>* expected,
+    _emulator::exactly_t<T> desired,
     memory_order,
     memory_order) {
-  T* cell = detail::atomic_cell<T, true>(object, __builtin_return_address(0));
+  T* cell = _emulator::atomic_cell<T, true>(object, __builtin_return_address(0));
   if (__builtin_memcmp(cell, expected, sizeof(T)) == 0) {
     *cell = desired;
     return true;
@@ -82,14 +82,14 @@ ME_ATOMIC bool atomic_compare_exchange_weak_explicit(
   *expected = *cell;
   return false;
 }
-#define ME_FETCH(name, condition, expression)                                    \
-  template <class T>                                                             \
-  ME_ATOMIC enable_if_t<condition, T> atomic_fetch_##name##_explicit(            \
-      volatile _atomic<T>* object, detail::exactly_t<T> operand, memory_order) { \
-    T* cell = detail::atomic_cell<T, true>(object, __builtin_return_address(0)); \
-    const T old = *cell;                                                         \
-    *cell = static_cast<T>(expression);                                          \
-    return old;                                                                  \
+#define ME_FETCH(name, condition, expression)                                       \
+  template <class T>                                                                \
+  ME_ATOMIC enable_if_t<condition, T> atomic_fetch_##name##_explicit(               \
+      volatile _atomic<T>* object, _emulator::exactly_t<T> operand, memory_order) { \
+    T* cell = _emulator::atomic_cell<T, true>(object, __builtin_return_address(0)); \
+    const T old = *cell;                                                            \
+    *cell = static_cast<T>(expression);                                             \
+    return old;                                                                     \
   }
 ME_FETCH(add, (!is_same_v<T, bool>), old + operand)
 ME_FETCH(sub, (!is_same_v<T, bool>), old - operand)
@@ -102,14 +102,14 @@ ME_FETCH(max, (is_integral_v<T> && !is_same_v<T, bool>), old < operand ? operand
 /// Without a result: of 64-bit integers Metal has these alone.
 template <class T>
 ME_ATOMIC void atomic_min_explicit(
-    volatile _atomic<T>* object, detail::exactly_t<T> operand, memory_order) {
-  T* cell = detail::atomic_cell<T, true>(object, __builtin_return_address(0));
+    volatile _atomic<T>* object, _emulator::exactly_t<T> operand, memory_order) {
+  T* cell = _emulator::atomic_cell<T, true>(object, __builtin_return_address(0));
   if (operand < *cell) *cell = operand;
 }
 template <class T>
 ME_ATOMIC void atomic_max_explicit(
-    volatile _atomic<T>* object, detail::exactly_t<T> operand, memory_order) {
-  T* cell = detail::atomic_cell<T, true>(object, __builtin_return_address(0));
+    volatile _atomic<T>* object, _emulator::exactly_t<T> operand, memory_order) {
+  T* cell = _emulator::atomic_cell<T, true>(object, __builtin_return_address(0));
   if (*cell < operand) *cell = operand;
 }
 #undef ME_ATOMIC

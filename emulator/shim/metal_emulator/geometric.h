@@ -8,33 +8,34 @@
 
 namespace metal {
 template <class A, class B>
-ME_INLINE detail::element_t<detail::enable_math_vectors_t<A, B>> dot(const A& a, const B& b) {
-  using V = detail::common_vector_t<A, B>;
+ME_INLINE _emulator::element_t<_emulator::enable_math_vectors_t<A, B>> dot(const A& a, const B& b) {
+  using V = _emulator::common_vector_t<A, B>;
   const V x(a), y(b);
   auto sum = x.get(0) * y.get(0);
   for (int i = 1; i < V::width; i++) sum += x.get(i) * y.get(i);
   return sum;
 }
 template <class A>
-ME_INLINE detail::element_t<detail::enable_math_vector_t<A>> length_squared(const A& a) {
+ME_INLINE _emulator::element_t<_emulator::enable_math_vector_t<A>> length_squared(const A& a) {
   return dot(a, a);
 }
 template <class A>
-ME_INLINE detail::element_t<detail::enable_math_vector_t<A>> length(const A& a) {
+ME_INLINE _emulator::element_t<_emulator::enable_math_vector_t<A>> length(const A& a) {
   return sqrt(dot(a, a));
 }
 template <class A, class B>
-ME_INLINE detail::element_t<detail::enable_math_vectors_t<A, B>> distance_squared(
+ME_INLINE _emulator::element_t<_emulator::enable_math_vectors_t<A, B>> distance_squared(
     const A& a, const B& b) {
-  return length_squared(detail::value_t<A>(a) - detail::value_t<B>(b));
+  return length_squared(_emulator::value_t<A>(a) - _emulator::value_t<B>(b));
 }
 template <class A, class B>
-ME_INLINE detail::element_t<detail::enable_math_vectors_t<A, B>> distance(const A& a, const B& b) {
-  return length(detail::value_t<A>(a) - detail::value_t<B>(b));
+ME_INLINE _emulator::element_t<_emulator::enable_math_vectors_t<A, B>> distance(
+    const A& a, const B& b) {
+  return length(_emulator::value_t<A>(a) - _emulator::value_t<B>(b));
 }
 template <class A>
-ME_INLINE detail::enable_math_vector_t<A> normalize(const A& a) {
-  const detail::value_t<A> x = a;
+ME_INLINE _emulator::enable_math_vector_t<A> normalize(const A& a) {
+  const _emulator::value_t<A> x = a;
   return x * rsqrt(dot(x, x));
 }
 template <class T>

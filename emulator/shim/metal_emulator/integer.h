@@ -8,7 +8,7 @@
 #include "relational.h"
 
 namespace metal {
-namespace detail {
+namespace _emulator {
 template <class T>
 constexpr uint bits_v = sizeof(T) * 8;
 template <class T>
@@ -87,101 +87,103 @@ using enable_integer_vector_t = enable_if_t<
     value_t<X>>;
 template <class... X>
 using enable_integer_vectors_t = enable_integer_vector_t<common_vector_t<X...>>;
-}  // namespace detail
+}  // namespace _emulator
 
 #define ME_INTEGER_TYPES(M) \
   M(char) M(int8_t) M(uchar) M(short) M(ushort) M(int) M(uint) M(long) M(ulong)
-#define ME_INTEGER_1(name)                                                     \
-  template <class V>                                                           \
-  ME_INLINE detail::enable_integer_vector_t<V> name(const V& v) {              \
-    const detail::value_t<V> a = v;                                            \
-    return detail::map<detail::value_t<V>>([](auto x) { return name(x); }, a); \
+#define ME_INTEGER_1(name)                                                           \
+  template <class V>                                                                 \
+  ME_INLINE _emulator::enable_integer_vector_t<V> name(const V& v) {                 \
+    const _emulator::value_t<V> a = v;                                               \
+    return _emulator::map<_emulator::value_t<V>>([](auto x) { return name(x); }, a); \
   }
-#define ME_INTEGER_2(name)                                                        \
-  template <class A, class B>                                                     \
-  ME_INLINE detail::enable_integer_vectors_t<A, B> name(const A& a, const B& b) { \
-    using V = detail::common_vector_t<A, B>;                                      \
-    return detail::map<V>([](auto x, auto y) { return name(x, y); }, V(a), V(b)); \
+#define ME_INTEGER_2(name)                                                           \
+  template <class A, class B>                                                        \
+  ME_INLINE _emulator::enable_integer_vectors_t<A, B> name(const A& a, const B& b) { \
+    using V = _emulator::common_vector_t<A, B>;                                      \
+    return _emulator::map<V>([](auto x, auto y) { return name(x, y); }, V(a), V(b)); \
   }
-#define ME_INTEGER_3(name)                                                                         \
-  template <class A, class B, class C>                                                             \
-  ME_INLINE detail::enable_integer_vectors_t<A, B, C> name(const A& a, const B& b, const C& c) {   \
-    using V = detail::common_vector_t<A, B, C>;                                                    \
-    return detail::map<V>([](auto x, auto y, auto z) { return name(x, y, z); }, V(a), V(b), V(c)); \
+#define ME_INTEGER_3(name)                                                       \
+  template <class A, class B, class C>                                           \
+  ME_INLINE _emulator::enable_integer_vectors_t<A, B, C> name(                   \
+      const A& a, const B& b, const C& c) {                                      \
+    using V = _emulator::common_vector_t<A, B, C>;                               \
+    return _emulator::map<V>(                                                    \
+        [](auto x, auto y, auto z) { return name(x, y, z); }, V(a), V(b), V(c)); \
   }
-#define ME_SCALARS(T)                                                                         \
-  ME_INLINE constexpr T min(T x, T y) {                                                       \
-    return y < x ? y : x;                                                                     \
-  }                                                                                           \
-  ME_INLINE constexpr T max(T x, T y) {                                                       \
-    return x < y ? y : x;                                                                     \
-  }                                                                                           \
-  ME_INLINE constexpr T clamp(T x, T low, T high) {                                           \
-    return min(max(x, low), high);                                                            \
-  }                                                                                           \
-  ME_INLINE T min3(T x, T y, T z) {                                                           \
-    return min(x, min(y, z));                                                                 \
-  }                                                                                           \
-  ME_INLINE T max3(T x, T y, T z) {                                                           \
-    return max(x, max(y, z));                                                                 \
-  }                                                                                           \
-  ME_INLINE T median3(T x, T y, T z) {                                                        \
-    return detail::int_median<T>(x, y, z);                                                    \
-  }                                                                                           \
-  ME_INLINE T abs(T x) {                                                                      \
-    return static_cast<T>(x < 0 ? T(0) - x : x);                                              \
-  }                                                                                           \
-  ME_INLINE auto absdiff(T x, T y) {                                                          \
-    return detail::int_absdiff<T>(x, y);                                                      \
-  }                                                                                           \
-  ME_INLINE T addsat(T x, T y) {                                                              \
-    using W = detail::wide_t<T>;                                                              \
-    return detail::saturate_to<T>(static_cast<W>(x) + static_cast<W>(y));                     \
-  }                                                                                           \
-  ME_INLINE T subsat(T x, T y) {                                                              \
-    using W = detail::wide_t<T>;                                                              \
-    if (!std::is_signed<T>::value && x < y) return 0;                                         \
-    return detail::saturate_to<T>(static_cast<W>(x) - static_cast<W>(y));                     \
-  }                                                                                           \
-  ME_INLINE T hadd(T x, T y) {                                                                \
-    using W = detail::wide_t<T>;                                                              \
-    return static_cast<T>((static_cast<W>(x) + static_cast<W>(y)) >> 1);                      \
-  }                                                                                           \
-  ME_INLINE T rhadd(T x, T y) {                                                               \
-    using W = detail::wide_t<T>;                                                              \
-    return static_cast<T>((static_cast<W>(x) + static_cast<W>(y) + 1) >> 1);                  \
-  }                                                                                           \
-  ME_INLINE T mulhi(T x, T y) {                                                               \
-    using W = detail::wide_t<T>;                                                              \
-    return static_cast<T>(static_cast<W>(x) * static_cast<W>(y) >> detail::bits_v<T>);        \
-  }                                                                                           \
-  ME_INLINE T madhi(T x, T y, T z) {                                                          \
-    return static_cast<T>(mulhi(x, y) + z);                                                   \
-  }                                                                                           \
-  ME_INLINE T madsat(T x, T y, T z) {                                                         \
-    using W = detail::wide_t<T>;                                                              \
-    return detail::saturate_to<T>(static_cast<W>(x) * static_cast<W>(y) + static_cast<W>(z)); \
-  }                                                                                           \
-  ME_INLINE T clz(T x) {                                                                      \
-    return detail::int_clz<T>(x);                                                             \
-  }                                                                                           \
-  ME_INLINE T ctz(T x) {                                                                      \
-    return detail::int_ctz<T>(x);                                                             \
-  }                                                                                           \
-  ME_INLINE T popcount(T x) {                                                                 \
-    return detail::int_popcount<T>(x);                                                        \
-  }                                                                                           \
-  ME_INLINE T reverse_bits(T x) {                                                             \
-    return detail::int_reverse<T>(x);                                                         \
-  }                                                                                           \
-  ME_INLINE T rotate(T x, T n) {                                                              \
-    return detail::int_rotate<T>(x, n);                                                       \
-  }                                                                                           \
-  ME_INLINE T extract_bits(T x, uint offset, uint bits) {                                     \
-    return detail::int_extract<T>(x, offset, bits);                                           \
-  }                                                                                           \
-  ME_INLINE T insert_bits(T base, T value, uint offset, uint bits) {                          \
-    return detail::int_insert<T>(base, value, offset, bits);                                  \
+#define ME_SCALARS(T)                                                                            \
+  ME_INLINE constexpr T min(T x, T y) {                                                          \
+    return y < x ? y : x;                                                                        \
+  }                                                                                              \
+  ME_INLINE constexpr T max(T x, T y) {                                                          \
+    return x < y ? y : x;                                                                        \
+  }                                                                                              \
+  ME_INLINE constexpr T clamp(T x, T low, T high) {                                              \
+    return min(max(x, low), high);                                                               \
+  }                                                                                              \
+  ME_INLINE T min3(T x, T y, T z) {                                                              \
+    return min(x, min(y, z));                                                                    \
+  }                                                                                              \
+  ME_INLINE T max3(T x, T y, T z) {                                                              \
+    return max(x, max(y, z));                                                                    \
+  }                                                                                              \
+  ME_INLINE T median3(T x, T y, T z) {                                                           \
+    return _emulator::int_median<T>(x, y, z);                                                    \
+  }                                                                                              \
+  ME_INLINE T abs(T x) {                                                                         \
+    return static_cast<T>(x < 0 ? T(0) - x : x);                                                 \
+  }                                                                                              \
+  ME_INLINE auto absdiff(T x, T y) {                                                             \
+    return _emulator::int_absdiff<T>(x, y);                                                      \
+  }                                                                                              \
+  ME_INLINE T addsat(T x, T y) {                                                                 \
+    using W = _emulator::wide_t<T>;                                                              \
+    return _emulator::saturate_to<T>(static_cast<W>(x) + static_cast<W>(y));                     \
+  }                                                                                              \
+  ME_INLINE T subsat(T x, T y) {                                                                 \
+    using W = _emulator::wide_t<T>;                                                              \
+    if (!std::is_signed<T>::value && x < y) return 0;                                            \
+    return _emulator::saturate_to<T>(static_cast<W>(x) - static_cast<W>(y));                     \
+  }                                                                                              \
+  ME_INLINE T hadd(T x, T y) {                                                                   \
+    using W = _emulator::wide_t<T>;                                                              \
+    return static_cast<T>((static_cast<W>(x) + static_cast<W>(y)) >> 1);                         \
+  }                                                                                              \
+  ME_INLINE T rhadd(T x, T y) {                                                                  \
+    using W = _emulator::wide_t<T>;                                                              \
+    return static_cast<T>((static_cast<W>(x) + static_cast<W>(y) + 1) >> 1);                     \
+  }                                                                                              \
+  ME_INLINE T mulhi(T x, T y) {                                                                  \
+    using W = _emulator::wide_t<T>;                                                              \
+    return static_cast<T>(static_cast<W>(x) * static_cast<W>(y) >> _emulator::bits_v<T>);        \
+  }                                                                                              \
+  ME_INLINE T madhi(T x, T y, T z) {                                                             \
+    return static_cast<T>(mulhi(x, y) + z);                                                      \
+  }                                                                                              \
+  ME_INLINE T madsat(T x, T y, T z) {                                                            \
+    using W = _emulator::wide_t<T>;                                                              \
+    return _emulator::saturate_to<T>(static_cast<W>(x) * static_cast<W>(y) + static_cast<W>(z)); \
+  }                                                                                              \
+  ME_INLINE T clz(T x) {                                                                         \
+    return _emulator::int_clz<T>(x);                                                             \
+  }                                                                                              \
+  ME_INLINE T ctz(T x) {                                                                         \
+    return _emulator::int_ctz<T>(x);                                                             \
+  }                                                                                              \
+  ME_INLINE T popcount(T x) {                                                                    \
+    return _emulator::int_popcount<T>(x);                                                        \
+  }                                                                                              \
+  ME_INLINE T reverse_bits(T x) {                                                                \
+    return _emulator::int_reverse<T>(x);                                                         \
+  }                                                                                              \
+  ME_INLINE T rotate(T x, T n) {                                                                 \
+    return _emulator::int_rotate<T>(x, n);                                                       \
+  }                                                                                              \
+  ME_INLINE T extract_bits(T x, uint offset, uint bits) {                                        \
+    return _emulator::int_extract<T>(x, offset, bits);                                           \
+  }                                                                                              \
+  ME_INLINE T insert_bits(T base, T value, uint offset, uint bits) {                             \
+    return _emulator::int_insert<T>(base, value, offset, bits);                                  \
   }
 ME_INTEGER_TYPES(ME_SCALARS)
 #undef ME_SCALARS
@@ -212,15 +214,16 @@ ME_INTEGER_3(madsat)
 
 template <class T, int N>
 ME_INLINE auto absdiff(const vec<T, N>& a, const vec<T, N>& b) {
-  return detail::map<vec<std::make_unsigned_t<T>, N>>([](T x, T y) { return absdiff(x, y); }, a, b);
+  return _emulator::map<vec<std::make_unsigned_t<T>, N>>(
+      [](T x, T y) { return absdiff(x, y); }, a, b);
 }
 template <class T, int N>
 ME_INLINE vec<T, N> extract_bits(const vec<T, N>& a, uint offset, uint bits) {
-  return detail::map<vec<T, N>>([=](T x) { return extract_bits(x, offset, bits); }, a);
+  return _emulator::map<vec<T, N>>([=](T x) { return extract_bits(x, offset, bits); }, a);
 }
 template <class T, int N>
 ME_INLINE vec<T, N> insert_bits(const vec<T, N>& a, const vec<T, N>& b, uint offset, uint bits) {
-  return detail::map<vec<T, N>>([=](T x, T y) { return insert_bits(x, y, offset, bits); }, a, b);
+  return _emulator::map<vec<T, N>>([=](T x, T y) { return insert_bits(x, y, offset, bits); }, a, b);
 }
 
 // 24-bit factors; higher bits are ignored, as the instruction does.

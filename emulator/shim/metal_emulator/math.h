@@ -10,47 +10,48 @@
 
 namespace metal {
 
-#define ME_FUNCTION_1(name, expression)                                        \
-  ME_INLINE float name(float x) {                                              \
-    return static_cast<float>(expression);                                     \
-  }                                                                            \
-  ME_INLINE half name(half h) {                                                \
-    const float x = static_cast<float>(h);                                     \
-    return static_cast<half>(static_cast<float>(expression));                  \
-  }                                                                            \
-  template <class V>                                                           \
-  ME_INLINE detail::enable_math_vector_t<V> name(const V& v) {                 \
-    const detail::value_t<V> a = v;                                            \
-    return detail::map<detail::value_t<V>>([](auto x) { return name(x); }, a); \
+#define ME_FUNCTION_1(name, expression)                                              \
+  ME_INLINE float name(float x) {                                                    \
+    return static_cast<float>(expression);                                           \
+  }                                                                                  \
+  ME_INLINE half name(half h) {                                                      \
+    const float x = static_cast<float>(h);                                           \
+    return static_cast<half>(static_cast<float>(expression));                        \
+  }                                                                                  \
+  template <class V>                                                                 \
+  ME_INLINE _emulator::enable_math_vector_t<V> name(const V& v) {                    \
+    const _emulator::value_t<V> a = v;                                               \
+    return _emulator::map<_emulator::value_t<V>>([](auto x) { return name(x); }, a); \
   }
-#define ME_FUNCTION_2(name, expression)                                           \
-  ME_INLINE float name(float x, float y) {                                        \
-    return static_cast<float>(expression);                                        \
-  }                                                                               \
-  ME_INLINE half name(half h, half i) {                                           \
-    const float x = static_cast<float>(h), y = static_cast<float>(i);             \
-    return static_cast<half>(static_cast<float>(expression));                     \
-  }                                                                               \
-  template <class A, class B>                                                     \
-  ME_INLINE detail::enable_math_vectors_t<A, B> name(const A& a, const B& b) {    \
-    using V = detail::common_vector_t<A, B>;                                      \
-    return detail::map<V>([](auto x, auto y) { return name(x, y); }, V(a), V(b)); \
+#define ME_FUNCTION_2(name, expression)                                              \
+  ME_INLINE float name(float x, float y) {                                           \
+    return static_cast<float>(expression);                                           \
+  }                                                                                  \
+  ME_INLINE half name(half h, half i) {                                              \
+    const float x = static_cast<float>(h), y = static_cast<float>(i);                \
+    return static_cast<half>(static_cast<float>(expression));                        \
+  }                                                                                  \
+  template <class A, class B>                                                        \
+  ME_INLINE _emulator::enable_math_vectors_t<A, B> name(const A& a, const B& b) {    \
+    using V = _emulator::common_vector_t<A, B>;                                      \
+    return _emulator::map<V>([](auto x, auto y) { return name(x, y); }, V(a), V(b)); \
   }
-#define ME_FUNCTION_3(name, expression)                                                            \
-  ME_INLINE float name(float x, float y, float z) {                                                \
-    return static_cast<float>(expression);                                                         \
-  }                                                                                                \
-  ME_INLINE half name(half h, half i, half j) {                                                    \
-    const float x = static_cast<float>(h), y = static_cast<float>(i), z = static_cast<float>(j);   \
-    return static_cast<half>(static_cast<float>(expression));                                      \
-  }                                                                                                \
-  template <class A, class B, class C>                                                             \
-  ME_INLINE detail::enable_math_vectors_t<A, B, C> name(const A& a, const B& b, const C& c) {      \
-    using V = detail::common_vector_t<A, B, C>;                                                    \
-    return detail::map<V>([](auto x, auto y, auto z) { return name(x, y, z); }, V(a), V(b), V(c)); \
+#define ME_FUNCTION_3(name, expression)                                                          \
+  ME_INLINE float name(float x, float y, float z) {                                              \
+    return static_cast<float>(expression);                                                       \
+  }                                                                                              \
+  ME_INLINE half name(half h, half i, half j) {                                                  \
+    const float x = static_cast<float>(h), y = static_cast<float>(i), z = static_cast<float>(j); \
+    return static_cast<half>(static_cast<float>(expression));                                    \
+  }                                                                                              \
+  template <class A, class B, class C>                                                           \
+  ME_INLINE _emulator::enable_math_vectors_t<A, B, C> name(const A& a, const B& b, const C& c) { \
+    using V = _emulator::common_vector_t<A, B, C>;                                               \
+    return _emulator::map<V>(                                                                    \
+        [](auto x, auto y, auto z) { return name(x, y, z); }, V(a), V(b), V(c));                 \
   }
 
-namespace detail {
+namespace _emulator {
 // Exact reduction to [-1, 1], then π in double: right to the last bit of a float.
 constexpr double kPi = 3.14159265358979323846264338327950288;
 ME_INLINE double half_turns(float x) {
@@ -74,7 +75,7 @@ ME_INLINE float smooth(float low, float high, float x) {
   const float t = __builtin_fminf(__builtin_fmaxf((x - low) / (high - low), 0.0f), 1.0f);
   return t * t * (3.0f - 2.0f * t);
 }
-}  // namespace detail
+}  // namespace _emulator
 
 ME_FUNCTION_1(acos, __builtin_acosf(x))
 ME_FUNCTION_1(acosh, __builtin_acoshf(x))
@@ -85,7 +86,7 @@ ME_FUNCTION_1(atanh, __builtin_atanhf(x))
 ME_FUNCTION_1(ceil, __builtin_ceilf(x))
 ME_FUNCTION_1(cos, __builtin_cosf(x))
 ME_FUNCTION_1(cosh, __builtin_coshf(x))
-ME_FUNCTION_1(cospi, detail::cos_pi(x))
+ME_FUNCTION_1(cospi, _emulator::cos_pi(x))
 ME_FUNCTION_1(exp, __builtin_expf(x))
 ME_FUNCTION_1(exp10, __builtin_pow(10.0, static_cast<double>(x)))
 ME_FUNCTION_1(exp2, __builtin_exp2f(x))
@@ -100,13 +101,13 @@ ME_FUNCTION_1(round, __builtin_roundf(x))
 ME_FUNCTION_1(rsqrt, 1.0 / __builtin_sqrt(static_cast<double>(x)))
 ME_FUNCTION_1(sin, __builtin_sinf(x))
 ME_FUNCTION_1(sinh, __builtin_sinhf(x))
-ME_FUNCTION_1(sinpi, detail::sin_pi(x))
+ME_FUNCTION_1(sinpi, _emulator::sin_pi(x))
 ME_FUNCTION_1(sqrt, __builtin_sqrtf(x))
 ME_FUNCTION_1(tan, __builtin_tanf(x))
 ME_FUNCTION_1(tanh, __builtin_tanhf(x))
-ME_FUNCTION_1(tanpi, detail::sin_pi(x) / detail::cos_pi(x))
+ME_FUNCTION_1(tanpi, _emulator::sin_pi(x) / _emulator::cos_pi(x))
 ME_FUNCTION_1(trunc, __builtin_truncf(x))
-ME_FUNCTION_1(sign, detail::sign(x))
+ME_FUNCTION_1(sign, _emulator::sign(x))
 ME_FUNCTION_1(saturate, __builtin_fminf(__builtin_fmaxf(x, 0.0f), 1.0f))
 
 ME_FUNCTION_2(atan2, __builtin_atan2f(x, y))
@@ -125,13 +126,13 @@ ME_FUNCTION_2(step, y < x ? 0.0f : 1.0f)
 ME_FUNCTION_3(fma, __builtin_fmaf(x, y, z))
 ME_FUNCTION_3(fmax3, __builtin_fmaxf(x, __builtin_fmaxf(y, z)))
 ME_FUNCTION_3(fmin3, __builtin_fminf(x, __builtin_fminf(y, z)))
-ME_FUNCTION_3(fmedian3, detail::median(x, y, z))
+ME_FUNCTION_3(fmedian3, _emulator::median(x, y, z))
 ME_FUNCTION_3(max3, __builtin_fmaxf(x, __builtin_fmaxf(y, z)))
 ME_FUNCTION_3(min3, __builtin_fminf(x, __builtin_fminf(y, z)))
-ME_FUNCTION_3(median3, detail::median(x, y, z))
+ME_FUNCTION_3(median3, _emulator::median(x, y, z))
 ME_FUNCTION_3(clamp, __builtin_fminf(__builtin_fmaxf(x, y), z))
 ME_FUNCTION_3(mix, x + (y - x) * z)
-ME_FUNCTION_3(smoothstep, detail::smooth(x, y, z))
+ME_FUNCTION_3(smoothstep, _emulator::smooth(x, y, z))
 #undef ME_FUNCTION_1
 #undef ME_FUNCTION_2
 #undef ME_FUNCTION_3
@@ -145,9 +146,9 @@ ME_INLINE half fract(half x) {
   return static_cast<half>(__builtin_fminf(f - __builtin_floorf(f), 0x1.ffcp-1f));
 }
 template <class V>
-ME_INLINE detail::enable_math_vector_t<V> fract(const V& v) {
-  const detail::value_t<V> a = v;
-  return detail::map<detail::value_t<V>>([](auto x) { return fract(x); }, a);
+ME_INLINE _emulator::enable_math_vector_t<V> fract(const V& v) {
+  const _emulator::value_t<V> a = v;
+  return _emulator::map<_emulator::value_t<V>>([](auto x) { return fract(x); }, a);
 }
 
 ME_INLINE float nextafter(float x, float y) {
@@ -199,16 +200,17 @@ ME_INLINE half sincos(half x, half& cosine) {
   return sin(x);
 }
 template <class T, int N>
-ME_INLINE enable_if_t<detail::is_math_v<T>, vec<T, N>> ldexp(
+ME_INLINE enable_if_t<_emulator::is_math_v<T>, vec<T, N>> ldexp(
     const vec<T, N>& x, const vec<int, N>& k) {
-  return detail::map<vec<T, N>>([](T a, int b) { return ldexp(a, b); }, x, k);
+  return _emulator::map<vec<T, N>>([](T a, int b) { return ldexp(a, b); }, x, k);
 }
 template <class T, int N>
-ME_INLINE enable_if_t<detail::is_math_v<T>, vec<int, N>> ilogb(const vec<T, N>& x) {
-  return detail::map<vec<int, N>>([](T a) { return ilogb(a); }, x);
+ME_INLINE enable_if_t<_emulator::is_math_v<T>, vec<int, N>> ilogb(const vec<T, N>& x) {
+  return _emulator::map<vec<int, N>>([](T a) { return ilogb(a); }, x);
 }
 template <class T, int N>
-ME_INLINE enable_if_t<detail::is_math_v<T>, vec<T, N>> frexp(const vec<T, N>& x, vec<int, N>& e) {
+ME_INLINE enable_if_t<_emulator::is_math_v<T>, vec<T, N>> frexp(
+    const vec<T, N>& x, vec<int, N>& e) {
   vec<T, N> r(T(0));
   for (int i = 0; i < N; i++) {
     int k;
@@ -218,7 +220,8 @@ ME_INLINE enable_if_t<detail::is_math_v<T>, vec<T, N>> frexp(const vec<T, N>& x,
   return r;
 }
 template <class T, int N>
-ME_INLINE enable_if_t<detail::is_math_v<T>, vec<T, N>> modf(const vec<T, N>& x, vec<T, N>& whole) {
+ME_INLINE enable_if_t<_emulator::is_math_v<T>, vec<T, N>> modf(
+    const vec<T, N>& x, vec<T, N>& whole) {
   vec<T, N> r(T(0));
   for (int i = 0; i < N; i++) {
     T w;
@@ -228,26 +231,28 @@ ME_INLINE enable_if_t<detail::is_math_v<T>, vec<T, N>> modf(const vec<T, N>& x, 
   return r;
 }
 template <class T, int N>
-ME_INLINE enable_if_t<detail::is_math_v<T>, vec<T, N>> sincos(
+ME_INLINE enable_if_t<_emulator::is_math_v<T>, vec<T, N>> sincos(
     const vec<T, N>& x, vec<T, N>& cosine) {
   cosine = cos(x);
   return sin(x);
 }
 template <class T, int N>
-ME_INLINE enable_if_t<detail::is_math_v<T>, vec<T, N>> nextafter(
+ME_INLINE enable_if_t<_emulator::is_math_v<T>, vec<T, N>> nextafter(
     const vec<T, N>& x, const vec<T, N>& y) {
-  return detail::map<vec<T, N>>([](T a, T b) { return nextafter(a, b); }, x, y);
+  return _emulator::map<vec<T, N>>([](T a, T b) { return nextafter(a, b); }, x, y);
 }
 
 #define ME_BOTH(M)                                                                                 \
   M(acos)                                                                                          \
-  M(acosh) M(asin) M(asinh) M(atan) M(atan2) M(atanh) M(ceil) M(copysign) M(cos) M(cosh) M(cospi)  \
-      M(divide) M(exp) M(exp10) M(exp2) M(fabs) M(abs) M(fdim) M(floor) M(fma) M(fmax) M(fmax3)    \
-          M(fmedian3) M(fmin) M(fmin3) M(fmod) M(fract) M(frexp) M(ilogb) M(ldexp) M(log) M(log10) \
-              M(log2) M(max) M(max3) M(median3) M(min) M(min3) M(modf) M(nextafter) M(pow) M(powr) \
-                  M(rint) M(round) M(rsqrt) M(sin) M(sincos) M(sinh) M(sinpi) M(sqrt) M(tan)       \
-                      M(tanh) M(tanpi) M(trunc) M(clamp) M(mix) M(saturate) M(sign) M(smoothstep)  \
-                          M(step) M(isnan) M(isinf) M(isfinite) M(isnormal) M(signbit)
+  M(acosh)                                                                                         \
+  M(asin)                                                                                          \
+  M(asinh) M(atan) M(atan2) M(atanh) M(ceil) M(copysign) M(cos) M(cosh) M(cospi) M(divide) M(exp)  \
+      M(exp10) M(exp2) M(fabs) M(abs) M(fdim) M(floor) M(fma) M(fmax) M(fmax3) M(fmedian3) M(fmin) \
+          M(fmin3) M(fmod) M(fract) M(frexp) M(ilogb) M(ldexp) M(log) M(log10) M(log2) M(max)      \
+              M(max3) M(median3) M(min) M(min3) M(modf) M(nextafter) M(pow) M(powr) M(rint)        \
+                  M(round) M(rsqrt) M(sin) M(sincos) M(sinh) M(sinpi) M(sqrt) M(tan) M(tanh)       \
+                      M(tanpi) M(trunc) M(clamp) M(mix) M(saturate) M(sign) M(smoothstep) M(step)  \
+                          M(isnan) M(isinf) M(isfinite) M(isnormal) M(signbit)
 #define ME_USING(name) using metal::name;
 namespace fast {
 ME_BOTH(ME_USING)

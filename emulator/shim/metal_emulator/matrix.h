@@ -9,7 +9,8 @@
 namespace metal {
 template <class T, int C, int R>
 struct matrix {
-  static_assert(detail::is_math_v<T> && C >= 2 && C <= 4 && R >= 2 && R <= 4, "half or float, 2-4");
+  static_assert(
+      is_floating_point_v<T> && C >= 2 && C <= 4 && R >= 2 && R <= 4, "half, bfloat or float, 2-4");
   using column = vec<T, R>;
   column columns[C];
 
@@ -27,10 +28,10 @@ struct matrix {
       class B,
       class... X,
       class = enable_if_t<
-          (sizeof...(X) + 2 == C && detail::width_v<A> == R) ||
-          (sizeof...(X) + 2 == C * R && detail::width_v<A> == 1)>>
+          (sizeof...(X) + 2 == C && _emulator::width_v<A> == R) ||
+          (sizeof...(X) + 2 == C * R && _emulator::width_v<A> == 1)>>
   ME_INLINE matrix(const A& a, const B& b, const X&... x) {
-    if constexpr (detail::width_v<A> == R) {
+    if constexpr (_emulator::width_v<A> == R) {
       const column all[] = {column(a), column(b), column(x)...};
       for (int c = 0; c < C; c++) columns[c] = all[c];
     } else {

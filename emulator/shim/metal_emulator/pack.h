@@ -7,7 +7,7 @@
 #include "math.h"
 
 namespace metal {
-namespace detail {
+namespace _emulator {
 template <class T, int N, int Bits>
 ME_INLINE vec<T, N> unpack_unorm(uint x) {
   vec<T, N> r(T(0));
@@ -48,54 +48,54 @@ ME_INLINE uint pack_snorm(const vec<T, N>& v) {
   }
   return r;
 }
-}  // namespace detail
+}  // namespace _emulator
 
 ME_INLINE float4 unpack_unorm4x8_to_float(uint x) {
-  return detail::unpack_unorm<float, 4, 8>(x);
+  return _emulator::unpack_unorm<float, 4, 8>(x);
 }
 ME_INLINE float4 unpack_snorm4x8_to_float(uint x) {
-  return detail::unpack_snorm<float, 4, 8>(x);
+  return _emulator::unpack_snorm<float, 4, 8>(x);
 }
 ME_INLINE half4 unpack_unorm4x8_to_half(uint x) {
-  return detail::unpack_unorm<half, 4, 8>(x);
+  return _emulator::unpack_unorm<half, 4, 8>(x);
 }
 ME_INLINE half4 unpack_snorm4x8_to_half(uint x) {
-  return detail::unpack_snorm<half, 4, 8>(x);
+  return _emulator::unpack_snorm<half, 4, 8>(x);
 }
 ME_INLINE float2 unpack_unorm2x16_to_float(uint x) {
-  return detail::unpack_unorm<float, 2, 16>(x);
+  return _emulator::unpack_unorm<float, 2, 16>(x);
 }
 ME_INLINE float2 unpack_snorm2x16_to_float(uint x) {
-  return detail::unpack_snorm<float, 2, 16>(x);
+  return _emulator::unpack_snorm<float, 2, 16>(x);
 }
 ME_INLINE half2 unpack_unorm2x16_to_half(uint x) {
-  return detail::unpack_unorm<half, 2, 16>(x);
+  return _emulator::unpack_unorm<half, 2, 16>(x);
 }
 ME_INLINE half2 unpack_snorm2x16_to_half(uint x) {
-  return detail::unpack_snorm<half, 2, 16>(x);
+  return _emulator::unpack_snorm<half, 2, 16>(x);
 }
 ME_INLINE uint pack_float_to_unorm4x8(const float4& v) {
-  return detail::pack_unorm<4, 8>(v);
+  return _emulator::pack_unorm<4, 8>(v);
 }
 ME_INLINE uint pack_float_to_snorm4x8(const float4& v) {
-  return detail::pack_snorm<4, 8>(v);
+  return _emulator::pack_snorm<4, 8>(v);
 }
 ME_INLINE uint pack_half_to_unorm4x8(const half4& v) {
-  return detail::pack_unorm<4, 8>(v);
+  return _emulator::pack_unorm<4, 8>(v);
 }
 ME_INLINE uint pack_half_to_snorm4x8(const half4& v) {
-  return detail::pack_snorm<4, 8>(v);
+  return _emulator::pack_snorm<4, 8>(v);
 }
 ME_INLINE uint pack_float_to_unorm2x16(const float2& v) {
-  return detail::pack_unorm<2, 16>(v);
+  return _emulator::pack_unorm<2, 16>(v);
 }
 ME_INLINE uint pack_float_to_snorm2x16(const float2& v) {
-  return detail::pack_snorm<2, 16>(v);
+  return _emulator::pack_snorm<2, 16>(v);
 }
 ME_INLINE uint pack_half_to_unorm2x16(const half2& v) {
-  return detail::pack_unorm<2, 16>(v);
+  return _emulator::pack_unorm<2, 16>(v);
 }
 ME_INLINE uint pack_half_to_snorm2x16(const half2& v) {
-  return detail::pack_snorm<2, 16>(v);
+  return _emulator::pack_snorm<2, 16>(v);
 }
 }  // namespace metal

@@ -7,7 +7,7 @@
 #include "vector.h"
 
 namespace metal {
-namespace detail {
+namespace _emulator {
 /// half or float (Metal has no bfloat functions), scalar or vector.
 template <class X>
 constexpr bool is_math_v = is_same_v<element_t<X>, float> || is_same_v<element_t<X>, half>;
@@ -35,7 +35,7 @@ template <class... X>
 using common_vector_t = typename common_vector<remove_cv_t<remove_reference_t<X>>...>::type;
 template <class... X>
 using enable_math_vectors_t = enable_if_t<
-    detail::is_vector_v<common_vector_t<X...>> && is_math_v<common_vector_t<X...>>,
+    _emulator::is_vector_v<common_vector_t<X...>> && is_math_v<common_vector_t<X...>>,
     common_vector_t<X...>>;
 
 template <class R, class F, class... V>
@@ -45,20 +45,20 @@ ME_INLINE constexpr R map(F f, const V&... v) {
     r.native_[i] = static_cast<lane_t<typename R::element>>(f(v.get(i)...));
   return r;
 }
-}  // namespace detail
+}  // namespace _emulator
 
-#define ME_CLASSIFY(name, expression)                                                     \
-  ME_INLINE bool name(float x) {                                                          \
-    return expression;                                                                    \
-  }                                                                                       \
-  ME_INLINE bool name(half h) {                                                           \
-    const float x = static_cast<float>(h);                                                \
-    return expression;                                                                    \
-  }                                                                                       \
-  template <class V, class = detail::enable_math_vector_t<V>>                             \
-  ME_INLINE vec<bool, detail::width_v<V>> name(const V& v) {                              \
-    const detail::value_t<V> a = v;                                                       \
-    return detail::map<vec<bool, detail::width_v<V>>>([](auto x) { return name(x); }, a); \
+#define ME_CLASSIFY(name, expression)                                                           \
+  ME_INLINE bool name(float x) {                                                                \
+    return expression;                                                                          \
+  }                                                                                             \
+  ME_INLINE bool name(half h) {                                                                 \
+    const float x = static_cast<float>(h);                                                      \
+    return expression;                                                                          \
+  }                                                                                             \
+  template <class V, class = _emulator::enable_math_vector_t<V>>                                \
+  ME_INLINE vec<bool, _emulator::width_v<V>> name(const V& v) {                                 \
+    const _emulator::value_t<V> a = v;                                                          \
+    return _emulator::map<vec<bool, _emulator::width_v<V>>>([](auto x) { return name(x); }, a); \
   }
 ME_CLASSIFY(isnan, __builtin_isnan(x))
 ME_CLASSIFY(isinf, __builtin_isinf(x))
@@ -72,16 +72,16 @@ ME_INLINE bool isnormal(half x) {
   const uint exponent = as_type<ushort>(x) >> 10 & 31;
   return exponent != 0 && exponent != 31;
 }
-template <class V, class = detail::enable_math_vector_t<V>>
-ME_INLINE vec<bool, detail::width_v<V>> isnormal(const V& v) {
-  const detail::value_t<V> a = v;
-  return detail::map<vec<bool, detail::width_v<V>>>([](auto x) { return isnormal(x); }, a);
+template <class V, class = _emulator::enable_math_vector_t<V>>
+ME_INLINE vec<bool, _emulator::width_v<V>> isnormal(const V& v) {
+  const _emulator::value_t<V> a = v;
+  return _emulator::map<vec<bool, _emulator::width_v<V>>>([](auto x) { return isnormal(x); }, a);
 }
-template <class T, class = enable_if_t<detail::is_math_v<T> && is_arithmetic_v<T>>>
+template <class T, class = enable_if_t<_emulator::is_math_v<T> && is_arithmetic_v<T>>>
 ME_INLINE bool isunordered(T a, T b) {
   return isnan(a) || isnan(b);
 }
-template <class T, class = enable_if_t<detail::is_math_v<T> && is_arithmetic_v<T>>>
+template <class T, class = enable_if_t<_emulator::is_math_v<T> && is_arithmetic_v<T>>>
 ME_INLINE bool isordered(T a, T b) {
   return !isunordered(a, b);
 }

@@ -9,7 +9,7 @@
 #include "simdgroup.h"
 
 namespace metal {
-namespace detail {
+namespace _emulator {
 METAL_EMULATOR_INLINE constexpr uint fragment_row(uint lane) {
   return (lane >> 4 & 1) * 4 + (lane >> 1 & 3);
 }
@@ -20,19 +20,19 @@ template <class T>
 constexpr bool is_matrix_element_v =
     is_same_v<T, half> || is_same_v<T, bfloat> || is_same_v<T, float>;
 typedef float float8 __attribute__((ext_vector_type(8)));
-}  // namespace detail
+}  // namespace _emulator
 
 template <class T, int Columns, int Rows = Columns>
 struct simdgroup_matrix {
   static_assert(Columns == 8 && Rows == 8, "Metal has 8x8 simdgroup matrices only");
-  static_assert(detail::is_matrix_element_v<T>, "half, bfloat or float");
+  static_assert(_emulator::is_matrix_element_v<T>, "half, bfloat or float");
   using storage_type = vec<T, 2>;
 
   simdgroup_matrix() = default;
   /// A diagonal matrix.
   METAL_EMULATOR_INLINE explicit simdgroup_matrix(T diagonal) {
-    const uint row = detail::fragment_row(detail::lane());
-    const uint column = detail::fragment_column(detail::lane());
+    const uint row = _emulator::fragment_row(_emulator::lane());
+    const uint column = _emulator::fragment_column(_emulator::lane());
     elements_ = storage_type(row == column ? diagonal : T(0), row == column + 1 ? diagonal : T(0));
   }
   METAL_EMULATOR_INLINE storage_type& thread_elements() { return elements_; }
@@ -56,11 +56,11 @@ METAL_EMULATOR_INLINE simdgroup_matrix<T, C, R> make_diagonal_simdgroup_matrix(T
   return simdgroup_matrix<T, C, R>(value);
 }
 
-namespace detail {
+namespace _emulator {
 template <class Finish, class In>
 METAL_EMULATOR_MEETING void meet_matrix(const In& in, void* out) {
-  static constexpr abi::Collective kCollective{Finish::kKind, &Finish::finish};
-  abi::hooks->collective(kCollective, &in, out, __builtin_return_address(0));
+  static constexpr metal_emulator::abi::Collective kCollective{Finish::kKind, &Finish::finish};
+  metal_emulator::abi::hooks->collective(kCollective, &in, out, __builtin_return_address(0));
 }
 /// Where an 8x8 tile lies: element (row, column) at first[row · stride + column].
 template <class T>
@@ -70,18 +70,18 @@ struct Tile {
   bool transpose;
   vec<remove_const_t<T>, 2> elements;  // of a store
 };
-METAL_EMULATOR_INLINE uint first_lane(const abi::Exchange& e) {
+METAL_EMULATOR_INLINE uint first_lane(const metal_emulator::abi::Exchange& e) {
   return __builtin_ctz(e.mask);
 }
 template <class T>
-METAL_EMULATOR_RAW const Tile<T>& agreed_tile(const abi::Exchange& e) {
+METAL_EMULATOR_RAW const Tile<T>& agreed_tile(const metal_emulator::abi::Exchange& e) {
   const Tile<T>& tile = in<Tile<T>>(e, first_lane(e));
   for (uint i = 0; i < 32; i++) {
     if (!active(e, i)) continue;
     const Tile<T>& other = in<Tile<T>>(e, i);
     if (other.first != tile.first || other.stride != tile.stride ||
         other.transpose != tile.transpose) {
-      abi::hooks->undefined(
+      metal_emulator::abi::hooks->undefined(
           "lanes give a simdgroup matrix operation different addresses", i, e.site);
       break;
     }
@@ -90,13 +90,14 @@ METAL_EMULATOR_RAW const Tile<T>& agreed_tile(const abi::Exchange& e) {
 }
 template <class T>
 struct LoadTile {
-  static constexpr abi::CollectiveKind kKind = abi::CollectiveKind::matrix;
-  METAL_EMULATOR_RAW static void finish(const abi::Exchange& e) {
+  static constexpr metal_emulator::abi::CollectiveKind kKind =
+      metal_emulator::abi::CollectiveKind::matrix;
+  METAL_EMULATOR_RAW static void finish(const metal_emulator::abi::Exchange& e) {
     const Tile<const T>& tile = agreed_tile<const T>(e);
     alignas(32) T values[8][8];
     for (uint r = 0; r < 8; r++) {
       const T* row = tile.first + r * tile.stride;
-      abi::hooks->simdgroup_read(row, 8 * sizeof(T), e.site);
+      metal_emulator::abi::hooks->simdgroup_read(row, 8 * sizeof(T), e.site);
       __builtin_memcpy(values[r], row, 8 * sizeof(T));
     }
     for (uint i = 0; i < 32; i++) {
@@ -110,8 +111,9 @@ struct LoadTile {
 };
 template <class T>
 struct StoreTile {
-  static constexpr abi::CollectiveKind kKind = abi::CollectiveKind::matrix;
-  METAL_EMULATOR_RAW static void finish(const abi::Exchange& e) {
+  static constexpr metal_emulator::abi::CollectiveKind kKind =
+      metal_emulator::abi::CollectiveKind::matrix;
+  METAL_EMULATOR_RAW static void finish(const metal_emulator::abi::Exchange& e) {
     const Tile<T>& tile = agreed_tile<T>(e);
     alignas(32) T values[8][8] = {};
     for (uint i = 0; i < 32; i++) {
@@ -123,7 +125,7 @@ struct StoreTile {
     }
     for (uint r = 0; r < 8; r++) {
       T* row = tile.first + r * tile.stride;
-      abi::hooks->simdgroup_write(row, 8 * sizeof(T), e.site);
+      metal_emulator::abi::hooks->simdgroup_write(row, 8 * sizeof(T), e.site);
       __builtin_memcpy(row, values[r], 8 * sizeof(T));
     }
   }
@@ -136,8 +138,9 @@ struct Multiplicands {
 };
 template <class D, class A, class B, class C>
 struct MultiplyAccumulate {
-  static constexpr abi::CollectiveKind kKind = abi::CollectiveKind::matrix_multiply;
-  METAL_EMULATOR_RAW static void finish(const abi::Exchange& e) {
+  static constexpr metal_emulator::abi::CollectiveKind kKind =
+      metal_emulator::abi::CollectiveKind::matrix_multiply;
+  METAL_EMULATOR_RAW static void finish(const metal_emulator::abi::Exchange& e) {
     // Rows of B and C as float8, elements of A alone: eight 8-wide products per row.
     alignas(32) float a[8][8] = {}, b[8][8] = {}, c[8][8] = {};
     for (uint i = 0; i < 32; i++) {
@@ -165,7 +168,7 @@ struct MultiplyAccumulate {
     }
   }
 };
-}  // namespace detail
+}  // namespace _emulator
 
 /// d(row, column) = source[(origin.y + row) · elements_per_row + origin.x + column], or its
 /// transpose. Device and threadgroup memory.
@@ -176,10 +179,10 @@ METAL_EMULATOR_INLINE void simdgroup_load(
     ulong elements_per_row = 8,
     ulong2 origin = ulong2(0),
     bool transpose = false) {
-  const detail::Tile<const T> tile{
+  const _emulator::Tile<const T> tile{
       source + origin.get(1) * elements_per_row + origin.get(0), elements_per_row, transpose, {}};
   vec<T, 2> elements;
-  detail::meet_matrix<detail::LoadTile<T>>(tile, &elements);
+  _emulator::meet_matrix<_emulator::LoadTile<T>>(tile, &elements);
   d.thread_elements() = elements;
 }
 template <class T>
@@ -189,12 +192,12 @@ METAL_EMULATOR_INLINE void simdgroup_store(
     ulong elements_per_row = 8,
     ulong2 origin = ulong2(0),
     bool transpose = false) {
-  const detail::Tile<T> tile{
+  const _emulator::Tile<T> tile{
       target + origin.get(1) * elements_per_row + origin.get(0),
       elements_per_row,
       transpose,
       s.thread_elements()};
-  detail::meet_matrix<detail::StoreTile<T>>(tile, nullptr);
+  _emulator::meet_matrix<_emulator::StoreTile<T>>(tile, nullptr);
 }
 /// d = a·b + c
 template <class D, class A, class B, class C>
@@ -203,10 +206,10 @@ METAL_EMULATOR_INLINE void simdgroup_multiply_accumulate(
     const simdgroup_matrix<A, 8, 8>& a,
     const simdgroup_matrix<B, 8, 8>& b,
     const simdgroup_matrix<C, 8, 8>& c) {
-  const detail::Multiplicands<A, B, C> m{
+  const _emulator::Multiplicands<A, B, C> m{
       a.thread_elements(), b.thread_elements(), c.thread_elements()};
   vec<D, 2> elements;
-  detail::meet_matrix<detail::MultiplyAccumulate<D, A, B, C>>(m, &elements);
+  _emulator::meet_matrix<_emulator::MultiplyAccumulate<D, A, B, C>>(m, &elements);
   d.thread_elements() = elements;
 }
 /// d = a·b
@@ -215,10 +218,10 @@ METAL_EMULATOR_INLINE void simdgroup_multiply(
     simdgroup_matrix<D, 8, 8>& d,
     const simdgroup_matrix<A, 8, 8>& a,
     const simdgroup_matrix<B, 8, 8>& b) {
-  const detail::Multiplicands<A, B, float> m{
+  const _emulator::Multiplicands<A, B, float> m{
       a.thread_elements(), b.thread_elements(), vec<float, 2>(0.0f)};
   vec<D, 2> elements;
-  detail::meet_matrix<detail::MultiplyAccumulate<D, A, B, float>>(m, &elements);
+  _emulator::meet_matrix<_emulator::MultiplyAccumulate<D, A, B, float>>(m, &elements);
   d.thread_elements() = elements;
 }
 template <class T>

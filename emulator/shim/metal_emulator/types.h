@@ -25,6 +25,8 @@
 #define METAL_PURE __attribute__((pure))
 #define METAL_INTERNAL inline __attribute__((always_inline))
 #define METAL_ALIGN(n) alignas(n)
+/// Known without an include; Apple's compiler drops it.
+#define assert(condition) ((void)0)
 
 /// Library functions disappear into the kernel, so that its own line carries their accesses.
 #define METAL_EMULATOR_INLINE inline __attribute__((always_inline))
@@ -212,12 +214,15 @@ constexpr bool is_signed_v = is_signed<T>::value;
 template <class T>
 using remove_addrspace_t = T;
 
+// Kernels specialise Apple's own base for their types.
 template <class T>
-struct numeric_limits : std::numeric_limits<T> {};
+struct _numeric_limits_impl : std::numeric_limits<T> {};
+template <class T>
+struct numeric_limits : _numeric_limits_impl<T> {};
 template <class T>
 struct numeric_limits<const T> : numeric_limits<T> {};
 template <>
-struct numeric_limits<half> {
+struct _numeric_limits_impl<half> {
   static constexpr bool is_specialized = true, is_signed = true, is_integer = false;
   static constexpr bool has_infinity = true, has_quiet_NaN = true;
   static constexpr int digits = 11, digits10 = 3, max_digits10 = 5, radix = 2;
@@ -233,7 +238,7 @@ struct numeric_limits<half> {
   static constexpr half round_error() { return (half)0.5f; }
 };
 template <>
-struct numeric_limits<bfloat> {
+struct _numeric_limits_impl<bfloat> {
   static constexpr bool is_specialized = true, is_signed = true, is_integer = false;
   static constexpr bool has_infinity = true, has_quiet_NaN = true;
   static constexpr int digits = 8, digits10 = 2, max_digits10 = 4, radix = 2;

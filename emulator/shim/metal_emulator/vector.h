@@ -16,13 +16,13 @@ namespace metal {
 template <class T, int N>
 struct vec;
 template <class V, int Storage, int... I>
-struct swizzle;
+struct _swizzle;
 template <class V>
-struct packed_storage;
+struct _packed;
 template <class T, int N>
-using packed_vec = packed_storage<vec<T, N>>;
+using packed_vec = _packed<vec<T, N>>;
 
-namespace detail {
+namespace _emulator {
 // Native vectors of bool are bit masks in clang; Metal's are bytes.
 template <class T>
 using lane_t = conditional_t<is_same_v<T, bool>, unsigned char, T>;
@@ -43,12 +43,12 @@ struct value<vec<T, N>> {
   static constexpr int width = N;
 };
 template <class V, int S, int... I>
-struct value<swizzle<V, S, I...>> {
+struct value<_swizzle<V, S, I...>> {
   using type = V;
   static constexpr int width = sizeof...(I);
 };
 template <class V>
-struct value<packed_storage<V>> {
+struct value<_packed<V>> {
   using type = V;
   static constexpr int width = V::width;
 };
@@ -108,30 +108,33 @@ template <class... A>
 constexpr int total_width() {
   return (width_v<A> + ... + 0);
 }
-}  // namespace detail
+}  // namespace _emulator
 
 // The element type is taken from V's arguments: V itself is not complete here.
 template <class T, int N, int Storage, int... I>
-struct swizzle<vec<T, N>, Storage, I...> {
+struct _swizzle<vec<T, N>, Storage, I...> {
   using V = vec<T, N>;
   using element = T;
   T data[Storage];
 
   ME_INLINE operator V() const { return V(data[I]...); }
-  ME_INLINE swizzle& operator=(const V& value) {
-    static_assert(detail::all_distinct<I...>::value, "a repeated component cannot be assigned to");
+  ME_INLINE _swizzle& operator=(const V& value) {
+    static_assert(
+        _emulator::all_distinct<I...>::value, "a repeated component cannot be assigned to");
     int k = 0;
     ((data[I] = value.get(k++)), ...);
     return *this;
   }
-  ME_INLINE swizzle& operator=(const swizzle& other) { return *this = static_cast<V>(other); }
-#define ME_COMPOUND(op)                           \
-  ME_INLINE swizzle& operator op##=(const V& b) { \
-    return *this = static_cast<V>(*this) op b;    \
+  ME_INLINE _swizzle& operator=(const _swizzle& other) { return *this = static_cast<V>(other); }
+#define ME_COMPOUND(op)                            \
+  ME_INLINE _swizzle& operator op##=(const V& b) { \
+    return *this = static_cast<V>(*this) op b;     \
   }
   ME_COMPOUND(+)
-  ME_COMPOUND(-) ME_COMPOUND(*) ME_COMPOUND(/) ME_COMPOUND(%) ME_COMPOUND(&) ME_COMPOUND(|)
-      ME_COMPOUND(^) ME_COMPOUND(<<) ME_COMPOUND(>>)
+  ME_COMPOUND(-)
+  ME_COMPOUND(*)
+  ME_COMPOUND(/) ME_COMPOUND(%) ME_COMPOUND(&) ME_COMPOUND(|) ME_COMPOUND(^) ME_COMPOUND(<<)
+      ME_COMPOUND(>>)
 #undef ME_COMPOUND
           ME_INLINE element
           operator[](int i) const {
@@ -143,24 +146,24 @@ struct swizzle<vec<T, N>, Storage, I...> {
 // Common to vec<T, 2..4>.
 #define ME_VEC_MEMBERS(N)                                                                         \
   using element = T;                                                                              \
-  using native = typename detail::native<T, N>::type;                                             \
+  using native = typename _emulator::native<T, N>::type;                                          \
   static constexpr int width = N;                                                                 \
   static constexpr int kStorage = N;                                                              \
   struct from_native {};                                                                          \
   vec() = default;                                                                                \
   ME_INLINE constexpr vec(const vec& o) : native_(o.native_) {}                                   \
   ME_INLINE constexpr vec(from_native, native n) : native_(n) {}                                  \
-  ME_INLINE constexpr vec(T s) : native_(static_cast<detail::lane_t<T>>(s)) {}                    \
+  ME_INLINE constexpr vec(T s) : native_(static_cast<_emulator::lane_t<T>>(s)) {}                 \
   template <class U>                                                                              \
   ME_INLINE constexpr explicit vec(const vec<U, N>& o)                                            \
       : native_(convert(o, std::make_index_sequence<N>())) {}                                     \
   template <class U>                                                                              \
-  ME_INLINE constexpr explicit vec(const packed_storage<vec<U, N>>& o) : vec(o.unpack()) {}       \
+  ME_INLINE constexpr explicit vec(const _packed<vec<U, N>>& o) : vec(o.unpack()) {}              \
   template <                                                                                      \
       class A,                                                                                    \
       class B,                                                                                    \
       class... C,                                                                                 \
-      class = enable_if_t<detail::total_width<A, B, C...>() == N>>                                \
+      class = enable_if_t<_emulator::total_width<A, B, C...>() == N>>                             \
   ME_INLINE constexpr vec(const A& a, const B& b, const C&... c) : native_(gather(a, b, c...)) {} \
   ME_INLINE constexpr vec& operator=(const vec& o) {                                              \
     native_ = o.native_;                                                                          \
@@ -179,16 +182,16 @@ struct swizzle<vec<T, N>, Storage, I...> {
  private:                                                                                         \
   template <class V, size_t... I>                                                                 \
   ME_INLINE static constexpr native convert(const V& o, std::index_sequence<I...>) {              \
-    return native{static_cast<detail::lane_t<T>>(detail::convert_to<T>(o.get(I)))...};            \
+    return native{static_cast<_emulator::lane_t<T>>(_emulator::convert_to<T>(o.get(I)))...};      \
   }                                                                                               \
   template <size_t... I>                                                                          \
   ME_INLINE static constexpr native pack(                                                         \
-      const detail::filler<T, N>& f, std::index_sequence<I...>) {                                 \
-    return native{static_cast<detail::lane_t<T>>(f.data[I])...};                                  \
+      const _emulator::filler<T, N>& f, std::index_sequence<I...>) {                              \
+    return native{static_cast<_emulator::lane_t<T>>(f.data[I])...};                               \
   }                                                                                               \
   template <class... A>                                                                           \
   ME_INLINE static constexpr native gather(const A&... a) {                                       \
-    detail::filler<T, N> f;                                                                       \
+    _emulator::filler<T, N> f;                                                                    \
     (f.add(a), ...);                                                                              \
     return pack(f, std::make_index_sequence<N>());                                                \
   }                                                                                               \
@@ -215,47 +218,49 @@ struct swizzle<vec<T, N>, Storage, I...> {
     for (int i = 0; i < N; i++) r.native_[i] = (a.get(i) op b.get(i)) ? 1 : 0;      \
     return r;                                                                       \
   }
-#define ME_VEC_OPERATORS(N)                                                                       \
-  ME_ARITHMETIC(+)                                                                                \
-  ME_ARITHMETIC(-) ME_ARITHMETIC(*) ME_ARITHMETIC(/) ME_ARITHMETIC(%) ME_ARITHMETIC(&)            \
-      ME_ARITHMETIC(|) ME_ARITHMETIC(^) ME_ARITHMETIC(<<) ME_ARITHMETIC(>>) ME_COMPARE(N, ==)     \
-          ME_COMPARE(N, !=) ME_COMPARE(N, <) ME_COMPARE(N, >) ME_COMPARE(N, <=) ME_COMPARE(N, >=) \
-              ME_LOGIC(N, &&) ME_LOGIC(N, ||) friend ME_INLINE constexpr vec                      \
-              operator-(const vec& a) {                                                           \
-    return vec(from_native{}, -a.native_);                                                        \
-  }                                                                                               \
-  friend ME_INLINE constexpr vec operator+(const vec& a) {                                        \
-    return a;                                                                                     \
-  }                                                                                               \
-  friend ME_INLINE constexpr vec operator~(const vec& a) {                                        \
-    return vec(from_native{}, ~a.native_);                                                        \
-  }                                                                                               \
-  friend ME_INLINE constexpr vec<bool, N> operator!(const vec& a) {                               \
-    vec<bool, N> r(false);                                                                        \
-    for (int i = 0; i < N; i++) r.native_[i] = a.get(i) ? 0 : 1;                                  \
-    return r;                                                                                     \
-  }                                                                                               \
-  ME_INLINE vec& operator++() {                                                                   \
-    return *this = *this + vec(T(1));                                                             \
-  }                                                                                               \
-  ME_INLINE vec& operator--() {                                                                   \
-    return *this = *this - vec(T(1));                                                             \
-  }                                                                                               \
-  ME_INLINE vec operator++(int) {                                                                 \
-    vec old = *this;                                                                              \
-    ++*this;                                                                                      \
-    return old;                                                                                   \
-  }                                                                                               \
-  ME_INLINE vec operator--(int) {                                                                 \
-    vec old = *this;                                                                              \
-    --*this;                                                                                      \
-    return old;                                                                                   \
+#define ME_VEC_OPERATORS(N)                                                                    \
+  ME_ARITHMETIC(+)                                                                             \
+  ME_ARITHMETIC(-)                                                                             \
+  ME_ARITHMETIC(*)                                                                             \
+  ME_ARITHMETIC(/) ME_ARITHMETIC(%) ME_ARITHMETIC(&) ME_ARITHMETIC(|) ME_ARITHMETIC(^)         \
+      ME_ARITHMETIC(<<) ME_ARITHMETIC(>>) ME_COMPARE(N, ==) ME_COMPARE(N, !=) ME_COMPARE(N, <) \
+          ME_COMPARE(N, >) ME_COMPARE(N, <=) ME_COMPARE(N, >=) ME_LOGIC(N, &&)                 \
+              ME_LOGIC(N, ||) friend ME_INLINE constexpr vec                                   \
+              operator-(const vec& a) {                                                        \
+    return vec(from_native{}, -a.native_);                                                     \
+  }                                                                                            \
+  friend ME_INLINE constexpr vec operator+(const vec& a) {                                     \
+    return a;                                                                                  \
+  }                                                                                            \
+  friend ME_INLINE constexpr vec operator~(const vec& a) {                                     \
+    return vec(from_native{}, ~a.native_);                                                     \
+  }                                                                                            \
+  friend ME_INLINE constexpr vec<bool, N> operator!(const vec& a) {                            \
+    vec<bool, N> r(false);                                                                     \
+    for (int i = 0; i < N; i++) r.native_[i] = a.get(i) ? 0 : 1;                               \
+    return r;                                                                                  \
+  }                                                                                            \
+  ME_INLINE vec& operator++() {                                                                \
+    return *this = *this + vec(T(1));                                                          \
+  }                                                                                            \
+  ME_INLINE vec& operator--() {                                                                \
+    return *this = *this - vec(T(1));                                                          \
+  }                                                                                            \
+  ME_INLINE vec operator++(int) {                                                              \
+    vec old = *this;                                                                           \
+    ++*this;                                                                                   \
+    return old;                                                                                \
+  }                                                                                            \
+  ME_INLINE vec operator--(int) {                                                              \
+    vec old = *this;                                                                           \
+    --*this;                                                                                   \
+    return old;                                                                                \
   }
 
 template <class T>
 struct vec<T, 2> {
   union {
-    typename detail::native<T, 2>::type native_;
+    typename _emulator::native<T, 2>::type native_;
     T data_[2];
     struct {
       T x, y;
@@ -264,7 +269,7 @@ struct vec<T, 2> {
       T r, g;
     };
 #undef METAL_EMULATOR_SWIZZLE
-#define METAL_EMULATOR_SWIZZLE(w, name, ...) swizzle<vec<T, w>, 2, __VA_ARGS__> name;
+#define METAL_EMULATOR_SWIZZLE(w, name, ...) _swizzle<vec<T, w>, 2, __VA_ARGS__> name;
     METAL_EMULATOR_SWIZZLES_2(x, y)
     METAL_EMULATOR_SWIZZLES_2(r, g)
   };
@@ -273,7 +278,7 @@ struct vec<T, 2> {
 template <class T>
 struct vec<T, 3> {
   union {
-    typename detail::native<T, 3>::type native_;
+    typename _emulator::native<T, 3>::type native_;
     T data_[3];
     struct {
       T x, y, z;
@@ -282,7 +287,7 @@ struct vec<T, 3> {
       T r, g, b;
     };
 #undef METAL_EMULATOR_SWIZZLE
-#define METAL_EMULATOR_SWIZZLE(w, name, ...) swizzle<vec<T, w>, 3, __VA_ARGS__> name;
+#define METAL_EMULATOR_SWIZZLE(w, name, ...) _swizzle<vec<T, w>, 3, __VA_ARGS__> name;
     METAL_EMULATOR_SWIZZLES_3(x, y, z)
     METAL_EMULATOR_SWIZZLES_3(r, g, b)
   };
@@ -291,7 +296,7 @@ struct vec<T, 3> {
 template <class T>
 struct vec<T, 4> {
   union {
-    typename detail::native<T, 4>::type native_;
+    typename _emulator::native<T, 4>::type native_;
     T data_[4];
     struct {
       T x, y, z, w;
@@ -300,7 +305,7 @@ struct vec<T, 4> {
       T r, g, b, a;
     };
 #undef METAL_EMULATOR_SWIZZLE
-#define METAL_EMULATOR_SWIZZLE(w, name, ...) swizzle<vec<T, w>, 4, __VA_ARGS__> name;
+#define METAL_EMULATOR_SWIZZLE(w, name, ...) _swizzle<vec<T, w>, 4, __VA_ARGS__> name;
     METAL_EMULATOR_SWIZZLES_4(x, y, z, w)
     METAL_EMULATOR_SWIZZLES_4(r, g, b, a)
   };
@@ -308,61 +313,61 @@ struct vec<T, 4> {
 };
 
 /// Elements without padding, aligned like one element.
-#define ME_PACKED_MEMBERS(N)                                                                  \
-  using element = T;                                                                          \
-  static constexpr int width = N;                                                             \
-  packed_storage() = default;                                                                 \
-  ME_INLINE constexpr packed_storage(const packed_storage& o) : packed_storage(o.unpack()) {} \
-  ME_INLINE constexpr packed_storage(const vec<T, N>& v)                                      \
-      : packed_storage(v, std::make_index_sequence<N>()) {}                                   \
-  ME_INLINE constexpr packed_storage(T s) : packed_storage(vec<T, N>(s)) {}                   \
-  template <                                                                                  \
-      class A,                                                                                \
-      class B,                                                                                \
-      class... C,                                                                             \
-      class = enable_if_t<detail::total_width<A, B, C...>() == N>>                            \
-  ME_INLINE constexpr packed_storage(const A& a, const B& b, const C&... c)                   \
-      : packed_storage(vec<T, N>(a, b, c...)) {}                                              \
-  ME_INLINE packed_storage& operator=(const packed_storage& o) {                              \
-    return *this = o.unpack();                                                                \
-  }                                                                                           \
-  ME_INLINE packed_storage& operator=(const vec<T, N>& v) {                                   \
-    for (int i = 0; i < N; i++) data_[i] = v.get(i);                                          \
-    return *this;                                                                             \
-  }                                                                                           \
-  ME_INLINE constexpr vec<T, N> unpack() const {                                              \
-    return value(std::make_index_sequence<N>());                                              \
-  }                                                                                           \
-  ME_INLINE constexpr operator vec<T, N>() const {                                            \
-    return unpack();                                                                          \
-  }                                                                                           \
-  ME_INLINE T& operator[](int i) {                                                            \
-    return data_[i];                                                                          \
-  }                                                                                           \
-  ME_INLINE const T& operator[](int i) const {                                                \
-    return data_[i];                                                                          \
-  }                                                                                           \
-  ME_PACKED_COMPOUND(+)                                                                       \
-  ME_PACKED_COMPOUND(-) ME_PACKED_COMPOUND(*) ME_PACKED_COMPOUND(/) ME_PACKED_COMPOUND(%)     \
-      ME_PACKED_COMPOUND(&) ME_PACKED_COMPOUND(|) ME_PACKED_COMPOUND(^)                       \
-                                                                                              \
-          private                                                                             \
-      : template <size_t... I>                                                                \
-        ME_INLINE constexpr packed_storage(const vec<T, N>& v, std::index_sequence<I...>)     \
-      : data_{v.get(I)...} {}                                                                 \
-  template <size_t... I>                                                                      \
-  ME_INLINE constexpr vec<T, N> value(std::index_sequence<I...>) const {                      \
-    return vec<T, N>(data_[I]...);                                                            \
-  }                                                                                           \
-                                                                                              \
+#define ME_PACKED_MEMBERS(N)                                                                     \
+  using element = T;                                                                             \
+  static constexpr int width = N;                                                                \
+  _packed() = default;                                                                           \
+  ME_INLINE constexpr _packed(const _packed& o) : _packed(o.unpack()) {}                         \
+  ME_INLINE constexpr _packed(const vec<T, N>& v) : _packed(v, std::make_index_sequence<N>()) {} \
+  ME_INLINE constexpr _packed(T s) : _packed(vec<T, N>(s)) {}                                    \
+  template <                                                                                     \
+      class A,                                                                                   \
+      class B,                                                                                   \
+      class... C,                                                                                \
+      class = enable_if_t<_emulator::total_width<A, B, C...>() == N>>                            \
+  ME_INLINE constexpr _packed(const A& a, const B& b, const C&... c)                             \
+      : _packed(vec<T, N>(a, b, c...)) {}                                                        \
+  ME_INLINE _packed& operator=(const _packed& o) {                                               \
+    return *this = o.unpack();                                                                   \
+  }                                                                                              \
+  ME_INLINE _packed& operator=(const vec<T, N>& v) {                                             \
+    for (int i = 0; i < N; i++) data_[i] = v.get(i);                                             \
+    return *this;                                                                                \
+  }                                                                                              \
+  ME_INLINE constexpr vec<T, N> unpack() const {                                                 \
+    return value(std::make_index_sequence<N>());                                                 \
+  }                                                                                              \
+  ME_INLINE constexpr operator vec<T, N>() const {                                               \
+    return unpack();                                                                             \
+  }                                                                                              \
+  ME_INLINE T& operator[](int i) {                                                               \
+    return data_[i];                                                                             \
+  }                                                                                              \
+  ME_INLINE const T& operator[](int i) const {                                                   \
+    return data_[i];                                                                             \
+  }                                                                                              \
+  ME_PACKED_COMPOUND(+)                                                                          \
+  ME_PACKED_COMPOUND(-)                                                                          \
+  ME_PACKED_COMPOUND(*)                                                                          \
+  ME_PACKED_COMPOUND(/) ME_PACKED_COMPOUND(%) ME_PACKED_COMPOUND(&) ME_PACKED_COMPOUND(|)        \
+      ME_PACKED_COMPOUND(^)                                                                      \
+                                                                                                 \
+          private : template <size_t... I>                                                       \
+                    ME_INLINE constexpr _packed(const vec<T, N>& v, std::index_sequence<I...>)   \
+      : data_{v.get(I)...} {}                                                                    \
+  template <size_t... I>                                                                         \
+  ME_INLINE constexpr vec<T, N> value(std::index_sequence<I...>) const {                         \
+    return vec<T, N>(data_[I]...);                                                               \
+  }                                                                                              \
+                                                                                                 \
  public:
-#define ME_PACKED_COMPOUND(op)                                    \
-  ME_INLINE packed_storage& operator op##=(const value_type& b) { \
-    return *this = unpack() op b;                                 \
+#define ME_PACKED_COMPOUND(op)                             \
+  ME_INLINE _packed& operator op##=(const value_type& b) { \
+    return *this = unpack() op b;                          \
   }
 
 template <class T>
-struct packed_storage<vec<T, 2>> {
+struct _packed<vec<T, 2>> {
   using value_type = vec<T, 2>;
   union {
     T data_[2];
@@ -373,13 +378,13 @@ struct packed_storage<vec<T, 2>> {
       T r, g;
     };
 #undef METAL_EMULATOR_SWIZZLE
-#define METAL_EMULATOR_SWIZZLE(w, name, ...) swizzle<vec<T, w>, 2, __VA_ARGS__> name;
+#define METAL_EMULATOR_SWIZZLE(w, name, ...) _swizzle<vec<T, w>, 2, __VA_ARGS__> name;
     METAL_EMULATOR_SWIZZLES_2(x, y)
   };
   ME_PACKED_MEMBERS(2)
 };
 template <class T>
-struct packed_storage<vec<T, 3>> {
+struct _packed<vec<T, 3>> {
   using value_type = vec<T, 3>;
   union {
     T data_[3];
@@ -390,13 +395,13 @@ struct packed_storage<vec<T, 3>> {
       T r, g, b;
     };
 #undef METAL_EMULATOR_SWIZZLE
-#define METAL_EMULATOR_SWIZZLE(w, name, ...) swizzle<vec<T, w>, 3, __VA_ARGS__> name;
+#define METAL_EMULATOR_SWIZZLE(w, name, ...) _swizzle<vec<T, w>, 3, __VA_ARGS__> name;
     METAL_EMULATOR_SWIZZLES_3(x, y, z)
   };
   ME_PACKED_MEMBERS(3)
 };
 template <class T>
-struct packed_storage<vec<T, 4>> {
+struct _packed<vec<T, 4>> {
   using value_type = vec<T, 4>;
   union {
     T data_[4];
@@ -407,23 +412,27 @@ struct packed_storage<vec<T, 4>> {
       T r, g, b, a;
     };
 #undef METAL_EMULATOR_SWIZZLE
-#define METAL_EMULATOR_SWIZZLE(w, name, ...) swizzle<vec<T, w>, 4, __VA_ARGS__> name;
+#define METAL_EMULATOR_SWIZZLE(w, name, ...) _swizzle<vec<T, w>, 4, __VA_ARGS__> name;
     METAL_EMULATOR_SWIZZLES_4(x, y, z, w)
   };
   ME_PACKED_MEMBERS(4)
 };
 
 template <class T>
-struct is_vector : bool_constant<detail::is_vector_v<T>> {};
+struct is_vector : bool_constant<_emulator::is_vector_v<T>> {};
 template <class T>
 constexpr bool is_vector_v = is_vector<T>::value;
 /// Element type: vec_element_t<float4> is float, as make_scalar in Metal's own headers.
 template <class T>
-using make_scalar_t = detail::element_t<T>;
+using make_scalar_t = _emulator::element_t<T>;
 template <class T>
 struct make_scalar {
   using type = make_scalar_t<T>;
 };
+
+/// Elements of a vector; 1 of a scalar.
+template <class T>
+struct vec_elements : integral_constant<int, _emulator::width_v<T>> {};
 
 #define ME_NAMES(name, T)                    \
   typedef vec<T, 2> name##2;                 \
@@ -456,6 +465,8 @@ ME_NAMES(float, float)
   using metal::packed_##name##3; \
   using metal::packed_##name##4;
 ME_GLOBAL(bool)
-ME_GLOBAL(char) ME_GLOBAL(uchar) ME_GLOBAL(short) ME_GLOBAL(ushort) ME_GLOBAL(int) ME_GLOBAL(uint)
-    ME_GLOBAL(long) ME_GLOBAL(ulong) ME_GLOBAL(half) ME_GLOBAL(bfloat) ME_GLOBAL(float)
+ME_GLOBAL(char)
+ME_GLOBAL(uchar)
+ME_GLOBAL(short) ME_GLOBAL(ushort) ME_GLOBAL(int) ME_GLOBAL(uint) ME_GLOBAL(long) ME_GLOBAL(ulong)
+    ME_GLOBAL(half) ME_GLOBAL(bfloat) ME_GLOBAL(float)
 #undef ME_GLOBAL

@@ -53,6 +53,34 @@ std::string quoted(const std::string& text) {
   return out + '"';
 }
 
+// `extern "C"` says nothing that matters here; Apple's compiler takes it too.
+void drop_linkage(std::vector<Token>& tokens) {
+  std::vector<Token> kept;
+  std::vector<bool> linkage;  // of each open brace
+  for (size_t i = 0; i < tokens.size(); i++) {
+    if (tokens[i].is("extern") && i + 1 < tokens.size() &&
+        tokens[i + 1].kind == TokenKind::string) {
+      i++;
+      if (i + 1 < tokens.size() && tokens[i + 1].is("{")) {
+        i++;
+        linkage.push_back(true);
+      }
+      continue;
+    }
+    if (tokens[i].is("{")) {
+      linkage.push_back(false);
+    } else if (tokens[i].is("}") && !linkage.empty()) {
+      const bool dropped = linkage.back();
+      linkage.pop_back();
+      if (dropped) {
+        continue;
+      }
+    }
+    kept.push_back(std::move(tokens[i]));
+  }
+  tokens = std::move(kept);
+}
+
 // clang's own words, without its count of errors.
 std::string errors_of(const std::string& messages) {
   std::string out;
@@ -181,6 +209,7 @@ TokenStream preprocess(
     throw CompileError(errors_of(result.err));
   }
   TokenStream stream = tokenize(result.out, {{how.headers.string()}});
+  drop_linkage(stream.tokens);
   for (std::string& file : stream.files) {
     if (file == input.string()) {
       file = options.file_name;  // named so by the marker before its #line

@@ -30,9 +30,18 @@ __attribute__((always_inline)) constexpr T cast(U&& value) {
     return static_cast<T>(static_cast<U&&>(value));
   }
 }
+// T(x) and (T)x. By value: the load of x is on the kernel's line, and x may be a bit-field.
+template <class T, class... A>
+__attribute__((always_inline)) constexpr T make(A... values) {
+  if constexpr (sizeof...(A) == 1 && (is_narrow_pair<T, A> || ...)) {
+    return static_cast<T>(static_cast<float>((values, ...)));
+  } else {
+    return T(values...);
+  }
+}
 template <class T>
 __attribute__((always_inline)) constexpr auto value(T&& expression) {
-  using Stands = typename metal::detail::value<__remove_cvref(T)>::type;
+  using Stands = typename metal::_emulator::value<__remove_cvref(T)>::type;
   if constexpr (__is_same(Stands, __remove_cvref(T))) {
     return static_cast<T&&>(expression);
   } else {

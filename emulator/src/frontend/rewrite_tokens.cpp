@@ -75,7 +75,15 @@ void collect_local_classes(const TokenStream& stream, std::set<std::string>& out
 class SpaceEraser {
  public:
   SpaceEraser(TokenStream& stream, std::set<std::string> classes)
-      : stream_(stream), tokens_(stream.tokens), classes_(std::move(classes)) {}
+      : stream_(stream), tokens_(stream.tokens), classes_(std::move(classes)) {
+    for (size_t i = 1; i + 1 < tokens_.size(); i++) {
+      if ((tokens_[i - 1].is("typename") || tokens_[i - 1].is("class")) &&
+          tokens_[i].is_identifier() &&
+          (tokens_[i + 1].is(",") || tokens_[i + 1].is(">") || tokens_[i + 1].is("="))) {
+        type_parameters_.insert(tokens_[i].text);
+      }
+    }
+  }
 
   void run() {
     for (size_t at = 0; at < tokens_.size();) {
@@ -139,6 +147,8 @@ class SpaceEraser {
     if (token.is("auto")) {
       deduced(at);
     }
+    swizzle_of_swizzle(at);
+    conversion(at);
     if (token.is("constant")) {
       if (beside_const(at) || qualifies_constructor(at)) {
         token.erased = true;
@@ -154,6 +164,129 @@ class SpaceEraser {
       throw CompileError(
           stream_.where(at) + ": error: address space " + token.text + " is not supported");
     }
+  }
+
+  static size_t letter(char c) {
+    static constexpr std::string_view kLetters = "xyzwrgba";
+    const size_t at = kLetters.find(c);
+    return at == std::string_view::npos ? at : at % 4;
+  }
+
+  static bool is_swizzle(const std::string& text) {
+    return text.size() <= 4 && !text.empty() && std::all_of(text.begin(), text.end(), [](char c) {
+             return letter(c) != std::string_view::npos;
+           });
+  }
+
+  // v.xyz.zy → v.zy: a swizzle of the library's vectors has no swizzles itself.
+  void swizzle_of_swizzle(size_t at) {
+    while (at > 0 && at + 2 < tokens_.size() && tokens_[at - 1].is(".") &&
+           tokens_[at].text.size() > 1 && is_swizzle(tokens_[at].text) && tokens_[at + 1].is(".") &&
+           is_swizzle(tokens_[at + 2].text) && !declared(tokens_[at].text) &&
+           !declared(tokens_[at + 2].text)) {
+      const std::string outer = tokens_[at].text;
+      for (char& c : tokens_[at + 2].text) {
+        if (letter(c) >= outer.size()) {
+          throw CompileError(
+              stream_.where(at + 2) + ": error: no component " + c + " in ." + outer);
+        }
+        c = outer[letter(c)];
+      }
+      tokens_[at].erased = tokens_[at + 1].erased = true;
+      at += 2;
+      tokens_[at - 1].text = ".";  // the next round's
+    }
+  }
+
+  // Whether the text has a name of its own like this, as members of structs are.
+  bool declared(const std::string& name) const {
+    for (size_t i = 1; i < tokens_.size(); i++) {
+      if (tokens_[i].text == name && !tokens_[i - 1].is(".") && !tokens_[i - 1].is("->")) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // T(x) and (half)x where half may meet bfloat: clang converts neither to the other.
+  void conversion(size_t at) {
+    const Token& token = tokens_[at];
+    const bool narrow =
+        token.is("half") || token.is("bfloat") || token.is("float16_t") || token.is("bfloat16_t");
+    if ((!narrow && !type_parameters_.count(token.text)) || at == 0 || at + 1 >= tokens_.size()) {
+      return;
+    }
+    const Token& left = tokens_[at - 1];
+    const size_t close = tokens_[at + 1].is("(") ? match_bracket(stream_, at + 1) : at;
+    const bool of_literal = tokens_[close - 1].kind == TokenKind::number && close == at + 3;
+    if (close > at + 2 && !of_literal && !left.is("::") && !left.is(".") &&
+        (!left.is_identifier() || left.is("return") || left.is("case") || left.is("else"))) {
+      tokens_[at].before += "::metal_emulator_rewrite::make<";
+      tokens_[at].after += ">";
+    } else if (left.is("(") && tokens_[at + 1].is(")") && at > 1 && !names_function(at - 2)) {
+      const size_t end = operand_end(at + 2);
+      if (end > at + 2) {
+        tokens_[at - 1].before += "::metal_emulator_rewrite::make<";
+        tokens_[at - 1].erased = tokens_[at + 1].erased = true;
+        tokens_[at + 1].after += ">(";
+        tokens_[end - 1].after += ")";
+      }
+    }
+  }
+
+  // What makes "(T)" after it an argument list or sizeof's operand, not a cast.
+  bool names_function(size_t at) const {
+    return (tokens_[at].is_identifier() && !tokens_[at].is("return") && !tokens_[at].is("case") &&
+            !tokens_[at].is("else")) ||
+           tokens_[at].is("]") || tokens_[at].is(">");
+  }
+
+  // The end of the operand of a cast that begins at `at`: signs, casts, a name or parenthesis, and
+  // what follows it closely. `at` itself where there is none.
+  size_t operand_end(size_t at) const {
+    const size_t none = at, count = tokens_.size();
+    for (; at < count; at++) {
+      const bool sign = tokens_[at].is("-") || tokens_[at].is("+") || tokens_[at].is("*") ||
+                        tokens_[at].is("&") || tokens_[at].is("!") || tokens_[at].is("~");
+      const size_t close = tokens_[at].is("(") ? match_bracket(stream_, at) : kNone;
+      const bool cast = close != kNone && close + 1 < count &&
+                        (tokens_[close + 1].is_identifier() || tokens_[close + 1].is("(") ||
+                         tokens_[close + 1].kind == TokenKind::number);
+      if (cast) {
+        at = close;
+      } else if (!sign) {
+        break;
+      }
+    }
+    if (at >= count) {
+      return none;
+    }
+    if (tokens_[at].is("(")) {
+      at = match_bracket(stream_, at) + 1;
+    } else if (tokens_[at].is_identifier() || tokens_[at].kind == TokenKind::number) {
+      at++;
+    } else {
+      return none;
+    }
+    while (at < count) {
+      if (tokens_[at].is("(") || tokens_[at].is("[")) {
+        at = match_bracket(stream_, at) + 1;
+      } else if (tokens_[at].is(".") || tokens_[at].is("->") || tokens_[at].is("::")) {
+        at += 2;
+      } else if (tokens_[at].is("++") || tokens_[at].is("--")) {
+        at++;
+      } else if (tokens_[at].is("<")) {
+        const size_t close = match_angle(stream_, at);
+        if (close == kNone || close + 1 >= count ||
+            !(tokens_[close + 1].is("(") || tokens_[close + 1].is("::"))) {
+          break;
+        }
+        at = close + 1;
+      } else {
+        break;
+      }
+    }
+    return std::min(at, count);
   }
 
   bool casts_to_value(size_t at) const {
@@ -203,6 +336,7 @@ class SpaceEraser {
   TokenStream& stream_;
   std::vector<Token>& tokens_;
   std::set<std::string> classes_;
+  std::set<std::string> type_parameters_;
 };
 
 bool ends_with_letters(const std::string& text, std::string_view lower) {

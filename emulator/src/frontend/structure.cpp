@@ -91,9 +91,6 @@ class Parser {
       name_space(d, at, limit);
       return;
     }
-    if (is(at, "extern") && at + 1 < limit && tokens_[at + 1].kind == TokenKind::string) {
-      fail(at, "linkage specifications are not Metal");
-    }
     declarator(d, at, limit);
   }
 

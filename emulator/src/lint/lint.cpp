@@ -39,6 +39,8 @@ struct Diagnostic {
 // does not bind to them; Metal's are in `thread`. Said in a note that follows the error.
 constexpr std::string_view kTemporaryQuirk =
     "cannot bind reference in default address space to object in address space '__private'";
+constexpr std::string_view kTemporaryText =
+    "cannot bind to a temporary object because of address space mismatch";
 
 // "file:12:5: error: text"
 bool parse(const std::string& line, Diagnostic& d) {
@@ -67,12 +69,24 @@ bool contains(const std::string& text, std::string_view part) {
   return text.find(part) != std::string::npos;
 }
 
-// Where OpenCL is stricter than Metal about vectors; the emulator's own headers check those types.
+// Where OpenCL is stricter than Metal about vectors and conversions; the emulator's own headers
+// check those types.
 bool stricter_than_metal(const std::string& text) {
-  static constexpr std::array<std::string_view, 3> kParts = {
+  static constexpr std::array<std::string_view, 6> kParts = {
+      "C-style cast from vector",
+      "too few elements in vector initialization",
+      "return type cannot be qualified with address space",
       "scalar operand type has greater rank than the type of the vector element",
       "excess elements in vector initializer",
       "implicit conversion from vector to scalar"};
+  // Metal converts half to bfloat and back, explicitly.
+  const bool cast = contains(text, "_cast from ") || contains(text, "cast from ");
+  if (cast && contains(text, "'half'") && (contains(text, "bfloat") || contains(text, "__bf16"))) {
+    return true;
+  }
+  if (contains(text, kTemporaryText) && contains(text, "__private")) {
+    return true;
+  }
   return std::any_of(
       kParts.begin(), kParts.end(), [&](std::string_view part) { return contains(text, part); });
 }
@@ -100,6 +114,7 @@ std::string in_metal_words(std::string text) {
   replace_all(text, "__constant", "constant");
   replace_all(text, "__private", "thread");
   replace_all(text, "__bf16", "bfloat");
+  replace_all(text, "<bfloat>' is unavailable", "' is unavailable");
   replace_all(text, " is incompatible with C++ standards before C++17", ": Metal is C++14");
   replace_all(text, " are incompatible with C++ standards before C++17", ": Metal is C++14");
   const size_t option = text.rfind(" [-W");

@@ -136,6 +136,24 @@ class OpenClRewriter {
     }
   }
 
+  // (half4)x → metal_lint::cast<half4>() ->* x, where nothing that binds closer is before it.
+  void vector_cast(size_t at) {
+    if (at < 2 || at + 2 >= tokens_.size() || !is(at - 1, "(") || !is(at + 1, ")")) {
+      return;
+    }
+    const Token& left = tokens_[at - 2];
+    const Token& next = tokens_[at + 2];
+    const bool operand = next.is_identifier() || next.kind == frontend::TokenKind::number ||
+                         next.is("(") || next.is("*");
+    const bool free = left.is("=") || left.is("(") || left.is(",") || left.is("return") ||
+                      left.is("/") || left.is("{") || left.is("?") || left.is(":");
+    if (operand && free) {
+      tokens_[at - 1].erased = tokens_[at + 1].erased = true;
+      tokens_[at].before += "metal_lint::cast<";
+      tokens_[at].after += ">() ->* ";
+    }
+  }
+
   void word(size_t at) {
     Token& token = tokens_[at];
     if (!token.is_identifier() || token.erased) {
@@ -157,6 +175,8 @@ class OpenClRewriter {
     } else if (
         is_vector_name(token.text) && is(at + 1, "(") && !(at > 0 && is(at - 1, "operator"))) {
       construct(at, at);
+    } else if (is_vector_name(token.text)) {
+      vector_cast(at);
     } else if (token.is("vec") && is(at + 1, "<")) {
       const size_t close = frontend::match_angle(stream_, at + 1);
       if (close != kNone && is(close + 1, "(") && !(at > 0 && is(at - 1, "operator"))) {

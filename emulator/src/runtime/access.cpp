@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "machine.h"
+#include "shadow.h"
 
 namespace metal_emulator {
 
@@ -26,6 +27,9 @@ constexpr bool writes(Access a) {
 constexpr bool is_atomic(Access a) {
   return a != Access::read && a != Access::write;
 }
+
+/// The machine, without the check of Machine::instance() whether it exists; set with the hooks.
+Machine* the_machine = nullptr;
 
 /// A lane that goes on for so many accesses without a meeting, barrier or end never ends.
 constexpr uint64_t kAccessBudget = uint64_t(1) << 31;
@@ -70,6 +74,7 @@ uint32_t merge_reader(const Accessor& me, uint32_t old, uint8_t& flags) {
     return me.tag;
   }
   if ((old & kThreadMask) / 32 != me.simdgroup) return me.tag | kManySimdgroups;
+  if (clock == me.clock && (old & kManyLanes)) return old;  // says it all: no store
   uint32_t tag = me.tag | (old & kManySimdgroups);
   if (clock == me.clock && ((old & kThreadMask) != me.thread || (old & kManyLanes)))
     tag |= kManyLanes;
@@ -250,8 +255,9 @@ inline void access_region(
   if (r.tracked) track_read(m, r, at, n, access, wide, site);
 }
 
-inline void access(const volatile void* p, size_t n, Access kind, bool wide, const void* site) {
-  Machine& m = Machine::instance();
+[[gnu::noinline]] void access(
+    const volatile void* p, size_t n, Access kind, bool wide, const void* site) {
+  Machine& m = *the_machine;
   if (--access_budget == 0) [[unlikely]]
     out_of_budget(m, site);
   if (Region* r = m.memory.find(p)) [[likely]]
@@ -266,13 +272,78 @@ inline void access(const volatile void* p, size_t n, Access kind, bool wide, con
   report_wild(m, p, n, kind, site);
 }
 
+/// A read of N bytes inside a region that share one state and bring nothing to report. Returns
+/// false, having changed nothing, where that is not so.
+template <size_t N>
+inline bool read_uniform(Machine& m, Region& r, size_t at, bool wide) {
+  shadow::Flags<N> flags(r.flags.data() + at);
+  if (m.checks) {
+    if (!flags.all(kInitialized)) return false;
+    if (r.tracked) {
+      const uint32_t* writer = r.writer.data() + at;
+      uint32_t* reader = r.reader.data() + at;
+      if (!shadow::uniform<N>(writer) || !shadow::uniform<N>(reader)) return false;
+      const Accessor me = accessor(m, r.space, wide);
+      if (unordered(me, *writer)) return false;
+      if (*reader != me.tag) {
+        uint8_t foreign = 0;
+        const uint32_t merged = merge_reader(me, *reader, foreign);
+        if (foreign) return false;
+        if (merged != *reader) shadow::fill<N>(reader, merged);
+      }
+    }
+  }
+  flags.set(kRead, r.flags.data() + at);
+  r.read_bytes += N;
+  return true;
+}
+
+template <size_t N>
+inline bool write_uniform(Machine& m, Region& r, size_t at, bool wide) {
+  if (r.read_only) return false;
+  shadow::Flags<N> flags(r.flags.data() + at);
+  if (m.checks && r.tracked) {
+    uint32_t* writer = r.writer.data() + at;
+    const uint32_t* reader = r.reader.data() + at;
+    if (!flags.none(kAtomicWriter | kForeignReader)) return false;
+    if (!shadow::uniform<N>(writer) || !shadow::uniform<N>(reader)) return false;
+    const Accessor me = accessor(m, r.space, wide);
+    if (unordered(me, *writer) || unordered(me, *reader)) return false;
+    if (*writer != me.tag) shadow::fill<N>(writer, me.tag);
+  }
+  flags.set(kWritten | kInitialized, r.flags.data() + at);
+  r.written_bytes += N;
+  return true;
+}
+
+template <size_t N, Access kind>
+inline void access_n(const volatile void* p, bool wide, const void* site) {
+  Machine& m = *the_machine;
+  Region* r = m.memory.find(p);
+  if (r) [[likely]] {
+    const size_t at = static_cast<size_t>(static_cast<const volatile char*>(p) - r->data);
+    if (at < r->bytes && N <= r->bytes - at && access_budget > 1) [[likely]] {
+      const bool done =
+          writes(kind) ? write_uniform<N>(m, *r, at, wide) : read_uniform<N>(m, *r, at, wide);
+      if (done) [[likely]] {
+        access_budget--;
+        return;
+      }
+    }
+  } else if (m.owns(const_cast<const void*>(p)) && access_budget > 1) {
+    access_budget--;
+    return;
+  }
+  access(p, N, kind, wide, site);
+}
+
 template <size_t N>
 void read_hook(const void* p) {
-  access(p, N, Access::read, false, __builtin_return_address(0));
+  access_n<N, Access::read>(p, false, __builtin_return_address(0));
 }
 template <size_t N>
 void write_hook(void* p) {
-  access(p, N, Access::write, false, __builtin_return_address(0));
+  access_n<N, Access::write>(p, false, __builtin_return_address(0));
 }
 void read_range(const void* p, size_t n, const void* site) {
   if (n) access(p, n, Access::read, false, site);
@@ -281,14 +352,18 @@ void write_range(void* p, size_t n, const void* site) {
   if (n) access(p, n, Access::write, false, site);
 }
 void simdgroup_read(const void* p, size_t n, const void* site) {
+  if (n == 16) return access_n<16, Access::read>(p, true, site);
+  if (n == 32) return access_n<32, Access::read>(p, true, site);
   access(p, n, Access::read, true, site);
 }
 void simdgroup_write(void* p, size_t n, const void* site) {
+  if (n == 16) return access_n<16, Access::write>(p, true, site);
+  if (n == 32) return access_n<32, Access::write>(p, true, site);
   access(p, n, Access::write, true, site);
 }
 
 void function_entry(void* caller) {
-  LaneState& lane = *Machine::instance().current;
+  LaneState& lane = *the_machine->current;
   if (lane.depth < kMaxCallDepth) {
     lane.frames[lane.depth] = {caller, lane.path};
     lane.path = (lane.path ^ reinterpret_cast<uintptr_t>(caller)) * 0xff51afd7ed558ccdull + 1;
@@ -296,13 +371,13 @@ void function_entry(void* caller) {
   lane.depth++;
 }
 void function_exit() {
-  LaneState& lane = *Machine::instance().current;
+  LaneState& lane = *the_machine->current;
   if (lane.depth == 0) return;
   if (--lane.depth < kMaxCallDepth) lane.path = lane.frames[lane.depth].path_before;
 }
 
 void atomic_access(const volatile void* p, uint32_t n, Access kind, const void* site) {
-  Machine& m = Machine::instance();
+  Machine& m = *the_machine;
   m.counters.atomics++;
   m.note_atomic(p, site);
   if (reinterpret_cast<uintptr_t>(p) % n != 0) {
@@ -319,33 +394,33 @@ void atomic_store(const volatile void* p, uint32_t n, const void* site) {
 
 void collective(const abi::Collective& c, const void* in, void* out, const void* site) {
   access_budget = kAccessBudget;
-  Machine::instance().meet(c, in, out, site);
+  the_machine->meet(c, in, out, site);
 }
 void threadgroup_barrier(uint32_t flags, const void* site) {
   access_budget = kAccessBudget;
-  Machine::instance().barrier(flags, site);
+  the_machine->barrier(flags, site);
 }
 uint32_t simdgroup_barrier_flags = 0;
 void finish_simdgroup_barrier(const abi::Exchange&) {
-  Machine::instance().order_simdgroup(simdgroup_barrier_flags);
+  the_machine->order_simdgroup(simdgroup_barrier_flags);
 }
 void simdgroup_barrier(uint32_t flags, const void* site) {
   static constexpr abi::Collective kBarrier{
       abi::CollectiveKind::simdgroup_barrier, &finish_simdgroup_barrier};
   simdgroup_barrier_flags = flags;
   access_budget = kAccessBudget;
-  Machine::instance().meet(kBarrier, nullptr, nullptr, site);
+  the_machine->meet(kBarrier, nullptr, nullptr, site);
 }
 void* threadgroup_variable(
     abi::ThreadgroupSlot& slot, size_t bytes, size_t alignment, const void*) {
-  return Machine::instance().place(slot, bytes, alignment);
+  return the_machine->place(slot, bytes, alignment);
 }
 void threadgroup_initialize(void* variable, const void* value, size_t bytes) {
-  Machine::instance().initialize(variable, value, bytes);
+  the_machine->initialize(variable, value, bytes);
 }
 
 void misaligned(const void* address, size_t alignment, const void* site) {
-  Machine& m = Machine::instance();
+  Machine& m = *the_machine;
   if (!m.findings.add(FindingKind::misaligned_access, site)) return;
   const Region* r = m.memory.find(address);
   m.findings.set_text(
@@ -354,7 +429,7 @@ void misaligned(const void* address, size_t alignment, const void* site) {
       m.who());
 }
 void undefined(const char* what, int64_t value, const void* site) {
-  Machine& m = Machine::instance();
+  Machine& m = *the_machine;
   if (m.findings.add(FindingKind::undefined_behavior, site))
     m.findings.set_text(std::string(what) + " (" + std::to_string(value) + "), by " + m.who());
 }
@@ -367,6 +442,7 @@ void reset_access_budget() {
 
 const abi::Hooks& hooks() {
   static const abi::Hooks table = [] {
+    the_machine = &Machine::instance();
     abi::Hooks h{};
     h.current = reinterpret_cast<const abi::Lane* const*>(&Machine::instance().current);
     h.read1 = &read_hook<1>;
