@@ -149,11 +149,14 @@ constant float kNf4Levels[16] = {
 // @region weight_nf4 : weight_packed nf4_table
 namespace metal_lora {
 
-// The scale of block i of 64 weights: stored as it is …
+// The scale of block i of 64 weights. All lanes of a simdgroup call at() together, `share` adjacent
+// lanes of one block; those that do not want it get 0. Stored as it is …
 template <typename PS>
 struct PlainAbsmax {
   PS absmax;
-  inline float at(uint block) const { return absmax[block]; }
+  inline float at(uint block, bool wanted, uint, uint) const {
+    return wanted ? float(absmax[block]) : 0.0f;
+  }
 };
 template <typename PS>
 inline PlainAbsmax<PS> plain_absmax(PS absmax) {
@@ -164,14 +167,22 @@ inline PlainAbsmax<PS> plain_absmax(PS absmax) {
 
 // … or double-quantised: code[q]·absmax2[block / 256] + offset. table: {offset, code[256],
 // absmax2[…]}.
+constant constexpr uint kNestedHead = 257;
+
+// The product is rounded first, as on the CPU, unless the compiler contracts it: one ulp.
+inline float nested_absmax(float code, float outer, float offset) {
+  const float product = code * outer;
+  return product + offset;
+}
+
 template <typename PS, typename PT>
 struct DoubleQuantAbsmax {
   PS codes;
   PT table;
-  inline float at(uint block) const {
-    // The product is rounded first, as on the CPU, unless the compiler contracts it: one ulp.
-    const float product = table[1 + uint(codes[block])] * table[257 + block / 256];
-    return product + table[0];
+  inline float at(uint block, bool wanted, uint, uint) const {
+    if (!wanted) return 0.0f;
+    return nested_absmax(
+        table[1 + uint(codes[block])], table[kNestedHead + block / 256], table[0]);
   }
 };
 template <typename PS, typename PT>
@@ -180,6 +191,39 @@ inline DoubleQuantAbsmax<PS, PT> double_quant_absmax(PS codes, PT table) {
   out.codes = codes;
   out.table = table;
   return out;
+}
+
+// The same with offset and codes in threadgroup memory, for lanes whose blocks follow one another
+// along a row: they have at most two absmax2, and the first lane of each reads it for all.
+template <typename PS, typename PT>
+struct StagedAbsmax {
+  PS codes;
+  PT table;
+  const threadgroup float* head;
+  inline float at(uint block, bool wanted, uint lane, uint share) const {
+    const uint first = simd_shuffle(block, ushort(0));
+    const uint next = min(31u, (256 - first % 256) * share);
+    float outer = 0.0f;
+    if (wanted && (lane == 0 || lane == next)) outer = table[kNestedHead + block / 256];
+    const float left = simd_shuffle(outer, ushort(0)), right = simd_shuffle(outer, ushort(next));
+    if (!wanted) return 0.0f;
+    outer = block / 256 == first / 256 ? left : right;
+    return nested_absmax(head[1 + uint(codes[block])], outer, head[0]);
+  }
+};
+template <typename PS, typename PT>
+inline StagedAbsmax<PS, PT> staged_absmax(PS codes, PT table, const threadgroup float* head) {
+  StagedAbsmax<PS, PT> out;
+  out.codes = codes;
+  out.table = table;
+  out.head = head;
+  return out;
+}
+
+// A barrier must follow before head is read.
+template <int THREADS, typename PT>
+inline void stage_nested_head(threadgroup float* head, PT table, uint thread_index) {
+  for (uint i = thread_index; i < kNestedHead; i += THREADS) head[i] = table[i];
 }
 
 // w = level[q] · absmax over blocks of 64 along a row; SHARE adjacent lanes take runs of one block,
@@ -198,10 +242,8 @@ struct Nf4Weight {
 
   inline Group group(uint row, uint column, int valid, uint lane) const {
     const uint turn = lane % SHARE;
-    float mine = 0.0f;
-    if (valid > 0 && turn == 0) {
-      mine = absmax.at((row * columns + column) / 64);
-    }
+    const bool wanted = valid > 0 && turn == 0;
+    const float mine = absmax.at((row * columns + column) / 64, wanted, lane, SHARE);
     Group out;
     out.absmax = simd_shuffle(mine, ushort(lane - turn));
     return out;

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "kernels/metal/plans.h"
 
@@ -32,17 +31,6 @@ constexpr uint32_t ceil_div(uint64_t a, uint64_t b) {
 
 inline uint32_t float_word(float value) {
   return std::bit_cast<uint32_t>(value);
-}
-
-/// One bit for each input that MLX passes in the constant space. It is part of the signature, and a
-/// kernel's name must differ where its text does: MLX compiles again when one name's text changes.
-inline int constant_inputs(const std::vector<uint64_t>& sizes) {
-  int mask = 0, bit = 1;
-  for (const uint64_t size : sizes) {
-    if (size < 8) mask |= bit;
-    bit *= 2;
-  }
-  return mask;
 }
 
 }  // namespace metal_lora::metal

@@ -36,13 +36,27 @@ inline DType dense_dtype(WeightFormat format) {
 inline int packed_bits(WeightFormat format) {
   return format == WeightFormat::int8 ? 8 : 4;
 }
+inline uint32_t bytes_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
+
+inline uint32_t group_of(const StoredWeight& w) {
+  return w.format == WeightFormat::nf4 ? kNf4Block : w.group_size;
+}
+
+/// Bytes of all parts but a double-quantised weight's table.
+inline double weight_bytes(const StoredWeight& w) {
+  const double count = double(w.n) * w.k;
+  if (!is_packed(w.format)) return count * bytes_of(dense_dtype(w.format));
+  if (w.format == WeightFormat::nf4) return count * (0.5 + (w.double_quant ? 1.0 : 4.0) / 64);
+  return count * (packed_bits(w.format) / 8.0 + 2.0 * bytes_of(w.scales_dtype) / w.group_size);
+}
 
 /// Refuses by name what the format does not allow.
 inline void check_weight(const StoredWeight& w, const char* kernel) {
   require_size(uint64_t{w.n} * w.k, kernel, "W");
   if (!is_packed(w.format)) return;
-  const bool nf4 = w.format == WeightFormat::nf4;
-  const uint32_t group = nf4 ? kNf4Block : w.group_size;
+  const uint32_t group = group_of(w);
   require(
       group == 32 || group == 64 || group == 128,
       kernel,
@@ -51,7 +65,10 @@ inline void check_weight(const StoredWeight& w, const char* kernel) {
       w.k % group == 0,
       kernel,
       "k must be a multiple of " + std::to_string(group) + " but is " + std::to_string(w.k));
-  require(!w.double_quant || nf4, kernel, "only NF4 weights are double-quantised");
+  require(
+      !w.double_quant || w.format == WeightFormat::nf4,
+      kernel,
+      "only NF4 weights are double-quantised");
 }
 
 /// "_affine" and so on, for an entry's name.
@@ -74,22 +91,49 @@ inline void add_weight(WeightFormat format, bool double_quant, Entry& entry) {
   entry.regions.push_back(nf4 ? "weight_nf4" : "weight_affine");
 }
 
+/// Where a double-quantised weight's offset and codes are read: in the table, or in the copy that
+/// the matrix-vector form's threadgroups make (stage_text).
+enum class NestedHead { in_table, staged };
+
 /// The policy as a body constructs it. Products are made in `compute`; template arguments as
 /// add_weight_args names them.
 inline std::string weight_policy(
-    WeightFormat format, bool double_quant, const std::string& compute, const std::string& k) {
+    WeightFormat format,
+    bool double_quant,
+    const std::string& compute,
+    const std::string& k,
+    NestedHead head = NestedHead::in_table) {
   if (!is_packed(format)) return "metal_lora::dense_weight<WT>(w, " + k + ")";
   if (format != WeightFormat::nf4) {
     return "metal_lora::affine_weight<" + compute +
            ", BITS, GROUP, RUN, SHARE>(w, scales, biases, " + k + ")";
   }
   return "metal_lora::nf4_weight<" + compute + ", RUN, SHARE>(w, metal_lora::" +
-         (double_quant ? "double_quant_absmax(scales, biases)" : "plain_absmax(scales)") + ", " +
-         k + ")";
+         (!double_quant                  ? "plain_absmax(scales)"
+          : head == NestedHead::in_table ? "double_quant_absmax(scales, biases)"
+                                         : "staged_absmax(scales, biases, head)") +
+         ", " + k + ")";
+}
+
+/// What a body of SIMDGROUPS simdgroups says before it uses a policy with NestedHead::staged, whose
+/// first use must lie behind a threadgroup barrier.
+inline const char* stage_text(WeightFormat format, bool double_quant) {
+  if (format != WeightFormat::nf4 || !double_quant) return "";
+  return "  threadgroup float head[metal_lora::kNestedHead];\n"
+         "  metal_lora::stage_nested_head<SIMDGROUPS * 32>(\n"
+         "      head, biases, simdgroup_index_in_threadgroup * 32 + thread_index_in_simdgroup);\n";
+}
+
+/// The most threadgroups that may each copy a double-quantised weight's head (1028 bytes): their
+/// copies stay below this part of the weight's bytes. No limit for the other formats.
+inline uint32_t most_threadgroups(const StoredWeight& w) {
+  constexpr double kMostCopied = 0.035;
+  if (!w.double_quant) return UINT32_MAX;
+  const double copies = kMostCopied * weight_bytes(w) / (kNf4NestedHead * sizeof(float));
+  return std::max(1u, static_cast<uint32_t>(std::min(copies, 4294967295.0)));
 }
 
 /// WT, or BITS, GROUP, RUN and SHARE: `run` weights a lane, `span` of a row by neighbouring lanes.
-/// ST marks the scales' type, which the body does not name but the text depends on.
 inline void add_weight_args(
     const StoredWeight& w,
     int run,
@@ -99,25 +143,13 @@ inline void add_weight_args(
     args.emplace_back("WT", dense_dtype(w.format));
     return;
   }
-  const uint32_t group = w.format == WeightFormat::nf4 ? kNf4Block : w.group_size;
+  const uint32_t group = group_of(w);
   if (is_affine(w.format)) {
-    args.emplace_back("ST", w.scales_dtype);
     args.emplace_back("BITS", packed_bits(w.format));
     args.emplace_back("GROUP", static_cast<int>(group));
   }
   args.emplace_back("RUN", run);
   args.emplace_back("SHARE", static_cast<int>(std::min(group, span)) / run);
-}
-
-/// Elements of the weight's inputs, for constant_inputs(); 8 stands for an input that is not there.
-inline std::vector<uint64_t> weight_sizes(const StoredWeight& w) {
-  const uint64_t count = uint64_t{w.n} * w.k;
-  if (!is_packed(w.format)) return {count};
-  const bool nf4 = w.format == WeightFormat::nf4;
-  const uint64_t groups = count / (nf4 ? kNf4Block : w.group_size);
-  std::vector<uint64_t> sizes = {count * static_cast<unsigned>(packed_bits(w.format)) / 32, groups};
-  if (!nf4) sizes.push_back(groups);
-  return sizes;
 }
 
 }  // namespace metal_lora::metal

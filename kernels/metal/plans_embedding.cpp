@@ -56,18 +56,13 @@ Plan plan_lora_embedding(const LoraEmbeddingShape& s) {
   require(s.rank <= 256, kName, "rank must be at most 256 but is " + std::to_string(s.rank));
   Plan plan;
   plan.entry = embedding_entry(s.format, s.double_quant, s.rank > 0);
-  std::vector<uint64_t> sizes = {s.tokens};
-  for (const uint64_t size : weight_sizes(table)) sizes.push_back(size);
   if (s.rank > 0) {
     require_size(uint64_t{s.vocab} * s.rank, kName, "A");
     require_size(uint64_t{s.dims} * s.rank, kName, "B");
-    sizes.push_back(uint64_t{s.vocab} * s.rank);
-    sizes.push_back(uint64_t{s.dims} * s.rank);
   }
   plan.template_args = {{"T", s.dtype}, {"LT", s.lora_dtype}};
   add_weight_args(table, 8, 256, plan.template_args);
   plan.template_args.emplace_back("RANKS", s.rank <= 32 ? 32 : 256);
-  plan.template_args.emplace_back("SMALL", constant_inputs(sizes));
   plan.p = {s.vocab, s.dims, s.rank, float_word(s.scale)};
   plan.threads_per_grid = {kThreads * ceil_div(s.dims, kDims), ceil_div(s.tokens, kTokens), 1};
   plan.threads_per_threadgroup = {kThreads, 1, 1};

@@ -9,8 +9,7 @@
 #include <map>
 #include <mutex>
 
-#include "kernels/metal/plan_parts.h"
-#include "kernels/metal/plans.h"
+#include "kernels/metal/plan_weights.h"
 
 namespace metal_lora::metal {
 namespace {
@@ -34,21 +33,6 @@ struct Variant {
   bool bias, dropout, u, dx;
 };
 
-bool is_dense(WeightFormat format) {
-  return format == WeightFormat::f32 || format == WeightFormat::f16 || format == WeightFormat::bf16;
-}
-DType dense_type(WeightFormat format) {
-  return format == WeightFormat::f16    ? DType::f16
-         : format == WeightFormat::bf16 ? DType::bf16
-                                        : DType::f32;
-}
-uint32_t bytes_of(DType type) {
-  return type == DType::f32 ? 4 : 2;
-}
-uint32_t bits_of(WeightFormat format) {
-  return format == WeightFormat::int8 ? 8 : 4;
-}
-
 uint32_t dropout_threshold(float dropout) {
   return static_cast<uint32_t>(std::min(4294967295.0, double{dropout} * 4294967296.0));
 }
@@ -64,40 +48,13 @@ const Entry* interned(Entry entry, std::string name) {
 }
 
 std::string suffix(const Variant& v) {
-  std::string out;
-  if (v.format == WeightFormat::nf4) {
-    out += v.double_quant ? "_nf4_nested" : "_nf4";
-  } else if (!is_dense(v.format)) {
-    out += "_affine";
-  }
+  std::string out = weight_suffix(v.format, v.double_quant);
   if (v.adapter == AdapterUse::none) out += "_base";
   if (v.adapter == AdapterUse::given) out += "_expand";
   if (v.dropout) out += "_dropout";
   if (v.bias) out += "_bias";
   if (v.u) out += "_keep";
   return out;
-}
-
-void add_weight_inputs(const Variant& v, Entry& entry) {
-  entry.inputs.push_back("w");
-  if (is_dense(v.format)) {
-    entry.regions.push_back("weight_dense");
-    return;
-  }
-  entry.inputs.push_back("scales");
-  if (v.format != WeightFormat::nf4 || v.double_quant) entry.inputs.push_back("biases");
-  entry.regions.push_back(v.format == WeightFormat::nf4 ? "weight_nf4" : "weight_affine");
-}
-
-/// The policy as the body constructs it; p[1] is k.
-std::string weight_text(const Variant& v) {
-  if (is_dense(v.format)) return "metal_lora::dense_weight<WT>(w, p[1])";
-  if (v.format != WeightFormat::nf4) {
-    return "metal_lora::affine_weight<T, BITS, GROUP, RUN, SHARE>(w, scales, biases, p[1])";
-  }
-  return std::string("metal_lora::nf4_weight<T, RUN, SHARE>(w, metal_lora::") +
-         (v.double_quant ? "double_quant_absmax(scales, biases)" : "plain_absmax(scales)") +
-         ", p[1])";
 }
 
 std::string adapter_text(const Variant& v) {
@@ -115,7 +72,7 @@ std::string adapter_text(const Variant& v) {
 
 void add_operands(const Variant& v, Entry& entry) {
   entry.inputs.push_back(v.dx ? "dy" : "x");
-  add_weight_inputs(v, entry);
+  add_weight(v.format, v.double_quant, entry);
   if (v.adapter == AdapterUse::fused) {
     entry.inputs.push_back("a");
     entry.inputs.push_back("b");
@@ -145,9 +102,10 @@ const Entry* gemv_entry(const Variant& v) {
   entry.body =
       "  typedef metal_lora::GemvTile<T, TOKENS, SIMDGROUPS, RANKS, RUN> Tile;\n"
       "  threadgroup T xs[Tile::X_SIZE];\n"
-      "  threadgroup float us[Tile::U_SIZE];\n"
-      "  metal_lora::lora_gemv<Tile, " +
-      std::string(v.u ? "true" : "false") + ">(\n      " + weight_text(v) + ",\n      " +
+      "  threadgroup float us[Tile::U_SIZE];\n" +
+      std::string(stage_text(v.format, v.double_quant)) + "  metal_lora::lora_gemv<Tile, " +
+      (v.u ? "true" : "false") + ">(\n      " +
+      weight_policy(v.format, v.double_quant, "T", "p[1]", NestedHead::staged) + ",\n      " +
       adapter_text(v) + ",\n      " + data_text(v) +
       ", p[4], xs, us,\n"
       "      threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup,\n"
@@ -162,13 +120,15 @@ const Entry* gemm_entry(const Variant& v) {
   add_operands(v, entry);
   const std::string mask = "metal_lora::adapter_mask(p[4], p[5], p[6])";
   const std::string none = "metal_lora::NoMask()";
-  entry.body = "  typedef metal_lora::GemmTile<T, " + std::string(is_dense(v.format) ? "WT" : "T") +
-               ", " + (v.adapter == AdapterUse::none ? "float" : "LT") +
-               ", BM, BN, RT, SIMDGROUPS, " + (v.dx ? "true" : "false") +
+  entry.body = "  typedef metal_lora::GemmTile<T, " +
+               std::string(is_packed(v.format) ? "T" : "WT") + ", " +
+               (v.adapter == AdapterUse::none ? "float" : "LT") + ", BM, BN, RT, SIMDGROUPS, " +
+               (v.dx ? "true" : "false") +
                "> Tile;\n"
                "  threadgroup float memory[Tile::WORDS];\n"
                "  metal_lora::lora_gemm<Tile, " +
-               (v.u ? "true" : "false") + ">(\n      " + weight_text(v) + ",\n      " +
+               (v.u ? "true" : "false") + ">(\n      " +
+               weight_policy(v.format, v.double_quant, "T", "p[1]") + ",\n      " +
                adapter_text(v) + ",\n      " + (v.dropout && !v.dx ? mask : none) + ", " +
                (v.dropout && v.dx ? mask : none) + ",\n      " + data_text(v) +
                ", memory,\n"
@@ -208,32 +168,17 @@ const Entry* shrink_entry(bool vector, bool dx, bool dropout) {
   return interned(std::move(entry), std::move(name));
 }
 
+StoredWeight weight_of(const LoraShape& s) {
+  return {s.n, s.k, s.format, s.group_size, s.scales_dtype, s.double_quant};
+}
+
 void check(const LoraShape& s, const char* kernel, bool needs_adapter) {
   require_size(uint64_t{s.m} * s.k, kernel, "x");
   require_size(uint64_t{s.m} * s.n, kernel, "y");
-  require_size(uint64_t{s.n} * s.k, kernel, "W");
   require(s.rank <= kMaxRank, kernel, "rank must be at most 256 but is " + std::to_string(s.rank));
   require(s.rank > 0 || !(needs_adapter || s.wants_u), kernel, "rank must be at least 1 but is 0");
   require(s.dropout >= 0.0f && s.dropout < 1.0f, kernel, "dropout must be in [0, 1)");
-  if (is_dense(s.format)) return;
-  const bool nf4 = s.format == WeightFormat::nf4;
-  const uint32_t group = nf4 ? 64 : s.group_size;
-  require(
-      group == 32 || group == 64 || group == 128,
-      kernel,
-      "group size must be 32, 64 or 128 but is " + std::to_string(group));
-  require(
-      s.k % group == 0,
-      kernel,
-      "k must be a multiple of " + std::to_string(group) + " but is " + std::to_string(s.k));
-  require(!s.double_quant || nf4, kernel, "only NF4 weights are double-quantised");
-}
-
-double weight_bytes(const LoraShape& s) {
-  const double count = double(s.n) * s.k;
-  if (is_dense(s.format)) return count * bytes_of(dense_type(s.format));
-  if (s.format == WeightFormat::nf4) return count * (0.5 + (s.double_quant ? 1.0 : 4.0) / 64);
-  return count * (bits_of(s.format) / 8.0 + 2.0 * bytes_of(s.scales_dtype) / s.group_size);
+  check_weight(weight_of(s), kernel);
 }
 
 std::string percent(double part) {
@@ -245,22 +190,6 @@ std::string kilobytes(double bytes) {
   char text[32];
   std::snprintf(text, sizeof text, "%.1f KB", bytes / 1000);
   return text;
-}
-
-using TemplateArgs = std::vector<std::pair<std::string, TemplateArg>>;
-
-/// `tile_columns`: weights of a row that neighbouring lanes take together.
-void add_weight_args(const LoraShape& s, int run, uint32_t tile_columns, TemplateArgs& args) {
-  if (is_dense(s.format)) {
-    args.emplace_back("WT", dense_type(s.format));
-    return;
-  }
-  const uint32_t group = s.format == WeightFormat::nf4 ? 64 : s.group_size;
-  if (s.format != WeightFormat::nf4) {
-    args.emplace_back("BITS", static_cast<int>(bits_of(s.format)));
-    args.emplace_back("GROUP", static_cast<int>(group));
-  }
-  args.emplace_back("SHARE", static_cast<int>(std::min(group, tile_columns)) / run);
 }
 
 struct GemvChoice {
@@ -275,17 +204,22 @@ GemvChoice choose_gemv(const LoraShape& s, bool fused) {
   // Four rows of eight tokens need about 100 registers: no more than 256 threads then.
   c.simdgroups = c.tokens == 8 ? 8 : 16;
   const auto rows = [&] { return static_cast<uint32_t>(c.simdgroups) * 4; };
-  c.passes = 1;
-  if (fused) {
-    c.passes = std::clamp(s.n / (rows() * kEnoughThreadgroups), 1u, 8u);
-  } else {
-    while (c.simdgroups > 2 && s.n / rows() < kEnoughThreadgroups) c.simdgroups /= 2;
+  const uint32_t most = most_threadgroups(weight_of(s));
+  // Tall: each threadgroup reads x, and A where fused.
+  c.passes = std::clamp(s.n / (rows() * kEnoughThreadgroups), 1u, 8u);
+  if (!fused) {
+    while (c.simdgroups > 2 && s.n / rows() < kEnoughThreadgroups &&
+           ceil_div(s.n, rows() / 2) <= most) {
+      c.simdgroups /= 2;
+    }
   }
+  c.passes = std::max(c.passes, ceil_div(ceil_div(s.n, rows()), most));
   c.threadgroups = ceil_div(s.n, uint64_t{rows()} * c.passes);
-  c.run = is_dense(s.format)                                        ? 8
+  c.run = !is_packed(s.format)                                      ? 8
           : s.format == WeightFormat::int8 || s.dtype == DType::f32 ? 16
                                                                     : 32;
-  c.repeated = double(c.threadgroups - 1) * s.rank * s.k * bytes_of(s.lora_dtype) / weight_bytes(s);
+  c.repeated = double(c.threadgroups - 1) * s.rank * s.k * bytes_of(s.lora_dtype) /
+               weight_bytes(weight_of(s));
   return c;
 }
 
@@ -296,19 +230,19 @@ Plan gemv_plan(const LoraShape& s, AdapterUse adapter, const GemvChoice& c) {
       gemv_entry({s.format, s.double_quant, adapter, s.has_bias, false, fused && s.wants_u, false});
   auto& args = plan.template_args;
   args = {{"T", s.dtype}};
-  add_weight_args(s, c.run, 32 * static_cast<uint32_t>(c.run), args);
+  add_weight_args(weight_of(s), c.run, 32 * static_cast<uint32_t>(c.run), args);
   if (adapter != AdapterUse::none) args.emplace_back("LT", s.lora_dtype);
   args.emplace_back("TOKENS", c.tokens);
   args.emplace_back("SIMDGROUPS", c.simdgroups);
   args.emplace_back("RANKS", adapter == AdapterUse::none ? 1 : s.rank <= 32 ? 32 : 256);
-  args.emplace_back("RUN", c.run);
+  if (!is_packed(s.format)) args.emplace_back("RUN", c.run);
   plan.p = {s.n, s.k, s.rank, float_word(s.scale), c.passes};
   const uint32_t threads = static_cast<uint32_t>(c.simdgroups) * 32;
   plan.threads_per_grid = {threads * c.threadgroups, 1, 1};
   plan.threads_per_threadgroup = {threads, 1, 1};
   plan.why = "matrix-vector form, " + std::to_string(c.threadgroups) + " threadgroups of " +
              std::to_string(c.simdgroups * 4 * c.passes) + " rows; W " +
-             kilobytes(weight_bytes(s)) + " once";
+             kilobytes(weight_bytes(weight_of(s))) + " once";
   if (fused) {
     plan.why += "; one dispatch: A read again for " + percent(c.repeated) +
                 " of W's bytes (limit " + percent(kMaxRepeatedBytes) + ")";
@@ -339,14 +273,12 @@ Plan gemm_plan(const LoraShape& s, AdapterUse adapter, bool dx, const GemmChoice
   const uint32_t width = dx ? s.k : s.n;
   // A split forward has its dropout in the shrink.
   const bool dropout = s.dropout > 0.0f && (fused || (dx && adapter == AdapterUse::given));
-  const int run = is_dense(s.format) ? 8 : 16;
   Plan plan;
   plan.entry = gemm_entry(
       {s.format, s.double_quant, adapter, s.has_bias && !dx, dropout, fused && s.wants_u, dx});
   auto& args = plan.template_args;
   args = {{"T", s.dtype}};
-  if (!is_dense(s.format)) args.emplace_back("RUN", run);
-  add_weight_args(s, run, 32, args);
+  add_weight_args(weight_of(s), is_packed(s.format) ? 16 : 8, 32, args);
   if (adapter != AdapterUse::none) args.emplace_back("LT", s.lora_dtype);
   args.emplace_back("BM", c.bm);
   args.emplace_back("BN", c.bn);

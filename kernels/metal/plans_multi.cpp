@@ -25,7 +25,7 @@ constexpr const char* kVectorBody = R"(
   typedef metal_lora::MultiGemvTile<T, TOKENS, SIMDGROUPS, RANKS, RUN> Tile;
   threadgroup T xs[Tile::X_SIZE];
   threadgroup float us[Tile::U_SIZE];
-  metal_lora::lora_multi_gemv<Tile>(
+STAGE  metal_lora::lora_multi_gemv<Tile>(
       WEIGHT, BANK, BIAS, x, index, y,
       uint(x_shape[0]), p[0], p[1], p[2], xs, us, threadgroup_position_in_grid.x,
       simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
@@ -62,7 +62,9 @@ Entry make_entry(const Variant& v, const char* name) {
   entry.inputs.push_back("p");
   entry.body = v.vector ? kVectorBody : kTiledBody;
   if (!v.vector) replace(entry.body, "PRODUCT", is_packed(v.format) ? "T" : "WT");
-  replace(entry.body, "WEIGHT", weight_policy(v.format, v.double_quant, "T", "p[1]"));
+  const auto head = v.vector ? NestedHead::staged : NestedHead::in_table;
+  replace(entry.body, "WEIGHT", weight_policy(v.format, v.double_quant, "T", "p[1]", head));
+  if (v.vector) replace(entry.body, "STAGE", stage_text(v.format, v.double_quant));
   replace(entry.body, "BANK", kBank);
   replace(entry.body, "BIAS", v.bias ? "metal_lora::make_bias(bias)" : "metal_lora::NoBias()");
   return entry;
@@ -118,29 +120,18 @@ void check(const LoraMultiShape& s) {
   require_size(ranks * s.n, kName, "B");
 }
 
-int small_inputs(const LoraMultiShape& s) {
-  std::vector<uint64_t> sizes = {uint64_t{s.m} * s.k};
-  for (const uint64_t size : weight_sizes(weight_of(s))) sizes.push_back(size);
-  const uint64_t ranks = uint64_t{s.adapters} * s.max_rank;
-  for (const uint64_t size : {ranks * s.k, ranks * s.n, uint64_t{s.adapters}, uint64_t{s.m}}) {
-    sizes.push_back(size);
-  }
-  if (s.has_bias) sizes.push_back(s.n);
-  return constant_inputs(sizes);
-}
-
 /// Every threadgroup reads the A of all adapters that the tokens name: taller tiles where that
 /// could exceed half of W's bytes.
 uint32_t choose_passes(const LoraMultiShape& s, uint32_t rows) {
   const double a_bytes =
-      double(std::min(s.m, s.adapters)) * s.max_rank * s.k * (s.lora_dtype == DType::f32 ? 4 : 2);
-  const double w_bytes = double(s.n) * s.k *
-                         (!is_packed(s.format) ? (s.format == WeightFormat::f32 ? 4.0 : 2.0)
-                                               : packed_bits(s.format) / 8.0);
-  const double affordable =
-      std::clamp(0.5 * w_bytes / a_bytes, double{kFewestThreadgroups}, double{kEnoughThreadgroups});
+      double(std::min(s.m, s.adapters)) * s.max_rank * s.k * bytes_of(s.lora_dtype);
+  const double affordable = std::clamp(
+      0.5 * weight_bytes(weight_of(s)) / a_bytes,
+      double{kFewestThreadgroups},
+      double{kEnoughThreadgroups});
   const auto passes = static_cast<uint32_t>(s.n / (rows * affordable));
-  return std::clamp(passes, uint32_t{1}, uint32_t{16});
+  const uint32_t fewer = ceil_div(ceil_div(s.n, rows), most_threadgroups(weight_of(s)));
+  return std::max(fewer, std::clamp(passes, uint32_t{1}, uint32_t{16}));
 }
 
 void plan_vector(const LoraMultiShape& s, Plan& plan) {
@@ -187,7 +178,7 @@ Plan plan_lora_multi(const LoraMultiShape& s) {
   const bool vector = s.m <= kVectorTokens;
   Plan plan;
   plan.entry = multi_entry({vector, s.format, s.double_quant, s.has_bias});
-  plan.template_args = {{"T", s.dtype}, {"LT", s.lora_dtype}, {"SMALL", small_inputs(s)}};
+  plan.template_args = {{"T", s.dtype}, {"LT", s.lora_dtype}};
   if (vector) {
     plan_vector(s, plan);
   } else {

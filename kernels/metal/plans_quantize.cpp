@@ -85,7 +85,6 @@ Plan plan_dequantize(const QuantizeShape& s) {
   plan.entry = &entries[is_affine(s.format) ? 0 : s.double_quant ? 2 : 1];
   plan.template_args = {{"T", s.dtype}};
   add_weight_args(weight_of(s), 8, 256, plan.template_args);
-  plan.template_args.emplace_back("SMALL", constant_inputs(weight_sizes(weight_of(s))));
   plan.p = {s.n, s.k};
   set_grid(s, plan);
   plan.why = "each word once; a group's scale once";

@@ -104,16 +104,7 @@ Plan plan_lora_grad(const LoraGradShape& s) {
   const bool drop = s.dropout > 0.0f;
   Plan plan;
   plan.entry = &kGrad;
-  plan.template_args = {
-      {"T", s.dtype},
-      {"RT", static_cast<int>(ranks)},
-      {"DROP", drop},
-      {"SMALL",
-       constant_inputs(
-           {uint64_t{s.m} * s.k,
-            uint64_t{s.m} * s.rank,
-            uint64_t{s.m} * s.n,
-            uint64_t{s.m} * s.rank})}};
+  plan.template_args = {{"T", s.dtype}, {"RT", static_cast<int>(ranks)}, {"DROP", drop}};
   // As the CPU's: threshold = p·2³² in f64, the factor in f32.
   const auto threshold =
       static_cast<uint32_t>(std::min(4294967295.0, static_cast<double>(s.dropout) * 4294967296.0));
@@ -137,15 +128,7 @@ Plan plan_lora_embedding_grad(const LoraEmbeddingShape& s) {
   require_size(uint64_t{s.dims} * s.rank, "lora_embedding_grad", "dB");
   Plan plan;
   plan.entry = &kEmbeddingGrad;
-  plan.template_args = {
-      {"T", s.dtype},
-      {"LT", s.lora_dtype},
-      {"SMALL",
-       constant_inputs(
-           {s.tokens,
-            uint64_t{s.tokens} * s.dims,
-            uint64_t{s.vocab} * s.rank,
-            uint64_t{s.dims} * s.rank})}};
+  plan.template_args = {{"T", s.dtype}, {"LT", s.lora_dtype}};
   plan.p = {float_word(s.scale)};
   const uint32_t chunks = ceil_div(s.rank, kEmbeddingRanks);
   set_grid(plan, ceil_div(s.vocab, kThreads) + ceil_div(s.dims, kTileColumns), chunks);
@@ -166,7 +149,6 @@ std::vector<Plan> plan_adamw(uint64_t count) {
   Plan update;
   if (count <= kAdamWSingleCount) {
     update.entry = &kAdamWSingle;
-    update.template_args = {{"SMALL", constant_inputs({count})}};
     update.p = {n};
     set_grid(update, 1);
     update.why = "one threadgroup takes the norm and updates: gradients are read twice";
@@ -179,7 +161,6 @@ std::vector<Plan> plan_adamw(uint64_t count) {
   set_grid(norm, partials);
   norm.why = "partial norms of " + std::to_string(partials) + " chunks: 4 bytes an element";
   update.entry = &kAdamWUpdate;
-  update.template_args = {{"SMALL", constant_inputs({uint64_t{partials} * 3})}};
   update.p = {n, kChunk, partials};
   set_grid(update, ceil_div(count, kChunk));
   update.why =

@@ -57,16 +57,9 @@ Plan plan_verify(const VerifyShape& s) {
   require(s.vocab < (1u << 31), kName, "vocab must be below 2^31");
   require(s.temperature >= 0.0f, kName, "temperature must be 0 or more");
   const bool greedy = s.temperature == 0.0f, probabilities = !greedy && s.has_draft_probs;
-  const uint64_t tokens = uint64_t{s.batch} * s.drafts;
   Plan plan;
   plan.entry = greedy ? &kGreedy : probabilities ? &kSampled : &kCertain;
-  plan.template_args = {
-      {"T", s.dtype},
-      {"SMALL",
-       constant_inputs(
-           {uint64_t{s.batch} * (s.drafts + 1) * s.vocab,
-            tokens,
-            probabilities ? tokens * s.vocab : 8})}};
+  plan.template_args = {{"T", s.dtype}};
   plan.p = {s.drafts, s.vocab};
   if (!greedy) {
     plan.p.push_back(float_word(1.0f / s.temperature));
