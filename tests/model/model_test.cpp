@@ -2,8 +2,10 @@
 // SPDX-License-Identifier: MIT
 #include "metal_lora/model.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <mlx/mlx.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
@@ -237,7 +239,8 @@ TEST(Model, QuantisedOnLoadStaysClose) {
   // hidden 32: groups of 32. INT8 rounds weights of range ~6σ to 1/255 of it.
   const auto golden = read_golden(kModels / "llama");
   const auto model = Model::load(
-      kModels / "llama", {.dtype = mx::float32, .quantize = Quantization::int8, .quantize_group = 32});
+      kModels / "llama",
+      {.dtype = mx::float32, .quantize = Quantization::int8, .quantize_group = 32});
   ASSERT_TRUE(model->linear("model.layers.0.self_attn.q_proj").weight.is_quantized());
   expect_close(all_logits(*model, golden.tokens), golden.logits, 0.05, "int8");
 }
@@ -260,7 +263,7 @@ TEST(AdapterWeights, RefusesWhatDoesNotFit) {
 
 /// A copy of a golden model with one field of its config.json changed (or removed by null).
 fs::path changed_model(const std::string& field, const io::Json& value) {
-  const auto to = fs::path(::testing::TempDir()) / ("model_" + field);
+  const auto to = fs::path(::testing::TempDir()) / fmt::format("model_{}_{}", ::getpid(), field);
   fs::remove_all(to);
   fs::create_directories(to);
   fs::copy(kModels / "llama" / "model.safetensors", to / "model.safetensors");

@@ -356,6 +356,7 @@ def test_inspect_kinds(cli, tiny, data, trained):
 def test_bench_explains_and_measures(cli, tiny):
     line, = cli.json("bench", "ops", "--explain")
     assert {row["tokens"] for row in line["forms"]} == {1, 8, 64, 512}
+    assert {row["weight"] for row in line["forms"]} == {"f32", "bf16", "int4", "int8", "nf4"}
     for what in ("decode", "prefill"):
         line, = cli.json("bench", what, "--model", tiny, "--rank", 4, "--rounds", 2, "--tokens", 8,
                          "--prompt-tokens", 16)
@@ -393,6 +394,15 @@ def test_version(cli):
     (["inspect", "/nowhere"], 3, "/nowhere"),
     (["inspect", "/etc/hostname"], 2, "/etc/hostname"),
     (["convert", "/nowhere", "--output", "/tmp/x"], 3, "/nowhere"),
+    (["convert", "{tiny}", "--output", "/tmp/x", "--quantize", "nf4"], 2, "nf4 cannot be written"),
+    (["convert", "{tiny}", "--output", "/tmp/x", "--quantize", "5"], 2, "4 or 8"),
+    (["fuse", "--model", "{tiny}", "--adapter-path", "/nowhere", "--output", "/tmp/x", "--quantize", "nf4"],
+     2, "nf4 cannot be written"),
+    (["generate", "--model", "{tiny}", "--prompt", "x", "--quantize", "fp4"], 2, "fp4"),
+    (["generate", "--model", "{tiny}", "--prompt", "x", "--quantize", "nf4"], 2, "multiple of 64"),
+    (["generate", "--model", "{tiny}", "--prompt", "x", "--no-double-quant"], 2, "double_quant"),
+    (["train", "--model", "{tiny}", "--data", "x", "--quantize", "nf4", "--quantize-group-size", "32"],
+     2, "quantize_group_size"),
     (["bench", "nothing"], 2, "nothing"),
 ])
 def test_errors_have_a_code_and_name_the_culprit(cli, tiny, words, code, says):
@@ -410,6 +420,18 @@ def test_smollm2_answers(cli, model_path):
     line, = cli.json("generate", "--model", model_path, "--chat", "--prompt", "What is the capital of France?",
                      "--max-tokens", 24, "--temp", 0)
     assert "Paris" in line["text"] and line["finish_reason"] in {"eos", "max_tokens"}
+
+
+def test_smollm2_as_nf4(cli, model_path, tmp_path):
+    """A base as QLoRA has it: generate, and which kernels its weights take."""
+    cli.json("convert", model_path, "--output", tmp_path / "hf")  # the file may be quantised: dense
+    words = ["--model", tmp_path / "hf", "--quantize", "nf4"]
+    for more in ([], ["--no-double-quant"]):
+        line, = cli.json("generate", *words, *more, "--chat", "--prompt", "What is the capital of France?",
+                         "--max-tokens", 24)
+        assert "Paris" in line["text"]
+    line, = cli.json("bench", "ops", "--explain", *words)
+    assert {row["weight"] for row in line["forms"]} == {"nf4"}
 
 
 def test_smollm2_converted_gives_the_same_scores(cli, model_path, tmp_path):

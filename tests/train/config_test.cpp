@@ -123,6 +123,33 @@ TEST(TrainingConfig, WrongTypesNameFileLineAndValue) {
       error_of("lr_schedule: &a {name: join_schedules, schedules: [*a]}"), HasSubstr("deep"));
 }
 
+TEST(TrainingConfig, QuantisesAsTheFileOrTheFlagSays) {
+  EXPECT_EQ(TrainingConfig{}.to_json()["quantize"], 0);
+  EXPECT_EQ(TrainingConfig{}.to_json()["double_quant"], true);
+  TrainingConfig config =
+      TrainingConfig::from_yaml_text("quantize: nf4\ndouble_quant: false", "lora.yaml");
+  config.validate();
+  EXPECT_EQ(config.load_options().quantize, Quantization::nf4);
+  EXPECT_FALSE(config.load_options().double_quant);
+  EXPECT_EQ(config.to_json()["quantize"], "nf4");
+  config.set("double_quant", "true");
+  EXPECT_TRUE(config.load_options().double_quant);
+  config.set("quantize", "8");
+  config.validate();
+  EXPECT_EQ(config.load_options().quantize, Quantization::int8);
+  EXPECT_EQ(config.to_json()["quantize"], 8);
+  EXPECT_THAT(
+      error_of("quantize: 5"),
+      HasSubstr("[lora.yaml:1, quantize] must be 0, 4, 8 or nf4 but is \"5\""));
+}
+
+TEST(TrainingConfig, QlorasWordsAreAnsweredWithOurs) {
+  EXPECT_THAT(error_of("bnb_4bit_quant_type: nf4"), HasSubstr("quantize: nf4"));
+  EXPECT_THAT(error_of("bnb_4bit_use_double_quant: true"), HasSubstr("double_quant: true"));
+  EXPECT_THAT(error_of("load_in_4bit: true"), HasSubstr("quantize: nf4"));
+  EXPECT_THAT(error_of("load_in_8bit: true"), HasSubstr("quantize: 8"));
+}
+
 TEST(TrainingConfig, ImpossibleValuesAreRefused) {
   for (const char* text :
        {"batch_size: 0",
@@ -137,7 +164,12 @@ TEST(TrainingConfig, ImpossibleValuesAreRefused) {
         "learning_rate: -1",
         "grad_clip: -0.5",
         "quantize: 3",
+        "quantize: NF4",
+        "quantize: [nf4]",
         "quantize_group_size: 48",
+        "quantize: nf4\nquantize_group_size: 32",
+        "quantize: 4\ndouble_quant: false",
+        "double_quant: maybe",
         "dtype: int8",
         "optimizer: lion",
         "lora_parameters: {rank: 0}",
@@ -207,7 +239,13 @@ TEST(TrainingConfig, EveryOptionCanBeSetAndHasItsOwnFlag) {
     const bool number_like = option.type == OptionType::integer ||
                              option.type == OptionType::number || option.type == OptionType::size;
     const bool numbers = option.key == "lr_schedule.arguments";
-    config.set(option.key, flag_like ? "true" : number_like || numbers ? "3" : "word");
+    const bool named = option.key == "quantize";
+    config.set(
+        option.key,
+        flag_like                ? "true"
+        : number_like || numbers ? "3"
+        : named                  ? "nf4"
+                                 : "word");
     EXPECT_FALSE(config.given.empty()) << option.key;
   }
 }

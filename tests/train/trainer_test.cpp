@@ -217,6 +217,47 @@ TEST_F(TrainerTest, RefusesWhatDoesNotFitAndNamesTheKnob) {
   EXPECT_GT(make_trainer(config)->estimate.total(), 0u);
 }
 
+TEST_F(TrainerTest, LearnsOnAnNf4BaseAndResumesOnTheSameOne) {
+  TrainingConfig config = make_config("nf4");
+  config.quantize = Quantization::nf4;
+  config.iters = 40;
+  config.learning_rate = 1e-2;
+  std::vector<TrainReport> reports;
+  TrainerCallbacks callbacks;
+  callbacks.on_report = [&](const TrainReport& report) { reports.push_back(report); };
+  make_trainer(config, callbacks)->run();
+  ASSERT_EQ(reports.size(), 4u);
+  EXPECT_LT(reports.back().train_loss, 0.9 * reports.front().train_loss);
+  config.resume = true;
+  config.double_quant = false;
+  config.iters = 50;
+  try {
+    make_trainer(config)->run();
+    ADD_FAILURE() << "went on over another base";
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), HasSubstr("double_quant"));
+  }
+}
+
+TEST_F(TrainerTest, ADenseModelForetellsTheMemoryOfAQuantisedOne) {
+  const auto weights = [](const Model& model, const TrainingConfig& config) {
+    return estimate_memory(model, config, 100, 1000).weights;
+  };
+  TrainingConfig config = make_config("estimate");
+  const auto dense = Model::load(config.model, config.load_options());
+  EXPECT_EQ(weights(*dense, config), dense->weight_bytes());
+  for (const char* name : {"4", "8", "nf4"}) {
+    config.set("quantize", name);
+    const auto loaded = Model::load(config.model, config.load_options());
+    EXPECT_LT(loaded->weight_bytes(), dense->weight_bytes() / 2) << name;
+    EXPECT_EQ(weights(*dense, config), loaded->weight_bytes()) << name;
+    EXPECT_EQ(weights(*loaded, config), loaded->weight_bytes()) << name;
+  }
+  config.double_quant = false;
+  const auto plain = Model::load(config.model, config.load_options());
+  EXPECT_EQ(weights(*dense, config), plain->weight_bytes());
+}
+
 TEST_F(TrainerTest, MissingDataIsNamed) {
   TrainingConfig config = make_config("none");
   config.data = (folder_ / "nowhere").string();
