@@ -47,7 +47,7 @@ LAYER_OF_HEADER = {
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 CPP_SUFFIXES = {".h", ".cpp", ".cc", ".inl"}
 SOURCE_FOLDERS = ("include", "kernels", "src")
-LICENSED_FOLDERS = (*SOURCE_FOLDERS, "tests", "fuzz", "bench", "scripts", "examples")
+LICENSED_FOLDERS = (*SOURCE_FOLDERS, "emulator", "tests", "fuzz", "bench", "scripts", "examples")
 LICENSED_ROOT_FILES = ("quickstart", "run-tests", ".ci/run")
 COPYRIGHT = "Copyright © 2026 The MetalLoRA authors."
 LICENSE = "SPDX-License-Identifier: MIT"
@@ -122,7 +122,7 @@ def layer_violations(root):
 
 
 def needs_header(path):
-    if path.suffix in CPP_SUFFIXES | {".py", ".sh"}:
+    if path.suffix in CPP_SUFFIXES | {".metal", ".py", ".sh"}:
         return True
     with open(path, "rb") as file:
         return file.read(2) == b"#!"
@@ -136,7 +136,7 @@ def license_violations(root):
             continue
         lines = read_lines(path)
         start = 1 if lines and lines[0].startswith("#!") else 0
-        mark = "//" if path.suffix in CPP_SUFFIXES else "#"
+        mark = "//" if path.suffix in CPP_SUFFIXES | {".metal"} else "#"
         if lines[start : start + 2] != [f"{mark} {COPYRIGHT}", f"{mark} {LICENSE}"]:
             yield f"{path.relative_to(root).as_posix()}: must open with the two-line licence header"
 

@@ -28,4 +28,27 @@ Plan plan_add_scaled(uint32_t m, uint32_t n, float scale, DType dtype) {
   return plan;
 }
 
+Plan plan_plain_linear(uint32_t m, uint32_t n, uint32_t k, DType dtype) {
+  constexpr const char* kKernel = "plain_linear";
+  static const Entry entry{
+      kKernel,
+      {kKernel},
+      {"x", "w", "p"},
+      {"y"},
+      "  metal_lora::plain_linear<T>(x, w, y, p[0], p[1], threadgroup_position_in_grid.x,\n"
+      "      thread_index_in_simdgroup);\n"};
+  require_size(uint64_t{m} * n, kKernel, "y");
+  require_size(uint64_t{m} * k, kKernel, "x");
+  require_size(uint64_t{n} * k, kKernel, "w");
+  require(uint64_t{m} * n < (uint64_t{1} << 27), kKernel, "y must have fewer than 2^27 elements");
+  Plan plan;
+  plan.entry = &entry;
+  plan.template_args = {{"T", dtype}};
+  plan.p = {n, k};
+  plan.threads_per_grid = {32 * m * n, 1, 1};
+  plan.threads_per_threadgroup = {32, 1, 1};
+  plan.why = "plain form, a simdgroup for each output";
+  return plan;
+}
+
 }  // namespace metal_lora::metal

@@ -12,6 +12,7 @@
 #include "metal_lora/error.h"
 #include "src/cli/commands.h"
 #include "src/cli/version.h"
+#include "src/launch/backend.h"
 
 namespace metal_lora::cli {
 namespace {
@@ -158,6 +159,7 @@ int run_command_line(int argc, const char* const* argv) {
   console.json = std::find(words.begin(), words.end(), "--json") != words.end();
   const bool json = console.json;
   try {
+    set_default_device_for(active_backend());
     CLI::App root{
         "Low-rank adaptation of language models: fine-tune a model on your data, talk to it, "
         "measure it.",

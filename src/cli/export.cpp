@@ -6,6 +6,7 @@
 #include <memory>
 
 #include <fmt/format.h>
+#include <mlx/transforms.h>
 
 #include "metal_lora/adapter.h"
 #include "metal_lora/train.h"
@@ -56,7 +57,7 @@ nlohmann::ordered_json step_json(const ExportedFunction& step) {
 }
 
 void run_export(Console& console, const ExportFlags& flags) {
-  BackendScope scope(Backend::metal);
+  BackendScope scope(Backend::metal);  // from the start: weights stay in rows
   Session session = Session::load(console, flags.model);
   const fs::path folder = flags.output;
   fs::create_directories(folder);
@@ -71,11 +72,11 @@ void run_export(Console& console, const ExportFlags& flags) {
   const auto train = export_train_step(
       *session.model, session.adapter, flags.tokens, folder / "train_step.mlxfn");
   console.progress("export decode_step");
-  const auto decode = export_decode_step(
-      *session.model,
-      session.adapter.astype(session.model->dtype()),
-      flags.capacity,
-      folder / "decode_step.mlxfn");
+  // Cast now: a cast inside the graph would run for each token.
+  const auto narrow = session.adapter.astype(session.model->dtype());
+  mlx::core::eval(narrow.parameters());
+  const auto decode =
+      export_decode_step(*session.model, narrow, flags.capacity, folder / "decode_step.mlxfn");
   console.clear_progress();
   auto tensors = nlohmann::ordered_json::array();
   for (const auto& module : session.adapter.modules()) {

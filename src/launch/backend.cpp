@@ -29,10 +29,16 @@ Backend choose() {
           "[METAL_LORA_BACKEND] metal needs an Apple GPU, and MLX finds none",
           "METAL_LORA_BACKEND=emulator runs the same kernels on a CPU, slowly");
     }
-    if (backend == Backend::cuda) {
+#ifdef METAL_LORA_EMULATOR
+    constexpr bool kHasEmulator = true;
+#else
+    constexpr bool kHasEmulator = false;
+#endif
+    if (backend == Backend::cuda || (backend == Backend::emulator && !kHasEmulator)) {
       throw Error(
           ErrorCode::unsupported,
-          "[METAL_LORA_BACKEND] this build has kernels for cpu, metal and emulator, got cuda",
+          std::string("[METAL_LORA_BACKEND] this build has kernels for cpu, metal") +
+              (kHasEmulator ? " and emulator" : "") + ", got " + wanted,
           "unset METAL_LORA_BACKEND");
     }
     return backend;
@@ -78,6 +84,10 @@ mx::Stream backend_stream(Backend backend) {
   // MLX gives out streams of devices that it finds only.
   return mx::is_available(mx::Device::gpu) ? mx::default_stream(mx::Device::gpu)
                                            : mx::Stream(0, mx::Device::gpu);
+}
+
+void set_default_device_for(Backend backend) {
+  mx::set_default_device(backend_stream(backend).device);
 }
 
 BackendScope::BackendScope(Backend backend) : previous_(overridden) {

@@ -178,11 +178,17 @@ class KernelPrimitive : public mx::Primitive {
   std::shared_ptr<const Launch> launch_;
 };
 
-}  // namespace
-
-namespace {
-
 Arrays launch_metal(Launch launch, mx::StreamOrDevice stream) {
+  const bool in_place = std::any_of(
+      launch.outputs.begin(), launch.outputs.end(), [](const auto& o) { return o.in_place_of >= 0; });
+  if (!launch.inputs.empty() && launch.inputs[0].size() == 0 && !in_place) {
+    // No tokens: a dispatch has at least one thread, and every sum over nothing is 0.
+    Arrays zeros;
+    for (const auto& output : launch.outputs) {
+      zeros.push_back(mx::zeros(output.shape, output.dtype, stream));
+    }
+    return zeros;
+  }
   if (launch.mlx && !launch.metal) return launch.mlx(launch.inputs, stream);
   if (!launch.metal) {
     throw Error(
@@ -190,14 +196,6 @@ Arrays launch_metal(Launch launch, mx::StreamOrDevice stream) {
         std::string("[") + launch.kernel + "] has no " +
             std::string(backend_name(active_backend())) + " kernel",
         "METAL_LORA_BACKEND=cpu has one");
-  }
-  if (!launch.inputs.empty() && launch.inputs[0].size() == 0) {
-    // No tokens: a dispatch has at least one thread, and every sum over nothing is 0.
-    Arrays zeros;
-    for (const auto& output : launch.outputs) {
-      zeros.push_back(mx::zeros(output.shape, output.dtype, stream));
-    }
-    return zeros;
   }
   auto build = [metal = launch.metal, stream](const Arrays& in) { return metal(in, stream); };
   if (!launch.vjp) return build(launch.inputs);

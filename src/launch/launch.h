@@ -41,7 +41,7 @@ struct Launch {
   /// Runs on the stream's thread; parameters and base weights are captured by value (handles).
   std::function<void(const KernelArgs&)> cpu = {};
   /// The op as Metal kernels: nodes made by metal_dispatch(). Gradients come from `vjp`. Not called
-  /// when inputs[0] is empty: the outputs are zeros then.
+  /// when inputs[0] is empty and nothing is in place: the outputs are zeros then.
   GraphFunction metal = {};
   /// The op in MLX's own operations, which the Metal backend runs where the project has no kernel
   /// and MLX's is good. Gradients are MLX's.

@@ -9,8 +9,6 @@
 #include <string>
 #include <vector>
 
-#include <metal_emulator/emulator.h>
-
 #include "kernels/metal/plans.h"
 #include "src/launch/launch.h"
 
@@ -36,26 +34,9 @@ struct RecordedKernel {
 /// Records through mx::export_function; needs no GPU. Only shapes and types of the inputs matter.
 RecordedKernel record_metal_kernel(
     const metal::Plan& plan, const Arrays& inputs, const std::vector<OutputSpec>& outputs);
-
-/// The names that MLX's preamble would define and its generated signatures use.
-std::string_view mlx_preamble();
-
-/// One dispatch that the emulator ran.
-struct EmulatedDispatch {
-  std::string kernel;  ///< Entry::name
-  std::string why;     ///< Plan::why
-  std::vector<std::string> buffer_names;  ///< by buffer index
-  metal_emulator::Report report;
-};
-/// While it lives, the emulator's dispatches of all threads are noted, oldest first.
-class EmulatorLog {
- public:
-  EmulatorLog();
-  ~EmulatorLog();
-  EmulatorLog(const EmulatorLog&) = delete;
-  EmulatorLog& operator=(const EmulatorLog&) = delete;
-  std::vector<EmulatedDispatch> take();
-};
+/// The same for inputs that end with the plan's `p`.
+RecordedKernel record_with_params(
+    const metal::Plan& plan, const Arrays& inputs, const std::vector<OutputSpec>& outputs);
 
 /// Takes the nodes that only carry gradients out of a finished graph (they pass their inputs
 /// through), so that mx::export_function can write it.

@@ -42,6 +42,23 @@ std::vector<mx::array> unflatten(
 
 }  // namespace
 
+StepFunction train_step_function(const Model& model, const AdapterWeights& adapter) {
+  return [&model, adapter](const std::vector<mx::array>& in) {
+    const auto s = ops::stream();
+    const ops::Segments segments{in[1], in[2]};
+    const auto loss = [&](const std::vector<mx::array>& values) {
+      return std::vector<mx::array>{
+          model.loss(in[0], segments, in[3], in[4], adapter.with_parameters(values), true)};
+    };
+    const auto values = unflatten(in[5], adapter.parameters(), s);
+    auto [losses, grads] = mx::vjp(loss, values, {mx::array(1.0f)});
+    for (auto& g : grads) g = mx::reshape(mx::astype(g, mx::float32, s), {-1}, s);
+    auto outputs = ops::adamw_metal({in[5], mx::concatenate(grads, 0, s), in[6], in[7]}, in[8]);
+    outputs.insert(outputs.begin(), losses[0]);
+    return outputs;
+  };
+}
+
 ExportedFunction export_train_step(
     const Model& model,
     const AdapterWeights& adapter,
@@ -56,20 +73,8 @@ ExportedFunction export_train_step(
     throw Error(ErrorCode::invalid_input, "[export] the adapter must have tensors but has none");
   }
   std::vector<mx::array> outputs;
-  const auto step = [&](const std::vector<mx::array>& in) {
-    const auto s = ops::stream();
-    const ops::Segments segments{in[1], in[2]};
-    const auto loss = [&](const std::vector<mx::array>& values) {
-      return std::vector<mx::array>{model.loss(
-          in[0], segments, in[3], in[4], adapter.with_parameters(values), true)};
-    };
-    const auto values = unflatten(in[5], tensors, s);
-    auto [losses, grads] = mx::vjp(loss, values, {mx::array(1.0f)});
-    for (auto& g : grads) g = mx::reshape(mx::astype(g, mx::float32, s), {-1}, s);
-    auto updated =
-        ops::adamw_metal({in[5], mx::concatenate(grads, 0, s), in[6], in[7]}, in[8]);
-    outputs = {losses[0]};
-    outputs.insert(outputs.end(), updated.begin(), updated.end());
+  const auto step = [&, graph = train_step_function(model, adapter)](const auto& in) {
+    outputs = graph(in);
     return outputs;
   };
   const auto ints = [&] { return mx::zeros({tokens}, mx::int32); };

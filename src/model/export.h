@@ -1,11 +1,14 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// Whole steps of a model as graphs for MLX on a Mac. The kernels in them are this project's; weights
-// are constants of the graph.
+// Whole steps of a model as graphs for MLX on a Mac. Linear layers, embedding and optimizer are this
+// project's kernels. Attention and norms are MLX's: written on a machine without a GPU they are its
+// plain operations, not its fused kernels, and a few of MLX's own gradient nodes (of softmax) are on
+// the CPU stream. Weights are constants of the graph.
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -22,6 +25,13 @@ struct ExportedFunction {
   std::filesystem::path file;
   std::vector<ExportedArray> inputs, outputs;
 };
+
+using StepFunction =
+    std::function<std::vector<mlx::core::array>(const std::vector<mlx::core::array>&)>;
+
+/// The step that export_train_step writes, for the active backend, which must run Metal kernels.
+/// Keeps references to its arguments.
+StepFunction train_step_function(const Model& model, const AdapterWeights& adapter);
 
 /// One training step over a packed stream of `tokens`: loss, gradients of all adapter tensors and
 /// AdamW. Inputs tokens, positions, segment_start, targets int32 [tokens], weights f32 [tokens],

@@ -32,7 +32,10 @@ void settle(LoraLinear& linear) {
     linear.lora->b = mx::contiguous(linear.lora->b);
     mx::eval(linear.lora->a, linear.lora->b);
   }
-  if (linear.bias) linear.bias->eval();
+  if (linear.bias) {
+    linear.bias = mx::contiguous(*linear.bias);
+    linear.bias->eval();
+  }
 }
 
 cpu::LinearView linear_view(const LoraLinear& linear) {

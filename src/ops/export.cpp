@@ -30,7 +30,7 @@ void export_for_metal(
           return outputs;
         }),
         arguments);
-  } catch (const std::runtime_error& why) {
+  } catch (const std::exception& why) {
     std::error_code ignored;
     fs::remove(unfinished, ignored);
     if (dynamic_cast<const Error*>(&why) != nullptr) throw;

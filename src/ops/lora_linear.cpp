@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: MIT
 #include <mlx/ops.h>
 
+#include "src/launch/backend.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
 #include "src/ops/lora_linear_group.h"
@@ -47,7 +48,8 @@ Group checked_group(const mx::array& x, std::span<const LoraLinear> linears) {
     if (branch.bias) {
       check_shape(kOp, "bias", *branch.bias, {linear.weight.out_features()});
       check_dtype(kOp, "bias", *branch.bias, mx::float32);
-      branch.bias->eval();
+      branch.bias = mx::contiguous(*branch.bias, false, stream());
+      if (!runs_metal_kernels(active_backend())) branch.bias->eval();
     }
     group.branches.push_back(std::move(branch));
   }

@@ -4,6 +4,7 @@
 #include <mlx/transforms.h>
 
 #include "kernels/metal/plans_multi.h"
+#include "src/launch/backend.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
 #include "src/ops/metal_ops.h"
@@ -56,8 +57,8 @@ Call checked_call(
   if (bias) {
     check_shape(kOp, "bias", *bias, {weight.out_features()});
     check_dtype(kOp, "bias", *bias, mx::float32);
-    call.bias = mx::contiguous(*bias);
-    call.bias->eval();
+    call.bias = mx::contiguous(*bias, false, stream());
+    if (!runs_metal_kernels(active_backend())) call.bias->eval();
   }
   return call;
 }

@@ -86,13 +86,14 @@ mx::array linear_cross_entropy(
           },
       .mlx =
           [head](const Arrays& in, mx::StreamOrDevice s) {
-            auto losses = with_mlx::token_losses(in[0], head, in[1], s);
-            // A token that does not count may have any target: no NaN of its may reach the sum.
-            auto counted = mx::where(
-                mx::equal(in[2], mx::array(0.0f), s),
-                mx::array(0.0f),
-                mx::multiply(in[2], losses, s),
-                s);
+            // A token that does not count may hold anything: no NaN of its reaches the sum or dx.
+            auto counts = mx::not_equal(in[2], mx::array(0.0f), s);
+            auto x = mx::where(
+                mx::expand_dims(counts, 1, s), in[0], mx::zeros({}, in[0].dtype(), s), s);
+            auto losses = with_mlx::token_losses(x, head, in[1], s);
+            auto weights = mx::stop_gradient(in[2], s);
+            auto counted =
+                mx::where(counts, mx::multiply(weights, losses, s), mx::array(0.0f), s);
             return Arrays{mx::sum(counted, s)};
           },
       .reference =

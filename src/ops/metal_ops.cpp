@@ -53,7 +53,7 @@ void refuse_plan(const char* op, const std::exception& why) {
   throw Error(
       ErrorCode::unsupported,
       std::string("[") + op + "] the Metal kernels do not take this: " + why.what(),
-      "METAL_LORA_BACKEND=cpu does");
+      "METAL_LORA_BACKEND=cpu takes ranks up to 1024 and arrays of any size");
 }
 
 }  // namespace metal_lora::ops::metal_ops

@@ -31,7 +31,7 @@ void run_plans(
     const std::vector<metal::Plan>& plans, NamedArrays& arrays, const NamedOutputs& outputs);
 
 /// Values that a Metal kernel cannot refuse, for checking before it runs: those of an int32 or f32
-/// array that is at hand on a Metal backend. Empty for one that is still to be computed (there the
+/// row-contiguous array that is at hand on a Metal backend. Empty for one that is still to be computed (there the
 /// kernel does what its op says of bad values) and on the CPU, whose kernels check.
 template <class T>
 std::vector<T> values_at_hand(const mlx::core::array& a);
@@ -43,9 +43,8 @@ auto planned(const char* op, Planner planner, const Shape& shape) -> decltype(pl
 template <class T>
 std::vector<T> values_at_hand(const mlx::core::array& a) {
   if (!runs_metal_kernels(active_backend()) || !a.is_available()) return {};
-  auto rows = mlx::core::contiguous(a, false, mlx::core::Device(mlx::core::Device::cpu));
-  rows.eval();
-  return {rows.data<T>(), rows.data<T>() + rows.size()};
+  if (!a.flags().row_contiguous) return {};
+  return {a.data<T>(), a.data<T>() + a.size()};
 }
 
 [[noreturn]] void refuse_plan(const char* op, const std::exception& why);

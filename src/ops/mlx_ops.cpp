@@ -7,6 +7,7 @@
 
 #include <mlx/fast.h>
 #include <mlx/ops.h>
+#include <mlx/transforms.h>
 
 namespace mx = mlx::core;
 
@@ -76,8 +77,10 @@ mx::array attention(const Arrays& in, float scale, int window, StreamOrDevice s)
 Arrays cached_attention(
     const Arrays& in, int layer, float scale, int window, StreamOrDevice s) {
   auto cache = in[3];
-  const auto& position = in[4];
   const int tokens = in[0].shape(0), capacity = cache.shape(2);
+  // MLX writes where `start` says, in the buffer or not: a position outside must not reach it.
+  const auto position =
+      mx::clip(in[4], mx::array(0), mx::array(capacity - tokens), s);
   const int heads = cache.shape(3), head_dim = cache.shape(4);
   const auto write = [&](int which, const mx::array& fresh) {
     const auto start = mx::concatenate(
@@ -149,10 +152,14 @@ mx::array token_losses(
   for (int begin = 0; begin < tokens; begin += slice_tokens) {
     const int end = std::min(tokens, begin + slice_tokens);
     auto part = mx::slice(x, {begin, 0}, {end, x.shape(1)}, s);
-    auto logits = lora_linear(f32(part, s), LoraLinear{head, std::nullopt, std::nullopt});
     auto index = mx::expand_dims(mx::slice(safe_targets, {begin}, {end}, s), 1, s);
-    auto chosen = mx::squeeze(mx::take_along_axis(logits, index, -1, s), -1, s);
-    losses.push_back(mx::subtract(mx::logsumexp(logits, -1, false, s), chosen, s));
+    // Made again in the backward pass: one slice's logits live at a time.
+    auto slice_losses = mx::checkpoint([head, s](const Arrays& in) {
+      auto logits = lora_linear(f32(in[0], s), LoraLinear{head, std::nullopt, std::nullopt});
+      auto chosen = mx::squeeze(mx::take_along_axis(logits, mx::stop_gradient(in[1], s), -1, s), -1, s);
+      return Arrays{mx::subtract(mx::logsumexp(logits, -1, false, s), chosen, s)};
+    });
+    losses.push_back(slice_losses({part, index})[0]);
   }
   auto all = losses.size() == 1 ? losses[0] : mx::concatenate(losses, 0, s);
   return mx::where(valid, all, mx::array(std::numeric_limits<float>::quiet_NaN()), s);

@@ -111,6 +111,11 @@ DType to_kernel(mx::Dtype dtype) {
       std::string("[dtype] must be float32, float16 or bfloat16 but is ") + ops::dtype_name(dtype));
 }
 
+struct Weight::ArrayCache {
+  std::once_flag once;
+  std::vector<mx::array> arrays;
+};
+
 Weight Weight::dense(const mx::array& w) {
   ops::check_shape("Weight::dense", "w", w, {-1, -1});
   auto kept = std::make_shared<mx::array>(mx::contiguous(w));
@@ -119,7 +124,9 @@ Weight Weight::dense(const mx::array& w) {
   p.n = static_cast<uint32_t>(w.shape(0));
   p.k = static_cast<uint32_t>(w.shape(1));
   p.format = dense_format(w.dtype());
-  return view(p, kept, kept->data<void>());
+  auto weight = view(p, kept, kept->data<void>());
+  weight.array_cache_->arrays = {*kept};
+  return weight;
 }
 
 Weight Weight::affine(
@@ -149,7 +156,10 @@ Weight Weight::affine(
   p.format = bits == 4 ? WeightFormat::int4 : WeightFormat::int8;
   p.group_size = static_cast<uint32_t>(group_size);
   p.scales_dtype = to_kernel(scales.dtype());
-  return view(p, kept, (*kept)[0].data<void>(), (*kept)[1].data<void>(), (*kept)[2].data<void>());
+  auto weight =
+      view(p, kept, (*kept)[0].data<void>(), (*kept)[1].data<void>(), (*kept)[2].data<void>());
+  weight.array_cache_->arrays = {(*kept)[0], (*kept)[1], (*kept)[2]};
+  return weight;
 }
 
 Weight Weight::nf4(const mx::array& q, const mx::array& absmax) {
@@ -198,11 +208,6 @@ Weight Weight::view(
   return w;
 }
 
-struct Weight::ArrayCache {
-  std::once_flag once;
-  std::vector<mx::array> arrays;
-};
-
 std::vector<mx::array> Weight::arrays() const {
   if (data_ == nullptr || params_.layout != WeightLayout::row_major) {
     throw Error(ErrorCode::internal, "[Weight::arrays] the weight must be row-major but is packed");
@@ -213,6 +218,7 @@ std::vector<mx::array> Weight::arrays() const {
       return mx::array(const_cast<void*>(bytes), std::move(shape), dtype, [owner](void*) {});
     };
     auto& out = array_cache_->arrays;
+    if (!out.empty()) return;
     const int n = out_features(), k = in_features();
     if (!is_quantized()) {
       const auto dtype = params_.format == WeightFormat::f32   ? mx::float32

@@ -12,7 +12,7 @@
 #include <mlx/mlx.h>
 
 #include "src/launch/backend.h"
-#include "src/launch/metal.h"
+#include "src/launch/emulated.h"
 #include "src/ops/metal_ops.h"
 
 namespace metal_lora::test {

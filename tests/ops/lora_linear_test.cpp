@@ -133,7 +133,7 @@ TEST(LoraLinear, JvpAndVmapFallBackToPlainMlx) {
   };
   auto x = normal({3, 8}, 1), t = normal({3, 8}, 9);
   if (on_metal_kernels()) {  // as of every custom Metal kernel
-    EXPECT_THROW(mx::jvp(f, {x}, {t}), Error);
+    EXPECT_ANY_THROW(mx::jvp(f, {x}, {t}));
     return;
   }
   auto tangent = mx::jvp(f, {x}, {t}).second[0];

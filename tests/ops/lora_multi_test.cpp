@@ -242,7 +242,7 @@ TEST(LoraMulti, JvpAndVmapFallBackToPlainMlx) {
   };
   const auto x = normal({c.tokens, c.in}, 1), t = normal({c.tokens, c.in}, 6);
   if (on_metal_kernels()) {  // as of every custom Metal kernel
-    EXPECT_THROW(mx::jvp(f, {x}, {t}), Error);
+    EXPECT_ANY_THROW(mx::jvp(f, {x}, {t}));
     return;
   }
   expect_close(
