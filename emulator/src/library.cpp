@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
+#include <functional>
+#include <future>
 #include <map>
 #include <mutex>
 
@@ -46,12 +48,18 @@ Hash toolchain_hash() {
   return hash;
 }
 
-// The toolchain is looked at once per process and setting: it does not change under a run.
+// By content; read again when a header's size or time changes, as under an editor.
 std::string toolchain() {
   static std::mutex mutex;
   static std::map<std::string, std::string> known;
-  const std::string key = frontend::shim_folder().string() + "\n" +
-                          frontend::lint_shim_folder().string() + "\n" + frontend::compiler();
+  Hash state;
+  for (const fs::path& folder : {frontend::shim_folder(), frontend::lint_shim_folder()}) {
+    state.add(folder.string());
+    state.add_folder_state(folder);
+  }
+  state.add(frontend::compiler());
+  state.add_program(frontend::compiler());
+  const std::string key = state.hexadecimal();
   std::lock_guard lock(mutex);
   auto [found, fresh] = known.try_emplace(key);
   if (fresh) {
@@ -136,16 +144,32 @@ void remember(const fs::path& folder, const Hash& hash, const fs::path& library)
   fs::rename(fresh, file, code);  // atomic; a lost race leaves an equal file
 }
 
+// The lint runs beside the compiler: it is a fifth of the work. What it refuses is said first.
+void lint_and_build(
+    std::string_view text, const CompileOptions& options, const std::function<void()>& build) {
+  std::future<std::vector<std::string>> findings = std::async(
+      options.lint ? std::launch::async : std::launch::deferred,
+      [&] { return options.lint ? lint(text, options) : std::vector<std::string>{}; });
+  try {
+    build();
+  } catch (const CompileError&) {
+    refuse(findings.get());
+    throw;
+  }
+  refuse(findings.get());
+}
+
 // The text's library in the cache; built when it is not there.
 fs::path translated(std::string_view text, const CompileOptions& options, const fs::path& folder) {
   const frontend::Translation translation = frontend::translate(text, options);
-  refuse(options.lint ? lint(text, options) : std::vector<std::string>{});
   Hash hash = options_hash(options);
   hash.add(translation.text);
   fs::path library = folder / (hash.hexadecimal() + ".so");
-  if (!fs::exists(library)) {
-    frontend::build(translation, library, folder, toolchain());
-  }
+  lint_and_build(text, options, [&] {
+    if (!fs::exists(library)) {
+      frontend::build(translation, library, folder, toolchain());
+    }
+  });
   return library;
 }
 
@@ -270,8 +294,12 @@ Library compile(std::string_view text, const CompileOptions& options) {
 
 void compile_to(std::string_view text, const fs::path& library, const CompileOptions& options) {
   const frontend::Translation translation = frontend::translate(text, options);
-  refuse(options.lint ? lint(text, options) : std::vector<std::string>{});
-  frontend::build(translation, library, cache_folder(options), toolchain());
+  const frontend::TemporaryFolder folder(fs::temp_directory_path());
+  const fs::path built = folder.path() / "library.so";
+  lint_and_build(text, options, [&] {
+    frontend::build(translation, built, cache_folder(options), toolchain());
+  });
+  frontend::publish(built, library);  // not what the lint refuses
 }
 
 std::vector<std::string> lint(std::string_view text, const CompileOptions& options) {

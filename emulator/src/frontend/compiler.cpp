@@ -136,6 +136,15 @@ std::string compiler() {
   return set.empty() ? "clang++-19" : set;
 }
 
+// rename() is atomic within a file system: readers see no file or the whole one.
+void publish(const fs::path& built, const fs::path& target) {
+  const fs::path parent = target.has_parent_path() ? target.parent_path() : fs::path(".");
+  const TemporaryFolder beside(parent);
+  const fs::path copy = beside.path() / target.filename();
+  fs::copy_file(built, copy, fs::copy_options::overwrite_existing);
+  fs::rename(copy, target);
+}
+
 namespace {
 
 ProcessResult run_compiler(const std::string& language, const std::vector<std::string>& more) {
@@ -147,13 +156,14 @@ ProcessResult run_compiler(const std::string& language, const std::vector<std::s
   return run_compiler(std::move(arguments));
 }
 
-// rename() is atomic within a file system: readers see no file or the whole one.
-void publish(const fs::path& built, const fs::path& target) {
-  const fs::path parent = target.has_parent_path() ? target.parent_path() : fs::path(".");
-  const TemporaryFolder beside(parent);
-  const fs::path copy = beside.path() / target.filename();
-  fs::copy_file(built, copy, fs::copy_options::overwrite_existing);
-  fs::rename(copy, target);
+// clang's complaints about a precompiled header that does not fit.
+bool speaks_of_header(const std::string& messages) {
+  for (const char* word : {"precompiled header", "PCH file", "AST file"}) {
+    if (messages.find(word) != std::string::npos) {
+      return true;
+    }
+  }
+  return false;
 }
 
 fs::path precompiled_header(const fs::path& cache, const std::string& toolchain) {
@@ -284,11 +294,10 @@ void build(
   const TemporaryFolder folder(fs::temp_directory_path());
   const fs::path source = folder.path() / "kernels.cpp", built = folder.path() / "kernels.so";
   write_file(source, translation.text);
-  const auto compile = [&] {
-    const fs::path header = precompiled_header(cache, toolchain);
+  const auto compile = [&](const std::string& include, const fs::path& header) {
     return run_compiler(
         "c++",
-        {"-include-pch",
+        {include,
          header.string(),
          source.string(),
          "-o",
@@ -300,12 +309,12 @@ void build(
          "-Wl,-z,defs",
          "-lm"});
   };
-  ProcessResult result = compile();
-  if (result.status != 0 && result.err.find("precompiled header") != std::string::npos) {
-    // Someone edited the headers after they were hashed.
+  ProcessResult result = compile("-include-pch", precompiled_header(cache, toolchain));
+  if (result.status != 0 && speaks_of_header(result.err)) {
+    // Someone edits the headers: without their precompiled form, which another process makes anew.
     std::error_code code;
     fs::remove(cache / (toolchain + ".pch"), code);
-    result = compile();
+    result = compile("-include", shim_folder() / "metal_stdlib");
   }
   if (result.status != 0) {
     throw CompileError(errors_of(result.err));

@@ -49,6 +49,9 @@ struct Translation {
 /// Preprocesses and rewrites.
 Translation translate(std::string_view text, const CompileOptions& options);
 
+/// Puts a file in its place: readers see no file or the whole one.
+void publish(const std::filesystem::path& built, const std::filesystem::path& target);
+
 /// The flags a translation is compiled with on this machine.
 std::vector<std::string> code_flags();
 /// Compiles and links a translation into `library` (replaced atomically). Throws CompileError with

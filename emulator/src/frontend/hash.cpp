@@ -32,20 +32,38 @@ void Hash::add(uint64_t number) {
   }
 }
 
-void Hash::add_folder(const fs::path& folder) {
+namespace {
+std::vector<fs::path> files_of(const fs::path& folder) {
   std::vector<fs::path> files;
   std::error_code code;
   for (fs::recursive_directory_iterator it(folder, code), end; !code && it != end;
        it.increment(code)) {
-    if (it->is_regular_file()) {
+    if (it->is_regular_file(code)) {
       files.push_back(it->path());
     }
   }
   std::sort(files.begin(), files.end());
-  for (const fs::path& file : files) {
+  return files;
+}
+}  // namespace
+
+void Hash::add_folder(const fs::path& folder) {
+  for (const fs::path& file : files_of(folder)) {
     add(file.string());
     std::ifstream in(file, std::ios::binary);
     add(std::string(std::istreambuf_iterator<char>(in), {}));
+  }
+}
+
+void Hash::add_folder_state(const fs::path& folder) {
+  for (const fs::path& file : files_of(folder)) {
+    struct stat info {};
+    add(file.string());
+    if (stat(file.c_str(), &info) == 0) {
+      add(static_cast<uint64_t>(info.st_size));
+      add(static_cast<uint64_t>(info.st_mtim.tv_sec));
+      add(static_cast<uint64_t>(info.st_mtim.tv_nsec));
+    }
   }
 }
 

@@ -15,6 +15,8 @@ class Hash {
   void add(std::string_view bytes);
   void add(uint64_t number);
   /// Names and contents of every file under a folder, sorted; nothing when it does not exist.
+  /// Names, sizes and times of a folder's files.
+  void add_folder_state(const std::filesystem::path& folder);
   void add_folder(const std::filesystem::path& folder);
   /// Path, size and time of a program found in PATH.
   void add_program(const std::string& name);

@@ -23,7 +23,7 @@ template <class T, class U>
 inline constexpr bool is_narrow_pair =
     (__is_same(T, half) && __is_same(U, bfloat)) || (__is_same(T, bfloat) && __is_same(U, half));
 template <class T, class U>
-__attribute__((always_inline)) constexpr T cast(U&& value) {
+__attribute__((always_inline, nodebug)) constexpr T cast(U&& value) {
   if constexpr (is_narrow_pair<T, __remove_cvref(U)>) {
     return static_cast<T>(static_cast<float>(value));
   } else {
@@ -32,7 +32,7 @@ __attribute__((always_inline)) constexpr T cast(U&& value) {
 }
 // T(x) and (T)x. By value: the load of x is on the kernel's line, and x may be a bit-field.
 template <class T, class... A>
-__attribute__((always_inline)) constexpr T make(A... values) {
+__attribute__((always_inline, nodebug)) constexpr T make(A... values) {
   if constexpr (sizeof...(A) == 1 && (is_narrow_pair<T, A> || ...)) {
     return static_cast<T>(static_cast<float>((values, ...)));
   } else {
@@ -40,7 +40,7 @@ __attribute__((always_inline)) constexpr T make(A... values) {
   }
 }
 template <class T>
-__attribute__((always_inline)) constexpr auto value(T&& expression) {
+__attribute__((always_inline, nodebug)) constexpr auto value(T&& expression) {
   using Stands = typename metal::_emulator::value<__remove_cvref(T)>::type;
   if constexpr (__is_same(Stands, __remove_cvref(T))) {
     return static_cast<T&&>(expression);

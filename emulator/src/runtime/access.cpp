@@ -93,15 +93,18 @@ void report_race(
   const FindingKind kind = me.device ? FindingKind::race_device : FindingKind::race_threadgroup;
   if (!m.findings.add(kind, site)) return;
   const bool foreign = (other >> kClockShift) < me.first;
-  char text[160];
+  char text[192];
   std::snprintf(
       text,
       sizeof text,
-      "; %s by %s%u%s without a barrier between",
+      "; %s by %s%u%s without a barrier between%s",
       other_wrote ? "written" : "read",
       foreign ? "a thread of another threadgroup, number " : "thread ",
       other & kThreadMask,
-      other & (kManyLanes | kManySimdgroups) ? " and others" : "");
+      other & (kManyLanes | kManySimdgroups) ? " and others" : "",
+      !foreign && m.unfenced[static_cast<size_t>(region.space)]
+          ? " that names this memory (mem_flags)"
+          : "");
   m.findings.set_text(
       std::string(
           is_atomic(access) ? "atomic access"
@@ -421,6 +424,7 @@ void threadgroup_initialize(void* variable, const void* value, size_t bytes) {
 
 void misaligned(const void* address, size_t alignment, const void* site) {
   Machine& m = *the_machine;
+  m.note_misaligned();
   if (!m.findings.add(FindingKind::misaligned_access, site)) return;
   const Region* r = m.memory.find(address);
   m.findings.set_text(

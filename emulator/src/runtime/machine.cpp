@@ -94,6 +94,7 @@ void Machine::start_lanes() {
       clock = 2;
     }
     first[s] = window[s] = clock;
+    unfenced[s] = false;
     for (Simdgroup& g : simdgroups) g.clock[s] = clock;
   }
   for (uint32_t i = 0; i < simdgroup_count; i++) {
@@ -108,6 +109,7 @@ void Machine::start_lanes() {
   barrier_flags_ = 0;
   barrier_mixed_ = false;
   idle_yields_ = 0;
+  misaligned_ = nullptr;
   std::fill(initialized_variable_.begin(), initialized_variable_.end(), 0);
 }
 
@@ -325,7 +327,8 @@ void Machine::release_barrier() {
 void Machine::advance_clocks(uint32_t mem_flags) {
   for (uint32_t s = 0; s < 2; s++) {
     const uint32_t flag = s == uint32_t(Space::device) ? 1 : 2;  // mem_flags' values
-    if (!(mem_flags & flag)) continue;
+    unfenced[s] = !(mem_flags & flag);
+    if (unfenced[s]) continue;
     uint32_t clock = 0;
     for (uint32_t i = 0; i < simdgroup_count; i++) clock = std::max(clock, simdgroups[i].clock[s]);
     clock++;
@@ -457,7 +460,9 @@ void Machine::fault(int signal, const void* address, const void* code) {
   char text[160];
   const char* p = static_cast<const char*>(address);
   const char* stack = stacks_ + size_t(current->info.thread) * kStackBytes;
-  if (signal == SIGFPE) {
+  if (misaligned_ == current && !address) {
+    // x86 faults so, without an address, where a vector is not aligned.
+  } else if (signal == SIGFPE) {
     report(
         FindingKind::undefined_behavior,
         static_cast<const char*>(code) + 1,

@@ -75,6 +75,7 @@ class Machine {
   uint32_t threads = 0, live = 0, simdgroup_count = 0;
   uint32_t window[2];  ///< clock of the last barrier, by Space
   uint32_t first[2];   ///< clock of the threadgroup's start
+  bool unfenced[2];    ///< a barrier since the last one named other memory; by Space
 
   // The dispatch.
   const abi::Library* library = nullptr;
@@ -119,6 +120,8 @@ class Machine {
   /// "buffer 3 (y) + 128 of 4096 bytes"
   std::string where(const Region& region, const volatile void* address) const;
   void report(FindingKind kind, const void* site, const std::string& text);
+  /// The access that follows may fault for it: already said.
+  void note_misaligned() { misaligned_ = current; }
 
  private:
   Machine();
@@ -145,6 +148,7 @@ class Machine {
   const void* barrier_site_ = nullptr;
   bool barrier_mixed_ = false;
   uint64_t idle_yields_ = 0;
+  LaneState* misaligned_ = nullptr;  ///< that last reported a misaligned address
   std::vector<uint8_t> initialized_variable_;
 };
 
