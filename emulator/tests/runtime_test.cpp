@@ -398,5 +398,82 @@ TEST(Clocks, StartAgain) {
   EXPECT_GT(run(library, d).finding_count, 0u);
 }
 
+// Bytes of one access in different states: decided one by one, as equal ones are at once.
+TEST(Findings, OneByteOfAVectorInAnotherState) {
+  const Library library = build(
+      "kernel void race(device uchar* a [[buffer(0)]], uint i [[thread_position_in_grid]]) {\n"
+      "if (i == 1) a[13] = 7;\nif (i == 0) *(device uint4*)a = uint4(1); }\n"
+      "kernel void hole(device uchar* a [[buffer(0)]], device uint* o [[buffer(1)]]) {\n"
+      "for (int k = 0; k < 16; k++) { if (k != 9) a[k] = 1; }\n"
+      "uint4 v = *(device uint4*)a; o[0] = v.x + v.y + v.z + v.w; o[1] = *(device ushort*)(a + "
+      "10); }\n"
+      "kernel void read(device uchar* a [[buffer(0)]], device uint* o [[buffer(1)]], uint i "
+      "[[thread_position_in_grid]]) {\n"
+      "if (i == 2) o[0] = a[5];\nif (i == 33) *(device uint2*)a = uint2(1); }\n",
+      "bytes.metal");
+  std::vector<uint8_t> a(16);
+  std::vector<uint32_t> o(4);
+  Dispatch d = one_group("race", 2);
+  d.buffers = {in(0, a)};
+  for (const bool reverse : {false, true}) {
+    d.reverse_order = reverse;
+    const Report report = run(library, d);
+    ASSERT_EQ(report.findings.size(), 1u) << describe(report);
+    EXPECT_EQ(report.findings[0].kind, FindingKind::race_device);
+  }
+  d = one_group("hole", 1);
+  d.buffers = {out(0, a), out(1, o)};
+  Report report = run(library, d);
+  ASSERT_EQ(report.findings.size(), 1u) << describe(report);
+  EXPECT_EQ(report.findings[0].kind, FindingKind::uninitialized_read);
+  EXPECT_EQ(report.counters.buffers[0].unique_read_bytes, 16u);
+  EXPECT_EQ(report.counters.buffers[0].unique_written_bytes, 15u);
+  d = one_group("read", 64);
+  d.buffers = {in(0, a), out(1, o)};
+  report = run(library, d);
+  ASSERT_EQ(report.findings.size(), 1u) << describe(report);
+  EXPECT_EQ(report.findings[0].kind, FindingKind::race_device);
+}
+
+TEST(Findings, ABarrierThatNamesOtherMemoryIsNamed) {
+  const auto text_with = [](const char* flags) {
+    return "kernel void k(device float* x [[buffer(0)]], threadgroup float* t [[threadgroup(0)]], "
+           "uint i [[thread_index_in_threadgroup]]) {\nt[i] = x[i];\nthreadgroup_barrier(" +
+           std::string(flags) + ");\nx[i] = t[i ^ 1]; }\n";
+  };
+  std::vector<float> x(64, 1.0f);
+  Dispatch d = one_group("k", 64);
+  d.buffers = {in(0, x)};
+  d.threadgroup_memory_bytes = {256};
+  const Report none = run(build(text_with("mem_flags::mem_none"), "k.metal"), d);
+  ASSERT_EQ(none.findings.size(), 1u) << describe(none);
+  EXPECT_EQ(none.findings[0].kind, FindingKind::race_threadgroup);
+  EXPECT_NE(none.findings[0].text.find("names this memory"), std::string::npos);
+  EXPECT_EQ(run(build(text_with("mem_flags::mem_threadgroup"), "k.metal"), d).finding_count, 0u);
+}
+
+TEST(Findings, AMisalignedVectorIsOneFinding) {
+  const Library library = build(
+      "kernel void k(device float* x [[buffer(0)]]) { *(device float4*)(x + 1) = "
+      "*(device float4*)(x + 8); }\n",
+      "k.metal");
+  std::vector<float> x(16, 1.0f);
+  Dispatch d = one_group("k", 1);
+  d.buffers = {in(0, x)};
+  const Report report = run(library, d);
+  ASSERT_EQ(report.findings.size(), 1u) << describe(report);
+  EXPECT_EQ(report.findings[0].kind, FindingKind::misaligned_access);
+}
+
+TEST(Refusals, AnUnknownKernelComesWithTheNamesThereAre) {
+  const Library library = build("kernel void scale(device float* x [[buffer(0)]]) {}\n", "k.metal");
+  try {
+    run(library, one_group("scael", 1));
+    FAIL();
+  } catch (const DispatchError& error) {
+    EXPECT_NE(std::string(error.what()).find("the library has scale"), std::string::npos);
+  }
+}
+
 }  // namespace
 }  // namespace metal_emulator

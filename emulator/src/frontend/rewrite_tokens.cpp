@@ -62,6 +62,20 @@ void collect_classes(
   }
 }
 
+// Words in the declarations of data members: a struct may have one that is spelt as a swizzle is.
+void collect_members(
+    const TokenStream& stream,
+    const std::vector<Declaration>& declarations,
+    std::set<std::string>& out) {
+  for (const Declaration& d : declarations) {
+    for (size_t i = d.begin; d.in_class && d.kind == Declaration::Kind::variable && i < d.end;
+         i++) {
+      out.insert(stream.tokens[i].text);
+    }
+    collect_members(stream, d.members, out);
+  }
+}
+
 // Local classes: their bodies are not parsed as declarations.
 void collect_local_classes(const TokenStream& stream, std::set<std::string>& out) {
   for (size_t i = 0; i + 1 < stream.tokens.size(); i++) {
@@ -74,8 +88,11 @@ void collect_local_classes(const TokenStream& stream, std::set<std::string>& out
 
 class SpaceEraser {
  public:
-  SpaceEraser(TokenStream& stream, std::set<std::string> classes)
-      : stream_(stream), tokens_(stream.tokens), classes_(std::move(classes)) {
+  SpaceEraser(TokenStream& stream, std::set<std::string> classes, std::set<std::string> members)
+      : stream_(stream),
+        tokens_(stream.tokens),
+        classes_(std::move(classes)),
+        members_(std::move(members)) {
     for (size_t i = 1; i + 1 < tokens_.size(); i++) {
       if ((tokens_[i - 1].is("typename") || tokens_[i - 1].is("class")) &&
           tokens_[i].is_identifier() &&
@@ -182,8 +199,7 @@ class SpaceEraser {
   void swizzle_of_swizzle(size_t at) {
     while (at > 0 && at + 2 < tokens_.size() && tokens_[at - 1].is(".") &&
            tokens_[at].text.size() > 1 && is_swizzle(tokens_[at].text) && tokens_[at + 1].is(".") &&
-           is_swizzle(tokens_[at + 2].text) && !declared(tokens_[at].text) &&
-           !declared(tokens_[at + 2].text)) {
+           is_swizzle(tokens_[at + 2].text) && !members_.count(tokens_[at].text)) {
       const std::string outer = tokens_[at].text;
       for (char& c : tokens_[at + 2].text) {
         if (letter(c) >= outer.size()) {
@@ -196,16 +212,6 @@ class SpaceEraser {
       at += 2;
       tokens_[at - 1].text = ".";  // the next round's
     }
-  }
-
-  // Whether the text has a name of its own like this, as members of structs are.
-  bool declared(const std::string& name) const {
-    for (size_t i = 1; i < tokens_.size(); i++) {
-      if (tokens_[i].text == name && !tokens_[i - 1].is(".") && !tokens_[i - 1].is("->")) {
-        return true;
-      }
-    }
-    return false;
   }
 
   // T(x) and (half)x where half may meet bfloat: clang converts neither to the other.
@@ -335,7 +341,7 @@ class SpaceEraser {
 
   TokenStream& stream_;
   std::vector<Token>& tokens_;
-  std::set<std::string> classes_;
+  std::set<std::string> classes_, members_;
   std::set<std::string> type_parameters_;
 };
 
@@ -386,7 +392,9 @@ void rewrite_tokens(TokenStream& stream, const std::vector<Declaration>& declara
   std::set<std::string> classes;
   collect_classes(stream, declarations, classes);
   collect_local_classes(stream, classes);
-  SpaceEraser(stream, std::move(classes)).run();
+  std::set<std::string> members;
+  collect_members(stream, declarations, members);
+  SpaceEraser(stream, std::move(classes), std::move(members)).run();
 }
 
 }  // namespace metal_emulator::frontend

@@ -79,7 +79,15 @@ class FaultHandler {
 const abi::Kernel& find_kernel(const abi::Library& library, const std::string& name) {
   for (uint32_t i = 0; i < library.kernel_count; i++)
     if (name == library.kernels[i].name) return library.kernels[i];
-  throw DispatchError("[run] no kernel named " + name);
+  std::string names;
+  constexpr uint32_t kNamed = 12;
+  for (uint32_t i = 0; i < std::min(library.kernel_count, kNamed); i++)
+    names += (i ? ", " : "") + std::string(library.kernels[i].name);
+  if (library.kernel_count > kNamed)
+    names += " and " + std::to_string(library.kernel_count - kNamed) + " more";
+  throw DispatchError(
+      "[run] no kernel named " + name + "; hint: the library has " +
+      (names.empty() ? "none" : names));
 }
 
 void set_constants(const abi::Library& library, const Dispatch& dispatch) {
