@@ -34,6 +34,7 @@ WITHOUT_MLX = {"base", "kernels", "io", "text"}
 # Headers whose folder does not say their layer.
 LAYER_OF_HEADER = {
     "kernels/params.h": "base",
+    "kernels/nf4.h": "base",
     "include/metal_lora/error.h": "base",
     "include/metal_lora/memory.h": "base",
     "include/metal_lora/weight.h": "ops",

@@ -49,6 +49,8 @@ class Weight {
   /// where there is none. Costs one pass over the bytes; the original's memory goes with its last
   /// handle. A double-quantised absmax becomes f32 (0.5625 bytes a weight instead of 0.516).
   Weight prepared() const;
+  /// The parameters that prepared() gives a weight of `params`; for estimates.
+  static WeightParams prepared_params(const WeightParams& params);
   /// As an affine weight of `bits` (4 or 8) in groups of `group_size`; *this if it already is
   /// quantised.
   Weight quantized(int bits, int group_size) const;

@@ -240,12 +240,18 @@ std::vector<mx::array> Weight::arrays() const {
   return array_cache_->arrays;
 }
 
-Weight Weight::prepared() const {
-  if (active_backend() != Backend::cpu) return *this;  // Metal kernels read rows as they are
-  if (params_.layout == WeightLayout::cpu_packed || !cpu::can_pack(params_)) return *this;
-  WeightParams packed = params_;
+WeightParams Weight::prepared_params(const WeightParams& params) {
+  if (active_backend() != Backend::cpu) return params;  // Metal kernels read rows as they are
+  if (params.layout == WeightLayout::cpu_packed || !cpu::can_pack(params)) return params;
+  WeightParams packed = params;
   packed.layout = WeightLayout::cpu_packed;
   packed.double_quant = false;
+  return packed;
+}
+
+Weight Weight::prepared() const {
+  const WeightParams packed = prepared_params(params_);
+  if (packed.layout == params_.layout) return *this;
   auto bytes = allocate(cpu::packed_weight_bytes(params_));
   cpu::pack_weight(ops::weight_view(*this), bytes.get());
   const void* data = bytes.get();

@@ -9,10 +9,8 @@
 #include <sstream>
 #include <string>
 
-#include "kernels/cpu/lora_quantized.h"
 #include "kernels/nf4.h"
 #include "metal_lora/train.h"
-#include "src/launch/backend.h"
 
 namespace metal_lora {
 namespace {
@@ -102,10 +100,7 @@ uint64_t quantized_bytes(const Weight& w, const LoadOptions& options, bool multi
                                                       : WeightFormat::int8;
   p.scales_dtype = nf4 ? DType::f32 : DType::f16;
   p.double_quant = nf4 && options.double_quant;
-  if (multiplied && active_backend() == Backend::cpu && cpu::can_pack(p)) {
-    p.layout = WeightLayout::cpu_packed;
-    p.double_quant = false;
-  }
+  if (multiplied) p = Weight::prepared_params(p);
   // A handle without bytes: their number follows from the parameters.
   return Weight::view(p, nullptr, nullptr).nbytes();
 }
