@@ -12,13 +12,18 @@
 // Bytes of a weight of 4 bits, against 2 of a 16-bit one:
 //   affine, 16-bit scales   0.5 + 4/group: 0.531 (group 128, 0.266x), 0.5625 (64, 0.281x)
 //   NF4, f32 absmax         0.5 + 4/64 = 0.5625 (0.281x)
-//   NF4, double-quantised   0.5 + 1/64 + 4/16384 = 0.516 (0.258x); its table is read again for each
-//                           block, 12 bytes of the same 1.3 KB: from the cache
+//   NF4, double-quantised   0.5 + 1/64 + 4/16384 = 0.516 (0.258x), and its table of 257 values and
+//                           an absmax2 for 256 blocks again: the matrix-vector form copies the 257
+//                           once a threadgroup (at most 3.5 %, see most_threadgroups) and reads an
+//                           absmax2 once for the 8 or 16 blocks that a simdgroup takes at once
+//                           (1.5 or 0.8 %); the tiled form reads 12 bytes a block from the cache
 //
 // Ladder (matrix-vector form, m = 1, n = k = 1024, rank 16 split, group 64; emulator's counters):
 //   f16                     W 2.097 MB
 //   int4, each lane its own scale and bias       W 0.524 MB, scales and biases 0.131 MB (2.0x)
 //   int4, shared by shuffle                      W 0.524 MB, scales and biases 0.066 MB (1.0x)
+//   NF4, double-quantised, 12 bytes a block      W 0.524 MB, codes 0.016 MB, table 0.197 MB (1.36x)
+//   NF4, double-quantised, codes on chip         W 0.524 MB, codes 0.016 MB, table 0.021 MB (1.04x)
 
 // @region weight_packed : common
 // What the 4- and 8-bit policies share: a run's words, and values that lanes of one group exchange.

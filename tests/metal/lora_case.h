@@ -9,24 +9,17 @@
 
 #include <cmath>
 #include <ostream>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "kernels/cpu/gemm_kernels.h"
 #include "kernels/cpu/gemm_skinny.h"
 #include "kernels/metal/plans.h"
-#include "kernels/nf4.h"
-#include "tests/metal/harness.h"
+#include "tests/metal/stored_weight.h"
 
 namespace metal_lora::test {
 
 namespace mx = mlx::core;
-
-/// Unit roundoff: half the distance from 1 to the next number.
-inline double unit_roundoff(DType dtype) {
-  return dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
-}
 
 inline bool is_packed(WeightFormat format) {
   return format >= WeightFormat::int4;
@@ -71,82 +64,38 @@ class LoraCase {
  private:
   Matrix dense(const char* name, size_t rows, size_t columns, DType dtype, double spread) {
     Matrix matrix{rows, columns, {}};
-    std::normal_distribution<float> normal(0.0f, static_cast<float>(spread));
-    std::vector<float> v(std::max<size_t>(rows, 1) * columns);
-    for (float& value : v) value = normal(random_);
+    auto v = random_.normal(std::max<size_t>(rows, 1) * columns, static_cast<float>(spread));
     set(name, matrix, std::move(v), dtype);
     return matrix;
   }
 
   void make_weight() {
-    switch (shape.format) {
-      case WeightFormat::f32:
-        w = dense("w", shape.n, shape.k, DType::f32, 1.0);
-        return;
-      case WeightFormat::f16:
-        w = dense("w", shape.n, shape.k, DType::f16, 1.0);
-        return;
-      case WeightFormat::bf16:
-        w = dense("w", shape.n, shape.k, DType::bf16, 1.0);
-        return;
-      default:
-        make_packed_weight();
-    }
-  }
-
-  void make_packed_weight() {
-    const int bits = shape.format == WeightFormat::int8 ? 8 : 4;
-    const size_t per_word = 32 / bits, count = size_t{shape.n} * shape.k;
-    std::vector<uint32_t> codes(count), words(count / per_word);
-    for (size_t i = 0; i < count; ++i) {
-      codes[i] = static_cast<uint32_t>(random_() >> 40) & ((1u << bits) - 1);
-      words[i / per_word] |= codes[i] << (bits * (i % per_word));
-    }
-    arrays.insert_or_assign(
-        "w",
-        mx::array(
-            words.data(),
-            {static_cast<int>(shape.n), static_cast<int>(shape.k / per_word)},
-            mx::uint32));
-    w = {shape.n, shape.k, std::vector<double>(count)};
-    if (shape.format == WeightFormat::nf4) {
-      const std::vector<double> absmax = shape.double_quant ? nested_absmax() : plain_absmax();
-      for (size_t i = 0; i < count; ++i) {
-        w.values[i] = double{kNf4Levels[codes[i]]} * absmax[i / kNf4Block];
+    const auto base = [this] {
+      switch (shape.format) {
+        case WeightFormat::f32:
+          return Base::f32;
+        case WeightFormat::f16:
+          return Base::f16;
+        case WeightFormat::bf16:
+          return Base::bf16;
+        case WeightFormat::int4:
+          return Base::int4;
+        case WeightFormat::int8:
+          return Base::int8;
+        case WeightFormat::nf4:
+          break;
       }
-      return;
-    }
-    const size_t groups = shape.k / shape.group_size;
-    Matrix scales = dense("scales", shape.n, groups, shape.scales_dtype, 1.0 / (1 << (bits - 1)));
-    Matrix biases = dense("biases", shape.n, groups, shape.scales_dtype, 1.0);
-    for (size_t i = 0; i < count; ++i) {
-      const size_t group = i / shape.group_size;
-      w.values[i] = codes[i] * scales.values[group] + biases.values[group];
-    }
-  }
-
-  std::vector<double> plain_absmax() {
-    return dense("scales", shape.n, shape.k / kNf4Block, DType::f32, 1.0).values;
-  }
-
-  /// Codes over the whole range, several absmax2 where the weight has more than 256 blocks.
-  std::vector<double> nested_absmax() {
-    const size_t blocks = size_t{shape.n} * shape.k / kNf4Block;
-    std::vector<uint8_t> codes(blocks);
-    for (auto& code : codes) code = static_cast<uint8_t>(random_() >> 40);
-    arrays.insert_or_assign(
-        "scales", mx::array(codes.data(), {static_cast<int>(blocks)}, mx::uint8));
-    std::vector<float> table{0.75f};
-    for (float code : dynamic_map()) table.push_back(code);
-    for (size_t i = 0; i < blocks; i += kNf4NestedBlock) table.push_back(0.5f + 0.125f * (i / 256));
-    arrays.insert_or_assign(
-        "biases", mx::array(table.data(), {static_cast<int>(table.size())}, mx::float32));
-    std::vector<double> absmax(blocks);
-    for (size_t i = 0; i < blocks; ++i) {
-      absmax[i] = double{table[1 + codes[i]]} * table[kNf4NestedHead + i / kNf4NestedBlock] +
-                  double{table[0]};
-    }
-    return absmax;
+      return shape.double_quant ? Base::nf4_nested : Base::nf4;
+    }();
+    auto stored = stored_weight(
+        random_,
+        base,
+        static_cast<int>(shape.n),
+        static_cast<int>(shape.k),
+        static_cast<int>(shape.group_size),
+        shape.scales_dtype);
+    w = {shape.n, shape.k, std::move(stored.value)};
+    arrays.merge(stored.arrays);
   }
 
   /// The CPU kernels' own mask: both backends must draw the same.
@@ -166,7 +115,7 @@ class LoraCase {
     }
   }
 
-  std::mt19937_64 random_;
+  Random random_;
 };
 
 /// What an output should be, and by how much it may differ.
@@ -183,12 +132,12 @@ inline double sum_error(size_t terms, double magnitude) {
 
 /// + rounding of the result to its storage; half's smallest numbers are 2^-24 apart.
 inline double storage_error(DType dtype, double value) {
-  return unit_roundoff(dtype) * std::fabs(value) + (dtype == DType::f16 ? 0x1p-25 : 0x1p-140);
+  return relative_rounding(dtype) * std::fabs(value) + (dtype == DType::f16 ? 0x1p-25 : 0x1p-140);
 }
 
 /// The tiled form rounds packed weights to x's type.
 inline double weight_error(const metal::LoraShape& shape) {
-  return is_packed(shape.format) ? unit_roundoff(shape.dtype) : 0.0;
+  return is_packed(shape.format) ? relative_rounding(shape.dtype) : 0.0;
 }
 
 /// u = drop(x)·Aᵀ [m, rank].

@@ -191,10 +191,8 @@ Drafted drafted(
   return d;
 }
 
-constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
-
 TEST(MetalVerify, GreedyKeepsDraftsWhileTheyAreTheLargest) {
-  for (const DType dtype : kDTypes) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
     for (const int vocab : {7, 1000, 1027}) {
       const Drafted d = drafted(5, 4, vocab, dtype, 0.0f, false, 100 + vocab);
       Verified want;
@@ -215,14 +213,13 @@ TEST(MetalVerify, GreedyKeepsDraftsWhileTheyAreTheLargest) {
 }
 
 TEST(MetalVerify, SamplesAsTheFormulaAndTheCpu) {
-  for (const DType dtype : kDTypes) {
-    for (const bool probabilities : {true, false}) {
-      for (const int vocab : {5, 700}) {
-        const Drafted d = drafted(12, 3, vocab, dtype, 0.8f, probabilities, 200 + vocab);
-        const Verified want = reference(d);
-        EXPECT_EQ(run_metal(d), want) << vocab << " " << probabilities;
-        EXPECT_EQ(run_cpu(d), want) << vocab << " " << probabilities;
-      }
+  for (const auto& [dtype, probabilities] :
+       {std::pair{DType::f32, true}, {DType::f16, false}, {DType::bf16, true}}) {
+    for (const int vocab : {5, 700}) {
+      const Drafted d = drafted(12, 3, vocab, dtype, 0.8f, probabilities, 200 + vocab);
+      const Verified want = reference(d);
+      EXPECT_EQ(run_metal(d), want) << vocab << " " << probabilities;
+      EXPECT_EQ(run_cpu(d), want) << vocab << " " << probabilities;
     }
   }
 }
