@@ -186,8 +186,7 @@ struct DoubleQuantAbsmax {
   PT table;
   inline float at(uint block, bool wanted, uint, uint) const {
     if (!wanted) return 0.0f;
-    return nested_absmax(
-        table[1 + uint(codes[block])], table[kNestedHead + block / 256], table[0]);
+    return nested_absmax(table[1 + uint(codes[block])], table[kNestedHead + block / 256], table[0]);
   }
 };
 template <typename PS, typename PT>

@@ -14,8 +14,7 @@ namespace {
 constexpr std::string_view kMarker = "// @region ";
 
 [[noreturn]] void refuse(std::string_view where, int line, const std::string& what) {
-  throw Error(
-      ErrorCode::internal, std::string(where) + ":" + std::to_string(line) + ": " + what);
+  throw Error(ErrorCode::internal, std::string(where) + ":" + std::to_string(line) + ": " + what);
 }
 
 Region parse_marker(const MetalFile& file, int line, std::string_view marker) {

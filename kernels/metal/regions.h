@@ -1,8 +1,8 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// The .metal files of this folder, embedded, cut into regions so that each kernel is handed only the
-// text it needs (MLX hashes a kernel's whole source at every dispatch).
+// The .metal files of this folder, embedded, cut into regions so that each kernel is handed only
+// the text it needs (MLX hashes a kernel's whole source at every dispatch).
 #pragma once
 
 #include <string>
