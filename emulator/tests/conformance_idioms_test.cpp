@@ -105,10 +105,45 @@ TEST(Idioms, PassTheLint) {
           "float4 a = {1.f}; half4 h = (half4)a; float4 f = (float4)h * 2.0f;\n"
           "half4x4 m = half4x4(float4x4(2.0f)); float4x4 s(1.0f); s += s; s -= float4x4(1.0f);\n"
           "out[0] = f.x + lane_of(3); out[1] = m[1].y; out[2] = s[2].z;\n"
-          "out[3] = static_cast<half>(b[0]); }\n",
+          "int n = 2; long k = (long)n * n; out[3] = static_cast<half>(b[0]) * k; }\n",
       4,
       true);
-  EXPECT_EQ(r, (std::vector<float>{3, 2, 1, 1.5f}));
+  EXPECT_EQ(r, (std::vector<float>{3, 2, 1, 6}));
+}
+
+// A call inside a branch of a loop is met by the lanes of one iteration.
+TEST(Idioms, LanesMeetWithinAnIteration) {
+  const Library library = build(
+      "kernel void k(device uint* out [[buffer(0)]], const device uint* n [[buffer(1)]],\n"
+      "    uint i [[thread_position_in_grid]]) {\n"
+      "  uint skipped = 0, branch = 0, once = 0, nested = 0;\n"
+      "  _Pragma(\"unroll\") for (uint j = 0; j < n[0]; j++) { if ((i ^ j) & 1) continue; skipped "
+      "+= "
+      "simd_sum(1u); }\n"
+      "  uint j = 0;\n"
+      "  while (j < n[0]) { if (((i ^ j) & 3) == 0) { branch += simd_sum(1u); } j++; }\n"
+      "  j = 0; do { if (j == i) { once = simd_sum(1u); break; } j++; } while (j < 32);\n"
+      "  for (uint a = 0; a < n[0]; a++) { for (uint b = 0; b < n[0]; b++) {\n"
+      "    if ((a + b + i) & 1) { nested += simd_sum(1u); } } }\n"
+      "  out[i] = skipped; out[32 + i] = branch; out[64 + i] = once; out[96 + i] = nested;\n"
+      "  out[128 + i] = simd_sum(1u);\n"
+      "}\n",
+      "loops.metal");
+  std::vector<uint32_t> result(160);
+  const std::vector<uint32_t> n = {5};
+  Dispatch d;
+  d.kernel = "k";
+  d.buffers = {out(0, result), in(1, n)};
+  d.threads_per_grid = d.threads_per_threadgroup = {32, 1, 1};
+  const Report report = run(library, d);
+  EXPECT_EQ(report.finding_count, 0u) << faults::describe(report);
+  for (uint32_t i = 0; i < 32; i++) {
+    EXPECT_EQ(result[i], i % 2 == 0 ? 48u : 32u) << i;         // 3 and 2 of the 5 iterations
+    EXPECT_EQ(result[32 + i], i % 4 == 0 ? 16u : 8u) << i;     // iterations 0 and 4, or one
+    EXPECT_EQ(result[64 + i], 1u) << i;                        // every lane in its own
+    EXPECT_EQ(result[96 + i], i % 2 == 0 ? 192u : 208u) << i;  // 12 and 13 of the 25
+    EXPECT_EQ(result[128 + i], 32u) << i;                      // together again
+  }
 }
 
 }  // namespace

@@ -136,5 +136,33 @@ METAL_EMULATOR_INLINE void tginit(abi::ThreadgroupSlot&, T& variable, const T& v
   store_initial(&variable, &value, sizeof(T));
 }
 
+METAL_EMULATOR_RAW inline void begin_iteration(uintptr_t number) {
+  // Two frames: where the loop is, so that loops meet in the order of the code, and the iteration.
+  if (number == 1)
+    abi::hooks->function_entry(__builtin_return_address(0));
+  else
+    abi::hooks->function_exit();
+  abi::hooks->function_entry((void*)number);
+}
+METAL_EMULATOR_RAW inline void leave_loop() {
+  abi::hooks->function_exit();
+  abi::hooks->function_exit();
+}
+/// A loop that lanes go through in step: an iteration is part of the path to a meeting, as a call
+/// is.
+class Loop {
+ public:
+  METAL_EMULATOR_INLINE Loop() {}
+  METAL_EMULATOR_INLINE void next() { begin_iteration(++iteration_); }
+  METAL_EMULATOR_INLINE ~Loop() {
+    if (iteration_) leave_loop();
+  }
+  Loop(const Loop&) = delete;
+  Loop& operator=(const Loop&) = delete;
+
+ private:
+  uintptr_t iteration_ = 0;
+};
+
 }  // namespace glue
 }  // namespace metal_emulator

@@ -82,6 +82,7 @@ class Rewriter {
     unroll_hints();
     defined_queries();
     rewrite_threadgroup_variables(stream_, declarations);
+    rewrite_loops(stream_);
     rewrite_tokens(stream_, declarations);
     erase_duplicates(stream_, declarations);
     for (const Derived& d : derived_) {

@@ -56,6 +56,8 @@ void rewrite_literals(TokenStream& stream);
 /// Moves threadgroup variables of function bodies; program-scope ones are refused.
 void rewrite_threadgroup_variables(
     TokenStream& stream, const std::vector<Declaration>& declarations);
+/// Marks the iterations of loops in which lanes may meet.
+void rewrite_loops(TokenStream& stream);
 /// Erases attributes (unknown ones are refused) and address spaces.
 void rewrite_tokens(TokenStream& stream, const std::vector<Declaration>& declarations);
 /// Overloads and specialisations that differed in address spaces only are now equal: keeps one.

@@ -84,6 +84,11 @@ bool stricter_than_metal(const std::string& text) {
   if (cast && contains(text, "'half'") && (contains(text, "bfloat") || contains(text, "__bf16"))) {
     return true;
   }
+  // Members are in __generic there, in the space of their object in Metal. Pointers that have no
+  // address space are refused by a rule of their own.
+  if (contains(text, "changes address space") && contains(text, "'__generic")) {
+    return true;
+  }
   if (contains(text, kTemporaryText) && contains(text, "__private")) {
     return true;
   }

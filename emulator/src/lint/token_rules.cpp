@@ -214,13 +214,26 @@ class TokenRules {
   void body(const Declaration& d, bool kernel) {
     for (size_t i = d.body_open + 1; i < d.body_close; i++) {
       const Token& before = tokens_[i - 1];
-      const bool start = before.is(";") || before.is("{") || before.is("}") || before.is(")") ||
-                         (before.is("(") && i >= 2 && is(i - 2, "for"));
+      const bool start = before.is(";") || before.is("{") || before.is("}") ||
+                         ends_condition(i - 1) || (before.is("(") && i >= 2 && is(i - 2, "for"));
       if (!start || !tokens_[i].is_identifier()) {
         continue;
       }
       statement(i, d, kernel);
     }
+  }
+
+  // The ) of if (…), for (…) and the like; not that of a cast: (long)a * b is no declaration.
+  bool ends_condition(size_t close) const {
+    int depth = 0;
+    for (size_t i = close; i > 0; i--) {
+      depth += tokens_[i].is(")") - tokens_[i].is("(");
+      if (depth == 0) {
+        return is(close, ")") && (is(i - 1, "if") || is(i - 1, "for") || is(i - 1, "while") ||
+                                  is(i - 1, "switch") || is(i - 1, "constexpr"));
+      }
+    }
+    return false;
   }
 
   void statement(size_t begin, const Declaration& d, bool kernel) {
