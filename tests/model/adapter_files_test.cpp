@@ -131,8 +131,8 @@ TEST_F(AdapterFiles, SameInputGivesSameBytes) {
   for (const AdapterFormat format : {AdapterFormat::mlx_lm, AdapterFormat::peft}) {
     for (const char* name : {"x", "y"})
       write_adapter(root_ / name, format, AdapterFile{{}, plain_modules()});
-    for (const char* file :
-         {"adapter_config.json", std::string(adapter_file_name(format)).c_str()}) {
+    for (const std::string& file :
+         std::vector<std::string>{"adapter_config.json", std::string(adapter_file_name(format))}) {
       EXPECT_EQ(bytes_of(root_ / "x" / file), bytes_of(root_ / "y" / file)) << file;
     }
   }
