@@ -118,8 +118,8 @@ struct QuantizedNf4 {
 QuantizedNf4 quantize_nf4(const mlx::core::array& w);
 
 /// W [out, in] dense: each weight's formula in f32 (affine: one fused multiply-add), rounded once
-/// to `dtype`. Reads the weight once. Not differentiable. Row-major weights only where Metal kernels
-/// run (Error unsupported for one that was prepared for the CPU).
+/// to `dtype`. Reads the weight once. Not differentiable. Row-major weights only where Metal
+/// kernels run (Error unsupported for one that was prepared for the CPU).
 mlx::core::array dequantize(const Weight& weight, mlx::core::Dtype dtype);
 
 /// The tokens of a batch laid end to end ("packed"): no padding, no leaking between segments.

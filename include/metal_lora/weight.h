@@ -71,9 +71,9 @@ class Weight {
   size_t nbytes() const;
 
   /// Data, scales and biases, those that there are, as arrays: those that the weight was made
-  /// of, else over its bytes (copied once where MLX cannot take memory that it did not allocate). uint32 [out,
-  /// in·bits/32] and the scales' type for quantised weights. Row-major weights only (Error internal
-  /// otherwise). Made once for all copies of this handle.
+  /// of, else over its bytes (copied once where MLX cannot take memory that it did not allocate).
+  /// uint32 [out, in·bits/32] and the scales' type for quantised weights. Row-major weights only
+  /// (Error internal otherwise). Made once for all copies of this handle.
   std::vector<mlx::core::array> arrays() const;
 
   const void* data() const { return data_; }

@@ -4,12 +4,15 @@
 #include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <memory>
+#include <stdexcept>
 
 #include <fmt/format.h>
 #include <mlx/ops.h>
 #include <unistd.h>
 
+#include "kernels/metal/plans.h"
 #include "metal_lora/error.h"
 #include "metal_lora/train.h"
 #include "src/cli/bench_counters.h"
@@ -137,12 +140,50 @@ void report_ops(Console& console) {
        {"results", rows}});
 }
 
+/// The Metal plans of a LoRA linear in bf16, and the rule that chose them. Affine formats in groups
+/// of 64 with f16 scales.
+std::vector<std::string> metal_forms(
+    uint32_t tokens, WeightFormat format, uint32_t n, uint32_t k, int rank) {
+  metal::LoraShape shape;
+  shape.m = tokens;
+  shape.n = n;
+  shape.k = k;
+  shape.format = format;
+  shape.group_size = 64;
+  shape.scales_dtype = DType::f16;
+  shape.rank = static_cast<uint32_t>(rank);
+  shape.dtype = shape.lora_dtype = DType::bf16;
+  try {
+    std::vector<std::string> forms;
+    for (const auto& plan : metal::plan_lora_forward(shape)) {
+      forms.push_back(fmt::format("{}: {}", plan.entry->name, plan.why));
+    }
+    return forms;
+  } catch (const std::invalid_argument& why) {
+    return {fmt::format("none: {}", why.what())};
+  }
+}
+
 void explain_forms(Console& console, const BenchFlags& options) {
   auto rows = nlohmann::ordered_json::array();
+  static constexpr const char* kFormats[] = {"f32", "f16", "bf16", "int4", "int8", "nf4"};
+  const int rank = options.rank > 0 ? options.rank : 8;
   const auto add = [&](uint32_t tokens, const std::string& format, uint32_t n, uint32_t k) {
     const std::string form = kernel_form(tokens, format, n, k);
-    rows.push_back({{"tokens", tokens}, {"out", n}, {"in", k}, {"weight", format}, {"form", form}});
+    const auto at = std::find(std::begin(kFormats), std::end(kFormats), format);
+    const auto metal =
+        metal_forms(tokens, static_cast<WeightFormat>(at - std::begin(kFormats)), n, k, rank);
+    rows.push_back(
+        {{"tokens", tokens},
+         {"out", n},
+         {"in", k},
+         {"weight", format},
+         {"form", form},
+         {"metal_rank", rank},
+         {"metal", metal}});
     console.line(fmt::format("M={:<5} {:>6} x {:<6} {}", tokens, n, k, form));
+    for (const auto& text : metal)
+      console.line(fmt::format("{:24}Metal, rank {}: {}", "", rank, text));
   };
   if (options.model.model.empty()) {
     for (const char* format : {"f32", "bf16", "int4", "int8", "nf4"}) {
@@ -153,7 +194,6 @@ void explain_forms(Console& console, const BenchFlags& options) {
     for (int slot = 0; slot < kSlotsPerLayer; ++slot) {
       const auto path = fmt::format("model.layers.0.{}", slot_path(static_cast<Slot>(slot)));
       const WeightParams& p = model->linear(path).weight.params();
-      static constexpr const char* kFormats[] = {"f32", "f16", "bf16", "int4", "int8", "nf4"};
       for (const uint32_t tokens : {1u, 256u})
         add(tokens, kFormats[static_cast<size_t>(p.format)], p.n, p.k);
     }

@@ -51,8 +51,8 @@ std::vector<CounterCase> cases() {
 constexpr uint32_t kCounterRank = 16;
 constexpr float kCounterScale = 2.0f;
 
-/// Device bytes. What every thread reads alike from the constant space (`p`, shapes) is not counted:
-/// a GPU keeps it in uniform registers.
+/// Device bytes. What every thread reads alike from the constant space (`p`, shapes) is not
+/// counted: a GPU keeps it in uniform registers.
 struct TrafficTotals {
   size_t dispatches = 0;
   uint64_t issued = 0;   ///< device bytes that threads asked for, read and written
@@ -169,8 +169,7 @@ mx::array run_linear(
     const std::vector<metal::Plan>& plans, const mx::array& x, const Weight& weight) {
   NamedArrays arrays{{"x", x}};
   ops::metal_ops::bind_weight(arrays, weight);
-  ops::metal_ops::run_plans(
-      plans, arrays, {{"y", {rows_of(x, weight.params().n), mx::bfloat16}}});
+  ops::metal_ops::run_plans(plans, arrays, {{"y", {rows_of(x, weight.params().n), mx::bfloat16}}});
   return arrays.at("y");
 }
 
@@ -297,11 +296,10 @@ nlohmann::ordered_json full_size(Console& console) {
         const auto product = [](const metal::LoraShape& shape) {
           return uint64_t{2} * shape.n * shape.k;
         };
-        const auto tiled = base + bytes_by_formula({sum}, s, 0) +
-                           bytes_by_formula(
-                               metal::plan_lora_forward(a_shape), a_shape, product(a_shape)) +
-                           bytes_by_formula(
-                               metal::plan_lora_forward(b_shape), b_shape, product(b_shape));
+        const auto tiled =
+            base + bytes_by_formula({sum}, s, 0) +
+            bytes_by_formula(metal::plan_lora_forward(a_shape), a_shape, product(a_shape)) +
+            bytes_by_formula(metal::plan_lora_forward(b_shape), b_shape, product(b_shape));
         uint64_t plain = bytes_by_formula({sum}, s, 0);
         for (const auto& shape : {s, a_shape, b_shape}) {
           plain += bytes_by_formula(
@@ -313,8 +311,7 @@ nlohmann::ordered_json full_size(Console& console) {
         for (const auto form : {metal::Form::fused, metal::Form::split}) {
           const auto plans = planned_as(s, form);
           const auto lora = bytes_by_formula(plans, s, weight);
-          const bool chosen =
-              planned_as(s, metal::Form::automatic).size() == plans.size();
+          const bool chosen = planned_as(s, metal::Form::automatic).size() == plans.size();
           console.line(fmt::format(
               "{:<6}{:>4} {:>5} x {:<6} {:>9.1f} {:>7.1f}% {:>8} {:>7.2f}x {:>12} {:>9}",
               int4 ? "int4" : "bf16",
@@ -345,7 +342,8 @@ nlohmann::ordered_json full_size(Console& console) {
     }
   }
   console.line(
-      "At full size, by formula: bytes of the base product alone, what LoRA adds, and four plain or "
+      "At full size, by formula: bytes of the base product alone, what LoRA adds, and four plain "
+      "or "
       "tiled dispatches over these; int4 in groups of 128");
   return rows;
 }
@@ -381,17 +379,15 @@ void bench_counters(Console& console) {
     });
     // Its many small threadgroups take the emulator long: the decode shapes only.
     const bool has_plain = !operands.weight.is_quantized() && c.tokens <= 8;
-    const auto plain = has_plain
-                           ? run_counted([&] { run_unfused(c, operands, plain_linear); })
-                           : TrafficTotals{};
+    const auto plain =
+        has_plain ? run_counted([&] { run_unfused(c, operands, plain_linear); }) : TrafficTotals{};
     for (const auto form : {metal::Form::fused, metal::Form::split}) {
       const auto shape = lora_shape(c, operands.weight);
       const auto plans = planned_as(shape, form);
       const auto fused = run_counted([&] { run_fused(plans, operands); });
       const double products =
           double(c.tokens) * c.out * c.in + double(c.tokens) * kCounterRank * (c.out + c.in);
-      const bool chosen =
-          planned_as(shape, metal::Form::automatic).size() == plans.size();
+      const bool chosen = planned_as(shape, metal::Form::automatic).size() == plans.size();
       const uint64_t by_formula = bytes_by_formula(plans, shape, operands.weight.nbytes());
       const auto read_ratio = [&](const char* name) {
         const auto found = fused.reads.find(name);
@@ -399,7 +395,8 @@ void bench_counters(Console& console) {
       };
       const double w_ratio = ratio(weight_reads(fused, true), weight_reads(fused, false));
       console.line(fmt::format(
-          "{:<6}{:>4} {:>5} x {:<6} {:>7}->{:<2} {:>9} {:>8.2f}x {:>8.2f}x {:>8.3f} {:>7.2f} {:>7.2f} "
+          "{:<6}{:>4} {:>5} x {:<6} {:>7}->{:<2} {:>9} {:>8.2f}x {:>8.2f}x {:>8.3f} {:>7.2f} "
+          "{:>7.2f} "
           "{:>7.1f} {:>8.3f} {:>9}",
           c.weight,
           c.tokens,
@@ -438,7 +435,8 @@ void bench_counters(Console& console) {
   console.line(
       "plain, tiled: device bytes that four dispatches issue (a simdgroup for each output; this "
       "project's kernels without their adapter) over those of these; beside W0: the latter without "
-      "W0's; W0, A, B: issued over distinct bytes read; matrix: multiply-adds on the matrix units, % of those needed; "
+      "W0's; W0, A, B: issued over distinct bytes read; matrix: multiply-adds on the matrix units, "
+      "% of those needed; "
       "formula: bytes by formula over bytes counted; *: the form that the table chooses");
   const auto full = full_size(console);
   console.emit(

@@ -69,8 +69,8 @@ void run_export(Console& console, const ExportFlags& flags) {
     write_adapter(folder / "adapter", AdapterFormat::mlx_lm, session.adapter, AdapterInfo{});
   }
   console.progress("export train_step");
-  const auto train = export_train_step(
-      *session.model, session.adapter, flags.tokens, folder / "train_step.mlxfn");
+  const auto train =
+      export_train_step(*session.model, session.adapter, flags.tokens, folder / "train_step.mlxfn");
   console.progress("export decode_step");
   // Cast now: a cast inside the graph would run for each token.
   const auto narrow = session.adapter.astype(session.model->dtype());

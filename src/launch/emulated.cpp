@@ -48,8 +48,7 @@ std::shared_ptr<const EmulatedKernel> emulated_kernel(
     auto recorded = record_with_params(plan, inputs, outputs);
     metal_emulator::CompileOptions options;
     options.file_name = std::string(plan.entry->name) + ".metal";
-    auto library =
-        metal_emulator::compile(std::string(mlx_preamble()) + recorded.text, options);
+    auto library = metal_emulator::compile(std::string(mlx_preamble()) + recorded.text, options);
     kernel = std::make_shared<const EmulatedKernel>(
         EmulatedKernel{std::move(recorded), std::move(library)});
   }
@@ -112,11 +111,11 @@ struct ShapeBuffers {
 };
 
 std::string describe(const std::string& kernel, const metal_emulator::Report& report) {
-  std::string text = "[emulator] " + kernel + ": " + std::to_string(report.finding_count) +
-      " findings";
+  std::string text =
+      "[emulator] " + kernel + ": " + std::to_string(report.finding_count) + " findings";
   for (const auto& finding : report.findings) {
     text += "\n  " + finding.file + ":" + std::to_string(finding.line) + ": " +
-        std::string(metal_emulator::finding_name(finding.kind)) + ": " + finding.text;
+            std::string(metal_emulator::finding_name(finding.kind)) + ": " + finding.text;
   }
   return text;
 }

@@ -20,8 +20,8 @@ std::string_view mlx_preamble();
 
 /// One dispatch that the emulator ran.
 struct EmulatedDispatch {
-  std::string kernel;  ///< Entry::name
-  std::string why;     ///< Plan::why
+  std::string kernel;                     ///< Entry::name
+  std::string why;                        ///< Plan::why
   std::vector<std::string> buffer_names;  ///< by buffer index
   metal_emulator::Report report;
 };

@@ -179,8 +179,10 @@ class KernelPrimitive : public mx::Primitive {
 };
 
 Arrays launch_metal(Launch launch, mx::StreamOrDevice stream) {
-  const bool in_place = std::any_of(
-      launch.outputs.begin(), launch.outputs.end(), [](const auto& o) { return o.in_place_of >= 0; });
+  const bool in_place =
+      std::any_of(launch.outputs.begin(), launch.outputs.end(), [](const auto& o) {
+        return o.in_place_of >= 0;
+      });
   if (!launch.inputs.empty() && launch.inputs[0].size() == 0 && !in_place) {
     // No tokens: a dispatch has at least one thread, and every sum over nothing is 0.
     Arrays zeros;

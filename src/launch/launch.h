@@ -54,8 +54,8 @@ struct Launch {
       const Arrays& outputs)>
       vjp = {};
   std::vector<int> not_differentiable = {};  ///< inputs that `vjp` refuses: ids, tables
-  /// The same outputs in plain MLX, for jvp and vmap on the CPU; empty: these say by name that there
-  /// is none, as MLX does of every custom Metal kernel.
+  /// The same outputs in plain MLX, for jvp and vmap on the CPU; empty: these say by name that
+  /// there is none, as MLX does of every custom Metal kernel.
   std::function<Arrays(const Arrays&)> reference = {};
   /// The kernel checks what its inputs hold and may throw: eval then waits for it and rethrows.
   bool may_throw = false;

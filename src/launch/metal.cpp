@@ -103,7 +103,9 @@ Arrays mlx_node(
 }
 
 metal::Dim3 dim3(const std::vector<mx::StateT>& state, size_t at) {
-  const auto part = [&](size_t i) { return static_cast<uint32_t>(std::get<int>(state.at(at + i))); };
+  const auto part = [&](size_t i) {
+    return static_cast<uint32_t>(std::get<int>(state.at(at + i)));
+  };
   return {part(0), part(1), part(2)};
 }
 

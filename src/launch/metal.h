@@ -26,9 +26,9 @@ struct RecordedKernel {
     Kind kind;
     size_t of;  ///< index of the input or output; the plan's `p` is the last input
   };
-  std::string name;              ///< of the function
-  std::string text;              ///< complete, but for MLX's preamble
-  std::vector<Buffer> buffers;   ///< by [[buffer(index)]]
+  std::string name;             ///< of the function
+  std::string text;             ///< complete, but for MLX's preamble
+  std::vector<Buffer> buffers;  ///< by [[buffer(index)]]
   metal::Dim3 threads_per_grid, threads_per_threadgroup;
 };
 /// Records through mx::export_function; needs no GPU. Only shapes and types of the inputs matter.

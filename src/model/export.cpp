@@ -65,8 +65,8 @@ ExportedFunction export_train_step(
     int tokens,
     const std::filesystem::path& file) {
   const auto tensors = adapter.parameters();
-  const int count = std::accumulate(
-      tensors.begin(), tensors.end(), 0, [](int sum, const mx::array& t) {
+  const int count =
+      std::accumulate(tensors.begin(), tensors.end(), 0, [](int sum, const mx::array& t) {
         return sum + static_cast<int>(t.size());
       });
   if (count == 0) {

@@ -1,10 +1,10 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// Whole steps of a model as graphs for MLX on a Mac. Linear layers, embedding and optimizer are this
-// project's kernels. Attention and norms are MLX's: written on a machine without a GPU they are its
-// plain operations, not its fused kernels, and a few of MLX's own gradient nodes (of softmax) are on
-// the CPU stream. Weights are constants of the graph.
+// Whole steps of a model as graphs for MLX on a Mac. Linear layers, embedding and optimizer are
+// this project's kernels. Attention and norms are MLX's: written on a machine without a GPU they
+// are its plain operations, not its fused kernels, and a few of MLX's own gradient nodes (of
+// softmax) are on the CPU stream. Weights are constants of the graph.
 #pragma once
 
 #include <filesystem>

@@ -238,8 +238,8 @@ std::pair<mx::array, mx::array> Model::cached_forward(
   std::optional<mx::array> update;
   for (int i = 0; i < config_.num_hidden_layers; ++i) {
     const Attend attend = [&](const auto& q, const auto& k, const auto& v) {
-      auto [out, next] = ops::cached_attention(
-          q, k, v, cache, i, position, attention_scale(), layers_[i].window);
+      auto [out, next] =
+          ops::cached_attention(q, k, v, cache, i, position, attention_scale(), layers_[i].window);
       cache = next;
       return out;
     };
@@ -334,7 +334,8 @@ mx::array Model::decode(
   }
   cache.reserve(cache.length_ + count);
   auto logits = [&] {
-    if (count > ops::kDecodeMaxTokens || !ops::has_decode_step()) return prefill(tokens, cache, adapter, rows);
+    if (count > ops::kDecodeMaxTokens || !ops::has_decode_step())
+      return prefill(tokens, cache, adapter, rows);
     if (!cache.plan_ || !cache.plan_adapter_.same(adapter)) {
       cache.plan_ = make_plan(adapter);
       cache.plan_adapter_ = adapter;

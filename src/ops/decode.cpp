@@ -212,7 +212,8 @@ bool has_decode_step() {
 }
 
 mx::array logits(const mx::array& x, const Weight& head) {
-  return lora_linear(mx::astype(x, mx::float32, stream()), LoraLinear{head, std::nullopt, std::nullopt});
+  return lora_linear(
+      mx::astype(x, mx::float32, stream()), LoraLinear{head, std::nullopt, std::nullopt});
 }
 
 }  // namespace metal_lora::ops

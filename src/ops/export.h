@@ -10,8 +10,8 @@
 namespace metal_lora::ops {
 
 /// Traces `function` with the Metal backend and writes the graph as MLX's .mlxfn: a Mac imports it
-/// with mlx.core.import_function and runs the kernels in it. Needs no GPU here. Replaces `file` only
-/// when the graph is whole. Error unsupported when the graph holds what MLX cannot write.
+/// with mlx.core.import_function and runs the kernels in it. Needs no GPU here. Replaces `file`
+/// only when the graph is whole. Error unsupported when the graph holds what MLX cannot write.
 void export_for_metal(
     const std::filesystem::path& file,
     const std::function<Arrays(const Arrays&)>& function,

@@ -147,7 +147,8 @@ Arrays vjp(
   };
   auto grads = launch(std::move(back));
   Arrays result;
-  for (int i : argnums) result.push_back(mx::astype(grads[gradient_of[i]], primals[i].dtype(), stream()));
+  for (int i : argnums)
+    result.push_back(mx::astype(grads[gradient_of[i]], primals[i].dtype(), stream()));
   return result;
 }
 

@@ -38,8 +38,8 @@ struct Wanted {
 /// one, of each branch. One dispatch a branch in the fused form, two in the split one.
 Arrays lora_linear_metal(const Group& group, const Arrays& inputs);
 
-/// inputs: x, then per branch dy, and A, B, u where there is an adapter; outputs: dx if wanted, then
-/// dA and dB (f32) of each branch whose adapter's gradient is.
+/// inputs: x, then per branch dy, and A, B, u where there is an adapter; outputs: dx if wanted,
+/// then dA and dB (f32) of each branch whose adapter's gradient is.
 Arrays lora_linear_backward_metal(
     const Group& group, const Wanted& wanted, const Arrays& inputs, mlx::core::StreamOrDevice s);
 

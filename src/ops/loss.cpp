@@ -88,12 +88,11 @@ mx::array linear_cross_entropy(
           [head](const Arrays& in, mx::StreamOrDevice s) {
             // A token that does not count may hold anything: no NaN of its reaches the sum or dx.
             auto counts = mx::not_equal(in[2], mx::array(0.0f), s);
-            auto x = mx::where(
-                mx::expand_dims(counts, 1, s), in[0], mx::zeros({}, in[0].dtype(), s), s);
+            auto x =
+                mx::where(mx::expand_dims(counts, 1, s), in[0], mx::zeros({}, in[0].dtype(), s), s);
             auto losses = with_mlx::token_losses(x, head, in[1], s);
             auto weights = mx::stop_gradient(in[2], s);
-            auto counted =
-                mx::where(counts, mx::multiply(weights, losses, s), mx::array(0.0f), s);
+            auto counted = mx::where(counts, mx::multiply(weights, losses, s), mx::array(0.0f), s);
             return Arrays{mx::sum(counted, s)};
           },
       .reference =
@@ -215,8 +214,7 @@ AdamWOutput adamw(
            [params](const Arrays& in, mx::StreamOrDevice) {
              const auto factors = metal::adamw_factors(params);
              return adamw_metal(
-                 in,
-                 mx::array(factors.begin(), {static_cast<int>(factors.size())}, mx::float32));
+                 in, mx::array(factors.begin(), {static_cast<int>(factors.size())}, mx::float32));
            }});
   return {out[0], out[1], out[2], out[3], out[4]};
 }

@@ -5,9 +5,9 @@
 #pragma once
 
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <utility>
-#include <stdexcept>
 #include <vector>
 
 #include <mlx/ops.h>
@@ -31,8 +31,9 @@ void run_plans(
     const std::vector<metal::Plan>& plans, NamedArrays& arrays, const NamedOutputs& outputs);
 
 /// Values that a Metal kernel cannot refuse, for checking before it runs: those of an int32 or f32
-/// row-contiguous array that is at hand on a Metal backend. Empty for one that is still to be computed (there the
-/// kernel does what its op says of bad values) and on the CPU, whose kernels check.
+/// row-contiguous array that is at hand on a Metal backend. Empty for one that is still to be
+/// computed (there the kernel does what its op says of bad values) and on the CPU, whose kernels
+/// check.
 template <class T>
 std::vector<T> values_at_hand(const mlx::core::array& a);
 

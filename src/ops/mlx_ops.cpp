@@ -35,8 +35,8 @@ mx::array visible(
     const mx::array& offset,
     int window,
     StreamOrDevice s) {
-  auto i = mx::reshape(
-      mx::add(mx::arange(0, queries, 1, mx::int32, s), offset, s), {queries, 1}, s);
+  auto i =
+      mx::reshape(mx::add(mx::arange(0, queries, 1, mx::int32, s), offset, s), {queries, 1}, s);
   auto j = mx::reshape(mx::arange(0, keys, 1, mx::int32, s), {1, keys}, s);
   auto begin = first;
   if (window > 0) {
@@ -74,13 +74,11 @@ mx::array attention(const Arrays& in, float scale, int window, StreamOrDevice s)
   return masked_attention(in[0], in[1], in[2], mask, scale, s);
 }
 
-Arrays cached_attention(
-    const Arrays& in, int layer, float scale, int window, StreamOrDevice s) {
+Arrays cached_attention(const Arrays& in, int layer, float scale, int window, StreamOrDevice s) {
   auto cache = in[3];
   const int tokens = in[0].shape(0), capacity = cache.shape(2);
   // MLX writes where `start` says, in the buffer or not: a position outside must not reach it.
-  const auto position =
-      mx::clip(in[4], mx::array(0), mx::array(capacity - tokens), s);
+  const auto position = mx::clip(in[4], mx::array(0), mx::array(capacity - tokens), s);
   const int heads = cache.shape(3), head_dim = cache.shape(4);
   const auto write = [&](int which, const mx::array& fresh) {
     const auto start = mx::concatenate(
@@ -113,8 +111,8 @@ mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, Strea
 
 mx::array rope_table(
     const mx::array& positions, const mx::array& inv_freq, float factor, StreamOrDevice s) {
-  auto angles = mx::multiply(
-      mx::expand_dims(f32(positions, s), 1, s), mx::expand_dims(inv_freq, 0, s), s);
+  auto angles =
+      mx::multiply(mx::expand_dims(f32(positions, s), 1, s), mx::expand_dims(inv_freq, 0, s), s);
   auto table = mx::concatenate({mx::cos(angles, s), mx::sin(angles, s)}, 1, s);
   return factor == 1.0f ? table : mx::multiply(table, mx::array(factor), s);
 }
@@ -142,7 +140,8 @@ mx::array token_losses(
   const int64_t row_bytes = static_cast<int64_t>(sizeof(float)) * head.out_features();
   const int slice_tokens = static_cast<int>(std::max<int64_t>(1, kLogitsBytes / row_bytes));
   const int tokens = x.shape(0);
-  // A GPU cannot refuse a target outside the vocabulary: it must not read there, and its loss is NaN.
+  // A GPU cannot refuse a target outside the vocabulary: it must not read there, and its loss is
+  // NaN.
   auto valid = mx::logical_and(
       mx::greater_equal(targets, mx::array(0), s),
       mx::less(targets, mx::array(head.out_features()), s),
@@ -156,7 +155,8 @@ mx::array token_losses(
     // Made again in the backward pass: one slice's logits live at a time.
     auto slice_losses = mx::checkpoint([head, s](const Arrays& in) {
       auto logits = lora_linear(f32(in[0], s), LoraLinear{head, std::nullopt, std::nullopt});
-      auto chosen = mx::squeeze(mx::take_along_axis(logits, mx::stop_gradient(in[1], s), -1, s), -1, s);
+      auto chosen =
+          mx::squeeze(mx::take_along_axis(logits, mx::stop_gradient(in[1], s), -1, s), -1, s);
       return Arrays{mx::subtract(mx::logsumexp(logits, -1, false, s), chosen, s)};
     });
     losses.push_back(slice_losses({part, index})[0]);

@@ -73,10 +73,8 @@ mx::array rope_launch(const mx::array& x, const mx::array& table, bool inverse) 
            [p](const KernelArgs& args) {
              cpu::rope(p, args.in[0], static_cast<const float*>(args.in[1]), args.out[0]);
            },
-       .mlx =
-           [](const Arrays& in, mx::StreamOrDevice s) {
-             return Arrays{with_mlx::rope(in[0], in[1], s)};
-           },
+       .mlx = [](const Arrays& in,
+                 mx::StreamOrDevice s) { return Arrays{with_mlx::rope(in[0], in[1], s)}; },
        .vjp =
            [inverse](
                const Arrays& primals,
@@ -219,10 +217,8 @@ mx::array swiglu(const mx::array& gate, const mx::array& up) {
            [=](const KernelArgs& args) {
              cpu::swiglu_forward(count, dtype, args.in[0], args.in[1], args.out[0]);
            },
-       .mlx =
-           [](const Arrays& in, mx::StreamOrDevice s) {
-             return Arrays{with_mlx::swiglu(in[0], in[1], s)};
-           },
+       .mlx = [](const Arrays& in,
+                 mx::StreamOrDevice s) { return Arrays{with_mlx::swiglu(in[0], in[1], s)}; },
        .vjp =
            [=](const Arrays& primals,
                const Arrays& cotangents,

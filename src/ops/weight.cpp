@@ -229,8 +229,8 @@ std::vector<mx::array> Weight::arrays() const {
     }
     const int groups = k / static_cast<int>(params_.group_size);
     out.push_back(over(data_, {n, k * bits_of(params_) / 32}, mx::uint32));
-    out.push_back(
-        over(scales_, {n, groups}, params_.double_quant ? mx::uint8 : to_mlx(params_.scales_dtype)));
+    out.push_back(over(
+        scales_, {n, groups}, params_.double_quant ? mx::uint8 : to_mlx(params_.scales_dtype)));
     if (params_.double_quant) {
       out.push_back(over(biases_, {static_cast<int>(nested_values(params_))}, mx::float32));
     } else if (params_.format != WeightFormat::nf4) {

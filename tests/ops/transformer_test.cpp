@@ -17,8 +17,8 @@ mx::array ints(std::vector<int32_t> values) {
   return mx::array(values.data(), {static_cast<int>(values.size())}, mx::int32);
 }
 
-/// What a CPU kernel finds at run time comes out of MLX's eval as a runtime_error with the same text;
-/// on Metal the call itself refuses.
+/// What a CPU kernel finds at run time comes out of MLX's eval as a runtime_error with the same
+/// text; on Metal the call itself refuses.
 void expect_refusal(const std::function<mx::array()>& call, const char* message) {
   try {
     call().eval();

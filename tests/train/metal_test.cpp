@@ -1,8 +1,8 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// The whole program on the Metal kernels: training and generation on the emulator against the CPU's,
-// and steps exported for a Mac.
+// The whole program on the Metal kernels: training and generation on the emulator against the
+// CPU's, and steps exported for a Mac.
 #include <gtest/gtest.h>
 #include <mlx/ops.h>
 #include <mlx/random.h>
