@@ -2,6 +2,10 @@
 // SPDX-License-Identifier: MIT
 #include "src/cli/bench_counters.h"
 
+#include "metal_lora/error.h"
+
+#ifdef METAL_LORA_EMULATOR
+
 #include <algorithm>
 #include <map>
 
@@ -447,3 +451,18 @@ void bench_counters(Console& console) {
 }
 
 }  // namespace metal_lora::cli
+
+#else
+
+namespace metal_lora::cli {
+
+void bench_counters(Console&) {
+  throw Error(
+      ErrorCode::unsupported,
+      "[bench --counters] the emulator that counts is not in this build",
+      "it is built on Linux");
+}
+
+}  // namespace metal_lora::cli
+
+#endif

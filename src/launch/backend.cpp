@@ -37,8 +37,8 @@ Backend choose() {
     if (backend == Backend::cuda || (backend == Backend::emulator && !kHasEmulator)) {
       throw Error(
           ErrorCode::unsupported,
-          std::string("[METAL_LORA_BACKEND] this build has kernels for cpu, metal") +
-              (kHasEmulator ? " and emulator" : "") + ", got " + wanted,
+          std::string("[METAL_LORA_BACKEND] this build has kernels for ") +
+              (kHasEmulator ? "cpu, metal and emulator" : "cpu and metal") + ", got " + wanted,
           "unset METAL_LORA_BACKEND");
     }
     return backend;
