@@ -4,7 +4,7 @@
 // The operations of a LoRA model as MLX arrays: lazy, differentiable where said, dispatched by the
 // launch layer. Activations are f32, f16 or bf16; sums are f32. Shapes are checked at the call and
 // wrong ones throw Error "[op] x must be …, but is …". Thread-safe as MLX is: one graph, one
-// thread.
+// thread. Costs and bad ids are the CPU's here; docs/metal.md says what Metal does otherwise.
 #pragma once
 
 #include <memory>

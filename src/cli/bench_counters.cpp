@@ -90,10 +90,7 @@ metal::LoraShape shape_of(const CounterCase& c, const Weight& weight) {
   shape.m = c.tokens;
   shape.n = w.n;
   shape.k = w.k;
-  shape.format = w.format;
-  shape.group_size = w.group_size;
-  shape.scales_dtype = w.scales_dtype;
-  shape.double_quant = w.double_quant;
+  ops::metal_ops::describe_weight(shape, w);
   shape.dtype = shape.lora_dtype = DType::bf16;
   return shape;
 }

@@ -41,10 +41,7 @@ metal::LoraEmbeddingShape metal_shape(
   shape.tokens = tokens;
   shape.vocab = table.n;
   shape.dims = table.k;
-  shape.format = table.format;
-  shape.group_size = table.group_size;
-  shape.scales_dtype = table.scales_dtype;
-  shape.double_quant = table.double_quant;
+  metal_ops::describe_weight(shape, table);
   shape.rank = lora.rank;
   shape.scale = lora.scale;
   shape.dtype = dtype;

@@ -19,10 +19,7 @@ metal::LoraShape shape_of(const Group& group, const Branch& branch) {
   shape.m = group.tokens;
   shape.n = w.n;
   shape.k = w.k;
-  shape.format = w.format;
-  shape.group_size = w.group_size;
-  shape.scales_dtype = w.scales_dtype;
-  shape.double_quant = w.double_quant;
+  metal_ops::describe_weight(shape, w);
   shape.rank = branch.lora.rank;
   shape.scale = branch.lora.scale;
   shape.dtype = group.dtype;

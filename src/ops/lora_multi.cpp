@@ -176,10 +176,7 @@ Arrays forward_metal(const Call& call, const Arrays& in) {
   shape.m = call.tokens;
   shape.n = w.n;
   shape.k = w.k;
-  shape.format = w.format;
-  shape.group_size = w.group_size;
-  shape.scales_dtype = w.scales_dtype;
-  shape.double_quant = w.double_quant;
+  metal_ops::describe_weight(shape, w);
   shape.adapters = call.bank.adapters;
   shape.max_rank = call.bank.max_rank;
   shape.dtype = call.dtype;

@@ -25,6 +25,15 @@ using NamedOutputs = std::map<std::string, OutputSpec, std::less<>>;
 /// Adds a weight's arrays under the names w, scales and biases, as its format has them.
 void bind_weight(NamedArrays& arrays, const Weight& weight);
 
+/// Says in a plan's shape how a weight is stored.
+template <class Shape>
+void describe_weight(Shape& shape, const WeightParams& weight) {
+  shape.format = weight.format;
+  shape.group_size = weight.group_size;
+  shape.scales_dtype = weight.scales_dtype;
+  shape.double_quant = weight.double_quant;
+}
+
 /// Runs the plans in order. Each takes its inputs from `arrays` by name and leaves its outputs
 /// there, shaped as `outputs` says. A name that is missing is an Error internal.
 void run_plans(

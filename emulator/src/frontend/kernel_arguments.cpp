@@ -171,7 +171,7 @@ class ArgumentParser {
   }
 
   void check_attribute(const Parameter& p, const Attribute& a, const std::string& name) const {
-    const bool built_in = std::find(kBuiltIns.begin(), kBuiltIns.end(), a.name) != kBuiltIns.end();
+    const bool built_in = is_built_in(a.name);
     if (!built_in && a.name != "buffer" && a.name != "threadgroup" &&
         a.name != "function_constant" && a.name != "maybe_unused") {
       fail(p, "parameter " + name + ": attribute [[" + a.name + "]] is not supported");
@@ -196,7 +196,7 @@ class ArgumentParser {
 
   KernelArgument built_in(const Parameter& p, const Shape& s, KernelArgument a) const {
     for (const Attribute& attribute : p.attributes) {
-      if (std::find(kBuiltIns.begin(), kBuiltIns.end(), attribute.name) != kBuiltIns.end()) {
+      if (is_built_in(attribute.name)) {
         a.kind = attribute.name;
         a.read_only = true;
         return a;
@@ -215,6 +215,10 @@ class ArgumentParser {
 };
 
 }  // namespace
+
+bool is_built_in(std::string_view attribute) {
+  return std::find(kBuiltIns.begin(), kBuiltIns.end(), attribute) != kBuiltIns.end();
+}
 
 std::vector<KernelArgument> parse_kernel_arguments(
     const TokenStream& stream, const Declaration& declaration) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "src/frontend/structure.h"
@@ -45,6 +46,9 @@ struct RewriteResult {
 
 /// wanted: host names to keep; empty: all. Throws CompileError ("file:line: error: …").
 RewriteResult rewrite(TokenStream stream, const std::vector<std::string>& wanted);
+
+/// Whether an attribute of a kernel's parameter names a position or a size of the dispatch.
+bool is_built_in(std::string_view attribute);
 
 // Steps, in this order; each edits the stream.
 

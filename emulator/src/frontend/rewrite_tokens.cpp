@@ -12,7 +12,7 @@ namespace metal_emulator::frontend {
 namespace {
 
 // Attributes that mean something to Metal alone; the rewriter has read them by now.
-constexpr std::array<std::string_view, 28> kMetalAttributes = {
+constexpr std::array<std::string_view, 8> kMetalAttributes = {
     "kernel",
     "host_name",
     "buffer",
@@ -20,27 +20,7 @@ constexpr std::array<std::string_view, 28> kMetalAttributes = {
     "function_constant",
     "max_total_threads_per_threadgroup",
     "required_threads_per_threadgroup",
-    "unroll",
-    "thread_position_in_grid",
-    "thread_position_in_threadgroup",
-    "threadgroup_position_in_grid",
-    "thread_index_in_threadgroup",
-    "thread_index_in_simdgroup",
-    "thread_index_in_quadgroup",
-    "simdgroup_index_in_threadgroup",
-    "quadgroup_index_in_threadgroup",
-    "threads_per_threadgroup",
-    "threadgroups_per_grid",
-    "threads_per_grid",
-    "threads_per_simdgroup",
-    "thread_execution_width",
-    "simdgroups_per_threadgroup",
-    "quadgroups_per_threadgroup",
-    "dispatch_threads_per_threadgroup",
-    "dispatch_simdgroups_per_threadgroup",
-    "dispatch_quadgroups_per_threadgroup",
-    "grid_origin",
-    "grid_size"};
+    "unroll"};
 
 constexpr std::array<std::string_view, 7> kStandardAttributes = {
     "maybe_unused", "nodiscard", "fallthrough", "deprecated", "noreturn", "likely", "unlikely"};
@@ -121,7 +101,7 @@ class SpaceEraser {
     const size_t open = at;
     bool metal = false, standard = false;
     for (const Attribute& a : parse_attributes(stream_, open, &at)) {
-      const bool known = contains(kMetalAttributes, a.name);
+      const bool known = contains(kMetalAttributes, a.name) || is_built_in(a.name);
       const bool plain = contains(kStandardAttributes, a.name) || a.name.starts_with("gnu::") ||
                          a.name.starts_with("clang::");
       if (!known && !plain) {
