@@ -1,0 +1,51 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+//
+// What every CUDA entry gets besides its pointers. Entries only enqueue work on the stream: they
+// never synchronise, allocate or read device memory from the host, so that they can be captured
+// into a CUDA graph. Host code; includes no framework.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/params.h"
+
+namespace metal_lora::cuda {
+
+/// Where an entry takes temporary device memory from: 256-byte aligned, uninitialised, valid for
+/// the work that the entry enqueues.
+class Scratch {
+ public:
+  virtual void* take(size_t bytes) = 0;
+
+ protected:
+  ~Scratch() = default;
+};
+
+struct Context {
+  cudaStream_t stream = nullptr;
+  Scratch* scratch = nullptr;
+  int multiprocessors = 132;
+  int capability = 90;  ///< 10·major + minor
+};
+
+/// A CUDA call that failed, by name.
+class CudaError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+inline void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw CudaError(std::string("[cuda] ") + what + ": " + cudaGetErrorString(status));
+}
+/// After a kernel launch.
+inline void check_launch(const char* kernel) {
+  check(cudaGetLastError(), kernel);
+}
+
+}  // namespace metal_lora::cuda
