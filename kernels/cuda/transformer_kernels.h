@@ -71,6 +71,37 @@ void rope_table(
 void rope(
     const Context& context, const RopeParams& p, const void* x, const float* cos_sin, void* y);
 
+/// Rotates q [tokens, q_heads, head_dim] and k [tokens, kv_heads, head_dim] in place in one launch,
+/// at the given elements between tokens (both may lie in one [tokens, q|k|v] buffer). cos_sin as
+/// rope_table makes it.
+struct RopePairParams {
+  uint32_t tokens = 0, q_heads = 0, kv_heads = 0, head_dim = 0;
+  size_t q_stride = 0, k_stride = 0;
+  DType dtype = DType::bf16;
+  bool inverse = false;  ///< the backward pass turns the other way
+};
+void rope_pair(
+    const Context& context, const RopePairParams& p, void* q, void* k, const float* cos_sin);
+
+/// SwiGLU of gate_up [tokens, gate (ffn) | up (ffn)]: act [tokens, ffn].
+void swiglu_pair_forward(
+    const Context& context,
+    uint32_t tokens,
+    uint32_t ffn,
+    DType dtype,
+    const void* gate_up,
+    void* act);
+/// gate_up is overwritten by its gradient, from d_act [tokens, ffn]; act [tokens, ffn] is made
+/// again beside it where not null (so that nobody need keep it).
+void swiglu_pair_backward(
+    const Context& context,
+    uint32_t tokens,
+    uint32_t ffn,
+    DType dtype,
+    void* gate_up,
+    const void* d_act,
+    void* act);
+
 /// y = silu(gate)·up; dgate and dup may be gate and up.
 void swiglu_forward(
     const Context& context, size_t count, DType dtype, const void* gate, const void* up, void* y);
