@@ -7,19 +7,10 @@
 //
 //   step_bench [train|decode|all] [--base bf16|nf4] [--batch 4] [--length 1024] [--rank 16]
 //              [--budget-gb X] [--steps 7] [--layers 16] [--context 512]
-#include <cuda_runtime.h>
-
-#include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <numeric>
-#include <string>
-#include <vector>
 
+#include "bench/gpu/bench.cuh"
 #include "kernels/cuda/decode_step.h"
-#include "kernels/cuda/device.cuh"
 #include "kernels/cuda/train_step.h"
 
 using namespace metal_lora;
@@ -34,93 +25,10 @@ struct Options {
   double budget_gb = 8.0;
 };
 
-/// Bytes from a hash of their index: the same values each time.
-__device__ uint32_t hash(uint64_t i) {
-  i = (i ^ (i >> 30)) * 0xbf58476d1ce4e5b9ull;
-  i = (i ^ (i >> 27)) * 0x94d049bb133111ebull;
-  return static_cast<uint32_t>(i >> 16);
-}
-
-/// Sum of four uniforms: close enough to a normal, deviation `sigma`.
-__device__ float near_normal(uint64_t i, float sigma) {
-  const uint32_t h = hash(i * 2 + 1), g = hash(i * 2 + 7777777);
-  const float u = (h & 0xffff) + (h >> 16) + (g & 0xffff) + (g >> 16);
-  return sigma * (u / 65536.0f - 2.0f) * 1.7320508f;
-}
-
-template <typename T>
-__global__ void fill_normal(T* to, size_t count, uint64_t seed, float sigma, float mean) {
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count;
-       i += size_t{gridDim.x} * blockDim.x) {
-    to[i] = mlc::from_float<T>(mean + near_normal(seed + i, sigma));
-  }
-}
-
-__global__ void fill_bits(uint32_t* to, size_t count, uint64_t seed) {
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count;
-       i += size_t{gridDim.x} * blockDim.x) {
-    to[i] = hash(seed + i);
-  }
-}
-
-/// Everything that the benchmark allocates, counted.
-class Memory final : public mlc::Scratch {
- public:
-  void* take(size_t bytes) override {
-    void* p = nullptr;
-    mlc::check(cudaMalloc(&p, std::max<size_t>(bytes, 256)), "cudaMalloc");
-    total_ += bytes;
-    return p;
-  }
-  size_t total() const { return total_; }
-
- private:
-  size_t total_ = 0;
-};
-
-struct Bench {
-  Options options;
-  Memory memory;
-  cudaStream_t stream = nullptr;
-  mlc::Context context;
-  uint64_t seed = 1;
-
-  template <typename T>
-  T* normal(size_t count, float sigma, float mean = 0.0f) {
-    auto* p = static_cast<T*>(memory.take(count * sizeof(T)));
-    fill_normal<<<1024, 256, 0, stream>>>(p, count, seed, sigma, mean);
-    seed += count;
-    return p;
-  }
-
-  mlc::WeightView weight(uint32_t n, uint32_t k, bool quantised) {
-    mlc::WeightView w;
-    w.params.n = n;
-    w.params.k = k;
-    const float sigma = 0.7f / std::sqrt(static_cast<float>(k));
-    if (!quantised) {
-      w.params.format = WeightFormat::bf16;
-      w.data = normal<mlc::bf16>(size_t{n} * k, sigma);
-      return w;
-    }
-    w.params.format = WeightFormat::nf4;
-    w.params.group_size = 64;
-    const size_t words = size_t{n} * k / 8;
-    auto* q = static_cast<uint32_t*>(memory.take(words * 4));
-    fill_bits<<<1024, 256, 0, stream>>>(q, words, seed);
-    w.data = q;
-    w.scales = normal<float>(size_t{n} * k / 64, 0.1f * sigma, 1.5f * sigma);
-    return w;
-  }
-};
+using Bench = bench::Device;
 
 constexpr uint32_t kDims = 2048, kFfn = 8192, kHeads = 32, kKvHeads = 8, kHeadDim = 64,
                    kVocab = 49152;
-
-float median(std::vector<float> v) {
-  std::sort(v.begin(), v.end());
-  return v[v.size() / 2];
-}
 
 template <typename F>
 std::vector<float> timed(cudaStream_t stream, int steps, F&& f) {
@@ -142,7 +50,7 @@ std::vector<float> timed(cudaStream_t stream, int steps, F&& f) {
 
 template <typename T>
 T* upload(Bench& b, const std::vector<T>& host) {
-  auto* p = static_cast<T*>(b.memory.take(host.size() * sizeof(T)));
+  auto* p = static_cast<T*>(b.memory.allocate(host.size() * sizeof(T)));
   mlc::check(cudaMemcpy(p, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "upload");
   return p;
 }
@@ -156,15 +64,15 @@ float* inverse_frequencies(Bench& b) {
 }
 
 /// Of one step: packed segments of `length` tokens.
-mlc::TrainBatch make_batch(Bench& b) {
-  const uint32_t tokens = b.options.batch * b.options.length;
+mlc::TrainBatch make_batch(Bench& b, const Options& o) {
+  const uint32_t tokens = o.batch * o.length;
   std::vector<int32_t> ids(tokens), positions(tokens), start(tokens), targets(tokens);
   std::vector<float> weights(tokens, 1.0f);
   for (uint32_t i = 0; i < tokens; ++i) {
     ids[i] = static_cast<int32_t>((i * 7919u + 13u) % kVocab);
     targets[i] = static_cast<int32_t>(((i + 1) * 7919u + 13u) % kVocab);
-    positions[i] = static_cast<int32_t>(i % b.options.length);
-    start[i] = static_cast<int32_t>(i / b.options.length * b.options.length);
+    positions[i] = static_cast<int32_t>(i % o.length);
+    start[i] = static_cast<int32_t>(i / o.length * o.length);
   }
   mlc::TrainBatch batch;
   batch.tokens = tokens;
@@ -176,9 +84,8 @@ mlc::TrainBatch make_batch(Bench& b) {
   return batch;
 }
 
-void bench_train(Bench& b) {
-  const auto& o = b.options;
-  const bool quantised = o.base == "nf4";
+void bench_train(Bench& b, const Options& o) {
+  const auto format = o.base == "nf4" ? WeightFormat::nf4 : WeightFormat::bf16;
   mlc::TrainModel m;
   m.dims = kDims;
   m.ffn = kFfn;
@@ -186,12 +93,12 @@ void bench_train(Bench& b) {
   m.kv_heads = kKvHeads;
   m.head_dim = kHeadDim;
   m.attention_scale = 0.125f;
-  m.embedding = m.head = b.weight(kVocab, kDims, false);
+  m.embedding = m.head = b.weight(kVocab, kDims, WeightFormat::bf16);
   m.final_norm = b.normal<float>(kDims, 0.0f, 1.0f);
   m.inv_freq = inverse_frequencies(b);
   const auto linear = [&](uint32_t n, uint32_t k) {
     mlc::TrainLinear l;
-    l.weight = b.weight(n, k, quantised);
+    l.weight = b.weight(n, k, format);
     l.rank = o.rank;
     l.scale = 2.0f;
     l.a = m.parameters;
@@ -212,24 +119,24 @@ void bench_train(Bench& b) {
     layer.down = linear(kDims, kFfn);
     m.layers.push_back(layer);
   }
-  const auto batch = make_batch(b);
+  const auto batch = make_batch(b, o);
   float* parameters = b.normal<float>(m.parameters, 0.01f);
   float* grads = b.normal<float>(m.parameters, 0.0f);
   float* moment = b.normal<float>(m.parameters, 0.0f);
   float* variance = b.normal<float>(m.parameters, 0.0f);
-  auto* results = static_cast<float*>(b.memory.take(1024));
+  auto* results = static_cast<float*>(b.memory.allocate(1024));
   const auto budget = static_cast<size_t>(o.budget_gb * 1e9);
   const size_t left = budget > b.memory.total() ? budget - b.memory.total() : 0;
   const uint32_t recomputed = mlc::TrainStep::layers_to_recompute(m, batch.tokens, left);
   const mlc::TrainStep step(m, batch.tokens, recomputed);
-  void* workspace = b.memory.take(step.workspace_bytes());
-  const size_t fixed = b.memory.total();
+  void* workspace = b.memory.allocate(step.workspace_bytes());
   AdamWParams adam;
   adam.count = m.parameters;
   adam.learning_rate = 1e-4f;
   adam.grad_scale = 1.0f / static_cast<float>(batch.tokens);
   uint64_t update = 0;
   const auto run = [&] {
+    b.memory.reset();
     step.run(b.context, workspace, batch, parameters, grads, results);
     adam.step = ++update;
     mlc::adamw(
@@ -252,11 +159,11 @@ void bench_train(Bench& b) {
     run();
     loss();
   }
-  const auto ms = timed(b.stream, o.steps, run);
+  const auto ms = timed(b.context.stream, o.steps, run);
   loss();
-  const float t = median(ms);
+  const float t = bench::median(ms);
   std::printf(
-      "{\"bench\": \"train_step\", \"base\": \"%s\", \"tokens\": %u, \"rank\": %u, \"layers\": %u, "
+      "{\"kind\": \"train_step\", \"base\": \"%s\", \"tokens\": %u, \"rank\": %u, \"layers\": %u, "
       "\"recomputed_layers\": %u, \"ms\": %.3f, \"best_ms\": %.3f, \"tokens_per_s\": %.0f, "
       "\"memory_gb\": %.3f, \"scratch_beyond_gb\": %.3f, \"losses\": [%.4f, %.4f, %.4f]}\n",
       o.base.c_str(),
@@ -268,15 +175,14 @@ void bench_train(Bench& b) {
       *std::min_element(ms.begin(), ms.end()),
       batch.tokens / t * 1e3,
       b.memory.total() * 1e-9,
-      (b.memory.total() - fixed) * 1e-9,
+      b.memory.scratch_used() * 1e-9,
       losses.front(),
       losses[2],
       losses.back());
 }
 
-void bench_decode(Bench& b) {
-  const auto& o = b.options;
-  const bool quantised = o.base == "nf4";
+void bench_decode(Bench& b, const Options& o) {
+  const auto format = o.base == "nf4" ? WeightFormat::nf4 : WeightFormat::bf16;
   mlc::DecodeModel m;
   m.dims = kDims;
   m.ffn = kFfn;
@@ -284,13 +190,13 @@ void bench_decode(Bench& b) {
   m.kv_heads = kKvHeads;
   m.head_dim = kHeadDim;
   m.attention_scale = 0.125f;
-  m.embedding = m.head = b.weight(kVocab, kDims, false);
+  m.embedding = m.head = b.weight(kVocab, kDims, WeightFormat::bf16);
   m.final_norm = b.normal<float>(kDims, 0.0f, 1.0f);
   m.inv_freq = inverse_frequencies(b);
   size_t adapter_bytes = 0;
   const auto linear = [&](uint32_t n, uint32_t k) {
     mlc::DecodeLinear l;
-    l.weight = b.weight(n, k, quantised);
+    l.weight = b.weight(n, k, format);
     if (o.rank > 0) {
       l.lora.params.rank = o.rank;
       l.lora.params.scale = 2.0f;
@@ -316,8 +222,8 @@ void bench_decode(Bench& b) {
   const uint32_t capacity = (o.context + 255) / 256 * 256;
   auto* cache = b.normal<mlc::bf16>(size_t{o.layers} * 2 * capacity * kKvHeads * kHeadDim, 0.5f);
   mlc::DecodeStep step(m);
-  void* workspace = b.memory.take(step.workspace_bytes());
-  auto* logits = static_cast<float*>(b.memory.take(kVocab * sizeof(float) * 16));
+  void* workspace = b.memory.allocate(step.workspace_bytes());
+  auto* logits = static_cast<float*>(b.memory.allocate(kVocab * sizeof(float) * 16));
   for (uint32_t count : {1u, 4u, 8u}) {
     uint32_t position = o.context / 2;
     std::vector<int32_t> ids(count, 17);
@@ -326,15 +232,15 @@ void bench_decode(Bench& b) {
     };
     for (int i = 0; i < 3; ++i) run();
     // Ten steps between two events: a real loop's host time is in it.
-    const auto ms = timed(b.stream, o.steps, [&] {
+    const auto ms = timed(b.context.stream, o.steps, [&] {
       for (int i = 0; i < 10; ++i) run();
     });
-    const float t = median(ms) / 10;
+    const float t = bench::median(ms) / 10;
     double weights = double{kVocab} * kDims * 2 + adapter_bytes;
     const double per_layer = double{kDims} * (2.0 * kDims + 2.0 * kKvHeads * kHeadDim + 3.0 * kFfn);
-    weights += o.layers * per_layer * (quantised ? 0.5625 : 2.0);
+    weights += o.layers * per_layer * (o.base == "nf4" ? 0.5625 : 2.0);
     std::printf(
-        "{\"bench\": \"decode_step\", \"base\": \"%s\", \"tokens\": %u, \"rank\": %u, "
+        "{\"kind\": \"decode_step\", \"base\": \"%s\", \"tokens\": %u, \"rank\": %u, "
         "\"layers\": %u, \"context\": %u, \"ms\": %.4f, \"steps_per_s\": %.0f, \"gb_per_s\": "
         "%.0f}\n",
         o.base.c_str(),
@@ -351,44 +257,39 @@ void bench_decode(Bench& b) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  Bench b;
+  Options o;
   for (int i = 1; i < argc; ++i) {
     const std::string a = argv[i];
     const auto value = [&] { return std::string(i + 1 < argc ? argv[++i] : ""); };
+    const auto number = [&] { return static_cast<uint32_t>(std::atoi(value().c_str())); };
     if (a == "--base")
-      b.options.base = value();
+      o.base = value();
     else if (a == "--batch")
-      b.options.batch = std::atoi(value().c_str());
+      o.batch = number();
     else if (a == "--length")
-      b.options.length = std::atoi(value().c_str());
+      o.length = number();
     else if (a == "--rank")
-      b.options.rank = std::atoi(value().c_str());
+      o.rank = number();
     else if (a == "--layers")
-      b.options.layers = std::atoi(value().c_str());
+      o.layers = number();
     else if (a == "--context")
-      b.options.context = std::atoi(value().c_str());
+      o.context = number();
     else if (a == "--steps")
-      b.options.steps = std::atoi(value().c_str());
+      o.steps = static_cast<int>(number());
     else if (a == "--budget-gb")
-      b.options.budget_gb = std::atof(value().c_str());
+      o.budget_gb = std::atof(value().c_str());
     else
-      b.options.what = a;
+      o.what = a;
   }
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::fprintf(stderr, "step_bench: no NVIDIA GPU here\n");
-    return 2;
-  }
-  cudaDeviceProp properties;
-  mlc::check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
-  mlc::check(cudaStreamCreate(&b.stream), "cudaStreamCreate");
-  b.context.stream = b.stream;
-  b.context.scratch = &b.memory;
-  b.context.multiprocessors = properties.multiProcessorCount;
-  b.context.capability = 10 * properties.major + properties.minor;
   try {
-    if (b.options.what == "train" || b.options.what == "all") bench_train(b);
-    if (b.options.what == "decode" || b.options.what == "all") bench_decode(b);
+    if (o.what == "train" || o.what == "all") {
+      Bench b;
+      bench_train(b, o);
+    }
+    if (o.what == "decode" || o.what == "all") {
+      Bench b;
+      bench_decode(b, o);
+    }
   } catch (const std::exception& e) {
     std::fprintf(stderr, "step_bench: %s\n", e.what());
     return 1;
