@@ -72,6 +72,72 @@ def machine_line(result):
     )
 
 
+def gpu_layers(rows):
+    """One table of linears at 4096 x 4096, rank 16: what the adapter and the storage cost over cuBLAS's base."""
+    shape = {"kind": "layer", "k": 4096, "n": 4096, "rank": 16}
+    found = [row for row in rows if all(row.get(key) == value for key, value in shape.items())]
+    ours = {row["tokens"]: row for row in found if row["ours"]}
+    torch = {row["tokens"]: row for row in found if row.get("engine") == "PyTorch"}
+    mlx = {row["tokens"]: row for row in found if row.get("engine") == "MLX"}
+    if not ours:
+        return []
+    ratio = lambda table, tokens, metric, base: (
+        f"{table[tokens][metric] / table[tokens][base]:.2f}" if tokens in table else "–"
+    )
+    lines = [
+        "**LoRA linear on a GPU, bf16, K = N = 4096, rank 16: time over the base product alone**",
+        "",
+        "| tokens | cuBLAS, base alone | **ours, with LoRA** | **ours, INT4 + LoRA** | **ours, NF4 + LoRA** "
+        "| PyTorch graph | MLX | **ours, forward + backward** |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for tokens, row in sorted(ours.items()):
+        both = f"**{row['both_over_cublas']:.2f}**" if "both_over_cublas" in row else "–"
+        lines.append(
+            f"| {tokens:,} | {row['cublas_us']:.1f} µs | **{row['lora_over_cublas']:.2f}** "
+            f"| **{row['int4_over_cublas']:.2f}** | **{row['nf4_over_cublas']:.2f}** "
+            f"| {ratio(torch, tokens, 'lora_graph_us', 'base_us')} | {ratio(mlx, tokens, 'lora_us', 'base_us')} "
+            f"| {both} |"
+        )
+    return lines + [""]
+
+
+def gpu_steps(rows, kind, about, ours_name):
+    """Ours and the peers by tokens a second."""
+    engines = [row for row in rows if row.get("kind") == kind]
+    peers = [row for row in engines if not row["ours"]]
+    best_peer = max(peers, key=lambda row: row["tokens_per_s"]) if peers else None
+    if not any(row["ours"] for row in engines):
+        return []
+    heading = f"× {best_peer['engine']}" if best_peer else "× peer"
+    lines = [f"**{about}**", "", f"| | tokens/s | {heading} | memory |", "| --- | --- | --- | --- |"]
+    for row in sorted(engines, key=lambda row: (not row["ours"], -row["tokens_per_s"])):
+        name = f"**{ours_name(row)}**" if row["ours"] else row["engine"]
+        times = f"**{row['tokens_per_s'] / best_peer['tokens_per_s']:.2f}**" if best_peer and row["ours"] else "–"
+        held = f"{row['memory_gb']:.1f} GB" if "memory_gb" in row else "–"
+        lines.append(f"| {name} | {row['tokens_per_s']:,.0f} | {times} | {held} |")
+    return lines + [""]
+
+
+def gpu(folder):
+    path = folder / "gpu.json"
+    if not path.is_file():
+        return []
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = result["rows"]
+    lines = gpu_layers(rows)
+    lines += gpu_steps(
+        rows, "train_step", f"LoRA training step on a GPU ({result['about']})", lambda row: f"ours, {row['base']} base"
+    )
+    lines += gpu_steps(
+        rows,
+        "decode_step",
+        "Decode on a GPU, batch 1, the same model with an unmerged rank-16 adapter",
+        lambda row: f"ours, {row['base']} base",
+    )
+    return [*lines, f"{result['machine']['gpu']}, {result['date']}, commit {result['commit'][:10]}.", ""]
+
+
 def render(folder):
     lines = []
     for kind, metric, words in ROWS:
@@ -79,6 +145,7 @@ def render(folder):
         if path.is_file():
             result = json.loads(path.read_text(encoding="utf-8"))
             lines += [*table_of(result, metric, words), "", machine_line(result), ""]
+    lines += gpu(folder)
     if not lines:
         lines = ["No results are committed yet; `bench/peers/run` measures them.", ""]
     return "\n".join(lines)

@@ -241,7 +241,7 @@ void bench_decode(Bench& b, const Options& o) {
     weights += o.layers * per_layer * (o.base == "nf4" ? 0.5625 : 2.0);
     std::printf(
         "{\"kind\": \"decode_step\", \"base\": \"%s\", \"tokens\": %u, \"rank\": %u, "
-        "\"layers\": %u, \"context\": %u, \"ms\": %.4f, \"steps_per_s\": %.0f, \"gb_per_s\": "
+        "\"layers\": %u, \"context\": %u, \"ms\": %.4f, \"tokens_per_s\": %.0f, \"gb_per_s\": "
         "%.0f}\n",
         o.base.c_str(),
         count,

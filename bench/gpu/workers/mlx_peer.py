@@ -153,7 +153,7 @@ def decode(tokens=64):
         for _ in steps:
             count += 1
         rates.append(count / (time.perf_counter() - start))
-    emit(kind="decode", engine="mlx-lm, unmerged rank-16 adapter", tokens_per_s=statistics.median(rates))
+    emit(kind="decode_step", engine="mlx-lm, unmerged rank-16 adapter", tokens_per_s=statistics.median(rates))
 
 
 def main():
