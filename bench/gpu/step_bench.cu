@@ -240,9 +240,10 @@ void bench_decode(Bench& b, const Options& o) {
     const double per_layer = double{kDims} * (2.0 * kDims + 2.0 * kKvHeads * kHeadDim + 3.0 * kFfn);
     weights += o.layers * per_layer * (o.base == "nf4" ? 0.5625 : 2.0);
     std::printf(
-        "{\"kind\": \"decode_step\", \"base\": \"%s\", \"tokens\": %u, \"rank\": %u, "
+        "{\"kind\": \"%s\", \"base\": \"%s\", \"tokens\": %u, \"rank\": %u, "
         "\"layers\": %u, \"context\": %u, \"ms\": %.4f, \"tokens_per_s\": %.0f, \"gb_per_s\": "
         "%.0f}\n",
+        count == 1 ? "decode_step" : "verify_step",
         o.base.c_str(),
         count,
         o.rank,
