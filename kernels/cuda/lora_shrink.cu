@@ -1,0 +1,638 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+//
+// out = x·right for a few dozen columns: bound by reading x, which is read once for all parts.
+// A block takes 128, 64 or 32 rows of x and a share of k through a cp.async pipeline; each of its
+// warps multiplies 32 rows by 64 columns over its own part of every stage, so that an element of x
+// leaves shared memory once; warps that share rows are added up in shared memory, and the blocks
+// of a cluster that share k through each other's: one launch, a fixed order, no scratch.
+//   ladder (H100, bf16, m = k = 4096, 48 columns): not measured
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cuda/lora_kernels.h"
+#include "kernels/cuda/skinny.cuh"
+
+#ifdef METAL_LORA_SHRINK_TRIAL
+int trial_row_warps_log2 = -1, trial_splits = 0;
+#endif
+
+namespace metal_lora::cuda {
+namespace {
+
+using namespace skinny;
+
+constexpr uint32_t kColumns = 64;   ///< of a warp
+constexpr uint32_t kWarpRows = 32;
+constexpr uint32_t kMaxParts = 4;
+
+struct Part {
+  const void* right = nullptr;
+  float* plain = nullptr;
+  float plain_factor = 1.0f, factor = 1.0f;  ///< both with dropout's 1/(1-p)
+  uint32_t rank = 0;
+  uint32_t first = 0;       ///< column of the tiles: a multiple of 8 (dropout: of 64)
+  uint32_t out_column = 0;  ///< Σ ranks before it
+  Mask mask;
+  bool drop = false;
+};
+
+struct Args {
+  uint32_t m = 0, k = 0;
+  const void* x = nullptr;
+  size_t x_stride = 0;
+  DType x_dtype = DType::bf16, right_dtype = DType::bf16, out_dtype = DType::bf16;
+  bool right_is_kn = false, x_vectors = false, right_vectors = false;
+  uint32_t parts = 0;
+  Part part[kMaxParts];
+  void* out = nullptr;
+  size_t out_stride = 0;
+  uint32_t out_columns = 0;  ///< Σ ranks
+  // How the work is divided.
+  uint32_t columns = 0;  ///< of the tiles, parts padded
+  uint32_t chunks = 1;   ///< blocks side by side that share the columns
+  uint32_t row_warps_log2 = 0;
+  uint32_t splits = 1;  ///< of k: blocks of a cluster
+  uint32_t stages = 2;
+};
+
+/// Where a block stands: blocks of a cluster share rows and columns and split k.
+struct Place {
+  uint32_t split, column0, row0;
+};
+__device__ __forceinline__ Place place_of(const Args& args, uint32_t chunk_columns, uint32_t rows) {
+  const uint32_t tile = blockIdx.x / args.splits;
+  return {
+      blockIdx.x % args.splits,
+      tile % args.chunks * chunk_columns,
+      tile / args.chunks * rows};
+}
+
+/// The part of a column of the tiles; args.parts where it is padding.
+__device__ __forceinline__ uint32_t part_of(const Args& args, uint32_t column) {
+  for (uint32_t p = 0; p < args.parts; ++p) {
+    if (column >= args.part[p].first && column - args.part[p].first < args.part[p].rank) return p;
+  }
+  return args.parts;
+}
+
+/// Writes value (row, column of the tiles) to where it belongs.
+__device__ __forceinline__ void put(const Args& args, uint32_t row, uint32_t column, float sum) {
+  const uint32_t p = part_of(args, column);
+  if (p == args.parts) return;
+  const Part& part = args.part[p];
+  const uint32_t r = column - part.first;
+  if (part.plain) part.plain[size_t{row} * part.rank + r] = part.plain_factor * sum;
+  if (args.out) {
+    store_from_float(
+        args.out, args.out_dtype, row * args.out_stride + part.out_column + r, part.factor * sum);
+  }
+}
+
+/// Zeros beyond Σ ranks; the blocks of the first chunk and split.
+__device__ __forceinline__ void put_zeros(const Args& args, uint32_t row0, uint32_t rows) {
+  if (!args.out || args.out_stride <= args.out_columns) return;
+  const auto width = static_cast<uint32_t>(args.out_stride - args.out_columns);
+  const uint32_t end = min(args.m, row0 + rows) - row0;
+  for (uint32_t i = threadIdx.x; i < end * width; i += blockDim.x) {
+    const size_t row = row0 + i / width;
+    store_from_float(
+        args.out, args.out_dtype, row * args.out_stride + args.out_columns + i % width, 0.0f);
+  }
+}
+
+// ---- tensor cores ----
+
+/// kGroups: warps side by side, 64 columns each.
+template <uint32_t kGroups>
+struct Shape {
+  static constexpr uint32_t kWarps = kGroups == 4 ? 16 : 8;
+  static constexpr uint32_t kThreads = 32 * kWarps;
+  static constexpr uint32_t kWidth = kColumns * kGroups;           ///< columns of a block
+  static constexpr uint32_t kRowWarps = kWarps / kGroups;          ///< over rows and k together
+  static constexpr uint32_t kWarpInner = kGroups == 1 ? 32 : 64;   ///< of k, per warp and stage
+  static constexpr uint32_t kPitch = kWidth + 8;                   ///< of the partial sums, floats
+  static constexpr uint32_t kPartialBytes = kRowWarps * kWarpRows * kPitch * 4;
+  static constexpr uint32_t kXBytes = kRowWarps * kWarpRows * kWarpInner * 2;  ///< of a stage
+  static constexpr uint32_t kTableBytes = kWidth * 16;
+
+  static constexpr uint32_t rows(uint32_t row_warps_log2) { return kWarpRows << row_warps_log2; }
+  static constexpr uint32_t inner(uint32_t row_warps_log2) {
+    return kWarpInner * (kRowWarps >> row_warps_log2);
+  }
+  static constexpr uint32_t stage_bytes(uint32_t row_warps_log2) {
+    return kXBytes + kWidth * inner(row_warps_log2) * 2;
+  }
+};
+
+/// Where a column (or, of right [k, rank], eight of them) of the right side starts, and how many
+/// elements a step along k is; null: zeros.
+struct ColumnSource {
+  const void* from;
+  uint32_t stride;
+  uint32_t count;
+};
+
+/// Eight elements one by one: odd alignments, and f32 adapters, which are rounded to x's type.
+template <typename T>
+__device__ __noinline__ void copy_elements(
+    void* to, const void* from, DType dtype, size_t first, size_t step, uint32_t count) {
+  Vec16<T> v;
+#pragma unroll
+  for (uint32_t i = 0; i < 8; ++i) {
+    v.v[i] = from_float<T>(i < count ? load_as_float(from, dtype, first + i * step) : 0.0f);
+  }
+  store16(static_cast<T*>(to), v);
+}
+
+template <typename T, bool kKn, uint32_t kGroups>
+class Loader {
+  using S = Shape<kGroups>;
+
+ public:
+  __device__ Loader(const Args& args, const Place& place, ColumnSource* table, char* stages)
+      : args_(args),
+        place_(place),
+        table_(table),
+        stages_(stages),
+        inner_log2_(__ffs(S::inner(args.row_warps_log2)) - 1) {}
+
+  __device__ void fill_table() {
+    constexpr uint32_t kEach = kKn ? 8 : 1;
+    for (uint32_t i = threadIdx.x; i < S::kWidth / kEach; i += S::kThreads) {
+      const uint32_t column = place_.column0 + i * kEach, p = part_of(args_, column);
+      ColumnSource source = {args_.x, 0, 0};
+      if (p < args_.parts) {
+        const Part& part = args_.part[p];
+        const uint32_t r = column - part.first;
+        const size_t size = args_.right_dtype == DType::f32 ? 4 : 2;
+        source.from = static_cast<const char*>(part.right) + (kKn ? r : size_t{r} * args_.k) * size;
+        source.stride = kKn ? part.rank : 1;
+        source.count = kKn ? min(8u, part.rank - r) : 1;
+      }
+      table_[i] = source;
+    }
+  }
+
+  /// Starts the copies of one stage: x [rows, inner], right [columns, inner] or [inner, columns],
+  /// 16-byte chunks exchanged within 128 bytes so that fragments come without bank conflicts.
+  __device__ void load(uint32_t stage, uint32_t inner0) {
+    char* x = stages_ + stage * S::stage_bytes(args_.row_warps_log2);
+    load_x(x, inner0);
+    load_right(x + S::kXBytes, inner0);
+  }
+
+ private:
+  __device__ void load_x(char* to, uint32_t inner0) {
+    constexpr uint32_t kChunks = S::kXBytes / 16 / S::kThreads;
+    const uint32_t per_row_log2 = inner_log2_ - 3;
+#pragma unroll
+    for (uint32_t i = 0; i < kChunks; ++i) {
+      const uint32_t id = threadIdx.x + i * S::kThreads;
+      const uint32_t r = id >> per_row_log2, c = id & ((1u << per_row_log2) - 1);
+      const uint32_t row = place_.row0 + r, inner = inner0 + c * 8;
+      const uint32_t count = row < args_.m && inner < args_.k ? min(8u, args_.k - inner) : 0;
+      char* chunk = to + ((r << inner_log2_) + ((c ^ (r & 7)) << 3)) * 2;
+      if (args_.x_vectors) {
+        const T* from = static_cast<const T*>(args_.x);
+        copy16(
+            shared_address(chunk),
+            count ? from + row * args_.x_stride + inner : from,
+            count * 2);
+      } else {
+        copy_elements<T>(chunk, args_.x, args_.x_dtype, row * args_.x_stride + inner, 1, count);
+      }
+    }
+  }
+
+  __device__ void load_right(char* to, uint32_t inner0) {
+    // Only the columns that there are, in sixteens as the products want them.
+    const uint32_t width = min(S::kWidth, (args_.columns - place_.column0 + 15) & ~15u);
+    const uint32_t per_row_log2 = inner_log2_ - 3;
+    const uint32_t chunks = kKn ? (width / 8) << inner_log2_ : width << per_row_log2;
+    for (uint32_t id = threadIdx.x; id < chunks; id += S::kThreads) {
+      if constexpr (kKn) {
+        const uint32_t i = id / (width / 8), c = id % (width / 8), inner = inner0 + i;
+        const ColumnSource source = table_[c];
+        const uint32_t count = inner < args_.k ? source.count : 0;
+        char* chunk = to + (i * S::kWidth + ((c ^ (i & 7)) << 3)) * 2;
+        load_chunk(chunk, source.from, size_t{inner} * source.stride, count);
+      } else {
+        const uint32_t n = id >> per_row_log2, c = id & ((1u << per_row_log2) - 1);
+        const uint32_t inner = inner0 + c * 8;
+        const ColumnSource source = table_[n];
+        const uint32_t count = source.count && inner < args_.k ? min(8u, args_.k - inner) : 0;
+        char* chunk = to + ((n << inner_log2_) + ((c ^ (n & 7)) << 3)) * 2;
+        load_chunk(chunk, source.from, inner, count);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_chunk(
+      char* to, const void* from, size_t first, uint32_t count) {
+    if (args_.right_vectors) {
+      copy16(shared_address(to), count ? static_cast<const T*>(from) + first : from, count * 2);
+    } else {
+      copy_elements<T>(to, from, args_.right_dtype, first, 1, count);
+    }
+  }
+
+  const Args& args_;
+  const Place place_;
+  ColumnSource* const table_;
+  char* const stages_;
+  const uint32_t inner_log2_;
+};
+
+/// Clears the dropped elements of a 16 x 16 fragment of x: keys of rows g and g + 8.
+__device__ __forceinline__ void drop_fragment(
+    uint32_t (&a)[4], uint2 upper, uint2 lower, uint32_t column, uint32_t threshold) {
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    const uint2 key = i & 1 ? lower : upper;
+    const uint32_t c = column + (i & 2) * 4;
+    uint32_t bits = keeps(key, c, threshold) ? 0x0000ffffu : 0;
+    if (keeps(key, c + 1, threshold)) bits |= 0xffff0000u;
+    a[i] &= bits;
+  }
+}
+
+/// One stage's products of one warp: 32 rows, 64 columns, kWarpInner of k.
+template <typename T, bool kKn, uint32_t kGroups, bool kDrop>
+struct Products {
+  using S = Shape<kGroups>;
+  uint32_t x_row, x_swizzle;  ///< byte offset of this lane's row of x, and its exchange of chunks
+  uint32_t chunk0;            ///< the warp's first chunk of k
+  uint32_t inner_bytes, column0, width;
+  uint32_t lane;
+  uint2 keys[4];
+  uint32_t threshold;
+
+  __device__ void add(
+      uint32_t x, uint32_t right, uint32_t inner0, float (&sums)[2][8][4]) const {
+#pragma unroll
+    for (uint32_t step = 0; step < S::kWarpInner / 16; ++step) {
+      const uint32_t chunk = chunk0 + step * 2;
+      uint32_t a[2][4];
+#pragma unroll
+      for (uint32_t t = 0; t < 2; ++t) {
+        load_matrices(
+            a[t],
+            x + x_row + t * 16 * inner_bytes + (((chunk + (lane >> 4)) ^ x_swizzle) << 4));
+        if constexpr (kDrop) {
+          const uint32_t column = inner0 + chunk * 8 + (lane & 3) * 2;
+          drop_fragment(a[t], keys[2 * t], keys[2 * t + 1], column, threshold);
+        }
+      }
+#pragma unroll
+      for (uint32_t pair = 0; pair < 4; ++pair) {
+        if (pair * 16 >= width) break;
+        uint32_t b[4];
+        load_right(b, right, chunk, pair);
+#pragma unroll
+        for (uint32_t t = 0; t < 2; ++t) {
+          mma<T>(sums[t][2 * pair], a[t], b[0], b[1]);
+          mma<T>(sums[t][2 * pair + 1], a[t], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_right(
+      uint32_t (&b)[4], uint32_t right, uint32_t chunk, uint32_t pair) const {
+    if constexpr (kKn) {
+      const uint32_t i = chunk * 8 + (lane & 15);
+      const uint32_t c = (column0 + pair * 16) / 8 + (lane >> 4);
+      load_matrices_across(b, right + i * (S::kWidth * 2) + ((c ^ (i & 7)) << 4));
+    } else {
+      const uint32_t n = column0 + pair * 16 + (lane & 7) + ((lane >> 4) << 3);
+      const uint32_t c = chunk + ((lane >> 3) & 1);
+      load_matrices(b, right + n * inner_bytes + ((c ^ (n & 7)) << 4));
+    }
+  }
+};
+
+template <typename T, bool kKn, uint32_t kGroups, bool kDrop>
+__global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 ? 2 : 1)
+    shrink_kernel(const __grid_constant__ Args args) {
+  using S = Shape<kGroups>;
+  extern __shared__ __align__(128) char memory[];
+  launch_dependents();
+  const uint32_t rows = S::rows(args.row_warps_log2), inner = S::inner(args.row_warps_log2);
+  const uint32_t stage_bytes = S::stage_bytes(args.row_warps_log2);
+  const Place place = place_of(args, S::kWidth, rows);
+  auto* table = reinterpret_cast<ColumnSource*>(memory);
+  char* stages = memory + S::kTableBytes;
+  Loader<T, kKn, kGroups> loader(args, place, table, stages);
+  loader.fill_table();
+
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t group = warp % kGroups, row_warp = (warp / kGroups) & ((1u << args.row_warps_log2) - 1);
+  const uint32_t inner_warp = (warp / kGroups) >> args.row_warps_log2;
+  Products<T, kKn, kGroups, kDrop> products;
+  products.lane = lane;
+  products.inner_bytes = inner * 2;
+  products.x_row = (row_warp * kWarpRows + (lane & 15)) * inner * 2;
+  products.x_swizzle = lane & 7;
+  products.chunk0 = inner_warp * (S::kWarpInner / 8);
+  products.column0 = group * kColumns;
+  const uint32_t columns_here = args.columns > place.column0 ? args.columns - place.column0 : 0;
+  products.width = columns_here > products.column0 ? columns_here - products.column0 : 0;
+  if constexpr (kDrop) {  // a block's columns are of one part here
+    uint32_t p = 0;
+    while (p + 1 < args.parts && args.part[p + 1].first <= place.column0) ++p;
+    products.threshold = args.part[p].drop ? args.part[p].mask.threshold : 0;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint32_t row = place.row0 + row_warp * kWarpRows + i * 8 + lane / 4;
+      products.keys[i] = token_key(args.part[p].mask, row);
+    }
+  }
+  float sums[2][8][4] = {};
+
+  const uint32_t steps = (args.k + inner - 1) / inner;
+  const uint32_t first = place.split * steps / args.splits;
+  const uint32_t count = (place.split + 1) * steps / args.splits - first;
+  wait_for_earlier();
+  __syncthreads();
+  for (uint32_t s = 0; s < args.stages - 1; ++s) {
+    if (s < count) loader.load(s, (first + s) * inner);
+    copies_commit();
+  }
+  uint32_t stage = 0, next = args.stages - 1;
+  const uint32_t x0 = shared_address(stages);
+  for (uint32_t s = 0; s < count; ++s) {
+    copies_wait(args.stages - 2);
+    __syncthreads();
+    if (s + args.stages - 1 < count) loader.load(next, (first + s + args.stages - 1) * inner);
+    copies_commit();
+    const uint32_t x = x0 + stage * stage_bytes;
+    products.add(x, x + S::kXBytes, (first + s) * inner, sums);
+    next = stage;
+    if (++stage == args.stages) stage = 0;
+  }
+  copies_wait(0);
+  __syncthreads();
+
+  auto* partial = reinterpret_cast<float*>(stages);
+  float* mine = partial + (inner_warp * rows + row_warp * kWarpRows + lane / 4) * S::kPitch +
+                group * kColumns + lane % 4 * 2;
+#pragma unroll
+  for (uint32_t t = 0; t < 2; ++t) {
+#pragma unroll
+    for (uint32_t n = 0; n < 8; ++n) {
+      float* at = mine + t * 16 * S::kPitch + n * 8;
+      const float(&v)[4] = sums[t][n];
+      *reinterpret_cast<float2*>(at) = make_float2(v[0], v[1]);
+      *reinterpret_cast<float2*>(at + 8 * S::kPitch) = make_float2(v[2], v[3]);
+    }
+  }
+  const uint32_t valid_rows = min(args.m - place.row0, rows);
+  const uint32_t width = min(S::kWidth, columns_here);
+  reduce_tile(
+      partial,
+      S::kRowWarps >> args.row_warps_log2,
+      rows * S::kPitch,
+      valid_rows * width,
+      args.splits,
+      place.split,
+      [&](uint32_t i) { return i / width * S::kPitch + i % width; },
+      [&](uint32_t i, float sum) {
+        put(args, place.row0 + i / width, place.column0 + i % width, sum);
+      });
+  if (place.split == 0 && place.column0 == 0) put_zeros(args, place.row0, rows);
+}
+
+// ---- f32, and storage types that do not go together ----
+
+__global__ void __launch_bounds__(kExactThreads) shrink_exact_kernel(const __grid_constant__ Args args) {
+  extern __shared__ __align__(128) char memory[];
+  launch_dependents();
+  auto& shared = *reinterpret_cast<ExactShared*>(memory);
+  const Place place = place_of(args, kExactTile, kExactTile);
+  ExactOperands o;
+  o.left = args.x;
+  o.left_dtype = args.x_dtype;
+  o.row_stride = args.x_stride;
+  o.inner_stride = 1;
+  o.row0 = place.row0;
+  o.rows = args.m;
+  const uint32_t steps = (args.k + kExactStep - 1) / kExactStep;
+  o.inner0 = place.split * steps / args.splits * kExactStep;
+  o.inner1 = min(args.k, (place.split + 1) * steps / args.splits * kExactStep);
+  o.right_dtype = args.right_dtype;
+  o.right_inner_is_contiguous = !args.right_is_kn;
+  o.tokens_are_rows = true;
+  for (uint32_t i = threadIdx.x; i < kExactTile; i += kExactThreads) {
+    const uint32_t column = place.column0 + i, p = part_of(args, column);
+    shared.column[i] = nullptr;
+    if (p == args.parts) continue;
+    const Part& part = args.part[p];
+    const uint32_t r = column - part.first;
+    const size_t size = args.right_dtype == DType::f32 ? 4 : 2;
+    shared.column[i] = static_cast<const char*>(part.right) +
+                       (args.right_is_kn ? r : size_t{r} * args.k) * size;
+    shared.stride[i] = args.right_is_kn ? part.rank : 1;
+  }
+  for (uint32_t p = 0; p < args.parts; ++p) {
+    if (!args.part[p].drop || args.part[p].first > place.column0) continue;
+    if (p + 1 < args.parts && args.part[p + 1].first <= place.column0) continue;
+    o.drop = true;
+    o.mask = args.part[p].mask;
+  }
+  wait_for_earlier();
+  __syncthreads();
+  float sums[4][4];
+  exact_tile(o, shared, sums);
+  auto* partial = reinterpret_cast<float*>(memory);
+  const uint32_t row = threadIdx.x / 16 * 4, column = threadIdx.x % 16 * 4;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    *reinterpret_cast<float4*>(partial + (row + r) * kExactPitch + column) =
+        make_float4(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+  }
+  const uint32_t rows = min(args.m - place.row0, kExactTile);
+  const uint32_t width = args.columns > place.column0 ? min(kExactTile, args.columns - place.column0) : 0;
+  reduce_tile(
+      partial,
+      1,
+      kExactTile * kExactPitch,
+      rows * width,
+      args.splits,
+      place.split,
+      [&](uint32_t i) { return i / width * kExactPitch + i % width; },
+      [&](uint32_t i, float sum) {
+        put(args, place.row0 + i / width, place.column0 + i % width, sum);
+      });
+  if (place.split == 0 && place.column0 == 0) put_zeros(args, place.row0, kExactTile);
+}
+
+// ---- the host's side ----
+
+bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+constexpr uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+
+/// Rows of a block and splits of k that should take the least time: what one multiprocessor reads
+/// at 60 GB/s … of all together at 5 TB/s from L2 and x at 3 TB/s from memory, in nanoseconds.
+struct Division {
+  uint32_t row_warps_log2 = 0, splits = 1;
+};
+Division divide(
+    const Context& context,
+    const Args& args,
+    uint32_t width,
+    uint32_t row_warps,
+    uint32_t max_splits,
+    bool (*fits)(const Context&, uint32_t row_warps_log2)) {
+  Division best;
+  double least = 1e30;
+  for (uint32_t log2 = 0; (1u << log2) <= std::min(4u, row_warps); ++log2) {
+    if (!fits(context, log2)) continue;
+    const uint32_t rows = kWarpRows << log2;
+    const double tiles = double(ceil_div(args.m, rows)) * args.chunks;
+    for (uint32_t splits = 1; splits <= max_splits; splits *= 2) {
+      const double bytes = 2.0 * args.k * (std::min(rows, args.m) + std::min(width, args.columns));
+      const double waves = std::ceil(tiles * splits / context.multiprocessors);
+      const double time = std::max(
+          {2.0 * args.k * args.m / 3000, tiles * bytes / 5000, waves * bytes / splits / 60});
+      const double overhead = 100.0 * log2 + 100.0 * splits;
+      if (time + overhead >= least) continue;
+      least = time + overhead;
+      best = {log2, splits};
+    }
+  }
+#ifdef METAL_LORA_SHRINK_TRIAL
+  if (trial_row_warps_log2 >= 0) best.row_warps_log2 = trial_row_warps_log2;
+  if (trial_splits > 0) best.splits = trial_splits;
+#endif
+  return best;
+}
+
+template <uint32_t kGroups>
+uint32_t stages_that_fit(const Context& context, uint32_t row_warps_log2) {
+  using S = Shape<kGroups>;
+  const uint32_t limit = shared_limit(context) - 2048 - S::kTableBytes;
+  const uint32_t stage = S::stage_bytes(row_warps_log2);
+  // Two blocks on a multiprocessor where four stages of each find room.
+  const uint32_t stages = std::min(4u, limit / stage);
+  return S::kPartialBytes <= limit ? stages : 0;
+}
+
+template <typename T, bool kKn, uint32_t kGroups, bool kDrop>
+void launch_shrink(const Context& context, Args args) {
+  using S = Shape<kGroups>;
+  args.chunks = std::max(1u, ceil_div(args.columns, S::kWidth));
+  const Division division = divide(
+      context,
+      args,
+      S::kWidth,
+      S::kRowWarps,
+      context.capability >= 90 ? 8 : 1,
+      [](const Context& c, uint32_t log2) { return stages_that_fit<kGroups>(c, log2) >= 2; });
+  args.row_warps_log2 = division.row_warps_log2;
+  args.splits = division.splits;
+  args.stages = stages_that_fit<kGroups>(context, args.row_warps_log2);
+  const uint32_t shared =
+      S::kTableBytes +
+      std::max(args.stages * S::stage_bytes(args.row_warps_log2), S::kPartialBytes);
+  const uint32_t tiles = ceil_div(args.m, S::rows(args.row_warps_log2)) * args.chunks;
+  launch(
+      context,
+      shrink_kernel<T, kKn, kGroups, kDrop>,
+      tiles * args.splits,
+      S::kThreads,
+      shared,
+      args.splits,
+      args,
+      "lora_shrink");
+}
+
+template <typename T, bool kKn>
+void launch_shrink(const Context& context, const Args& args, bool drop) {
+  const bool wide = shared_limit(context) >= 160 * 1024;
+  if (drop) return launch_shrink<T, kKn, 1, true>(context, args);
+  if (args.columns <= 64 || !wide) return launch_shrink<T, kKn, 1, false>(context, args);
+  if (args.columns <= 128) return launch_shrink<T, kKn, 2, false>(context, args);
+  launch_shrink<T, kKn, 4, false>(context, args);
+}
+
+void launch_exact(const Context& context, Args args) {
+  args.chunks = std::max(1u, ceil_div(args.columns, kExactTile));
+  const uint32_t tiles = ceil_div(args.m, kExactTile) * args.chunks;
+  const uint32_t most = context.capability >= 90 ? 8 : 1;
+  while (args.splits < most && tiles * args.splits < 2u * context.multiprocessors) args.splits *= 2;
+  launch(
+      context,
+      shrink_exact_kernel,
+      tiles * args.splits,
+      kExactThreads,
+      sizeof(ExactShared),
+      args.splits,
+      args,
+      "lora_shrink");
+}
+
+Args make_args(const ShrinkCall& call, bool drop) {
+  Args args;
+  args.m = call.m;
+  args.k = call.k;
+  args.x = call.x;
+  args.x_stride = call.x_stride;
+  args.x_dtype = call.dtype;
+  args.right_dtype = call.right_dtype;
+  args.out_dtype = call.out_dtype;
+  args.right_is_kn = call.right_is_kn;
+  args.out = call.out;
+  args.out_stride = call.out_stride;
+  args.x_vectors = aligned16(call.x) && call.x_stride % 8 == 0;
+  args.right_vectors = call.right_dtype == call.dtype;
+  for (int i = 0; i < call.parts; ++i) {
+    const ShrinkPart& from = call.part[i];
+    if (from.rank == 0) continue;
+    Part& part = args.part[args.parts++];
+    const float keep = keep_scale(from.dropout);
+    part.right = from.right;
+    part.plain = from.plain;
+    part.plain_factor = keep;
+    part.factor = from.factor * keep;
+    part.rank = from.rank;
+    part.first = args.columns;
+    part.out_column = args.out_columns;
+    part.drop = from.dropout > 0.0f;
+    part.mask = make_mask(from.dropout, from.dropout_seed);
+    // Masks differ from part to part, so that with dropout each has tiles of its own.
+    args.columns += ceil_div(from.rank, drop ? kColumns : 8) * (drop ? kColumns : 8);
+    args.out_columns += from.rank;
+    const uint32_t row = call.right_is_kn ? from.rank : call.k;
+    args.right_vectors = args.right_vectors && aligned16(from.right) && row % 8 == 0;
+  }
+  return args;
+}
+
+}  // namespace
+
+void lora_shrink(const Context& context, const ShrinkCall& call) {
+  if (call.m == 0) return;
+  const ShrinkPart* end = call.part + call.parts;
+  const bool drop = std::any_of(
+      call.part, end, [](const ShrinkPart& p) { return p.rank > 0 && p.dropout > 0.0f; });
+  const Args args = make_args(call, drop);
+  if (call.out && call.out_stride < args.out_columns) {
+    throw std::invalid_argument(
+        "[lora_shrink] out_stride must be at least " + std::to_string(args.out_columns) +
+        " but is " + std::to_string(call.out_stride));
+  }
+  const bool tensor_cores =
+      call.dtype != DType::f32 && (call.right_dtype == call.dtype || call.right_dtype == DType::f32);
+  if (!tensor_cores) return launch_exact(context, args);
+  if (call.dtype == DType::bf16) {
+    call.right_is_kn ? launch_shrink<bf16, true>(context, args, drop)
+                     : launch_shrink<bf16, false>(context, args, drop);
+  } else {
+    call.right_is_kn ? launch_shrink<f16, true>(context, args, drop)
+                     : launch_shrink<f16, false>(context, args, drop);
+  }
+}
+
+}  // namespace metal_lora::cuda

@@ -1,0 +1,591 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+//
+// Gradients of adapters, largeᵀ·small over the tokens: bound by reading `large`, which is read once
+// for all products that share it (dA of q, k and v: x). A block takes 128 columns of large and a
+// share of the tokens through a cp.async pipeline and multiplies their transpose on the tensor
+// cores; one grid runs over the tiles of all products. Where those are few, the blocks of a
+// cluster share the tokens and add up through each other's shared memory: one launch, a fixed
+// order, no scratch. A 32-bit `small` goes in as two 16-bit numbers, high and low, so that nothing
+// of it is lost that the sum could show (2⁻¹⁸ of a value).
+//   ladder (H100, bf16, m = 4096, 4096 columns, rank 16): not measured
+#include <algorithm>
+#include <cmath>
+
+#include "kernels/cuda/lora_kernels.h"
+#include "kernels/cuda/skinny.cuh"
+
+#ifdef METAL_LORA_SHRINK_TRIAL
+int trial_grad_splits = 0;
+#endif
+
+namespace metal_lora::cuda {
+namespace {
+
+using namespace skinny;
+
+constexpr uint32_t kMaxGrads = 16;
+constexpr uint32_t kMaxParts = 4;     ///< products that share `large`
+constexpr uint32_t kRanks = 64;       ///< of a block, all parts together
+constexpr uint32_t kColumns = 128;    ///< of large, of a block
+constexpr uint32_t kTokens = 64;      ///< of a stage
+constexpr uint32_t kThreads = 256;
+constexpr uint32_t kWarpTokens = 32;  ///< of a stage: four warps over columns, two over tokens
+constexpr uint32_t kPitch = kColumns + 4;         ///< partial sums [ranks][columns]
+constexpr uint32_t kWidePitch = kRanks + 4;       ///< a 32-bit small in shared memory
+constexpr uint32_t kPartialBytes = 2 * kRanks * kPitch * 4;
+constexpr uint32_t kLargeBytes = kTokens * kColumns * 2;
+
+struct Part {
+  const void* small = nullptr;
+  uint32_t small_stride = 0;
+  uint32_t rank = 0;
+  uint32_t first = 0;  ///< rank of the tile: a multiple of 8
+  float factor = 1.0f;
+  float* grad = nullptr;
+  bool transposed = false;
+};
+
+/// Products that share `large`.
+struct Group {
+  const void* large = nullptr;
+  size_t large_stride = 0;
+  uint32_t columns = 0;
+  uint32_t ranks = 0;      ///< of the tiles, parts padded
+  uint32_t chunks = 1;     ///< of 64 ranks
+  uint32_t end_tile = 0;   ///< tiles of this group and all before it
+  uint16_t first_part = 0, parts = 0;
+  bool large_vectors = false, small_vectors = false, drop = false;
+  DType small_dtype = DType::f32;
+  Mask mask;
+};
+
+struct Args {
+  uint32_t m = 0, splits = 1, stages = 2;
+  uint32_t groups = 0;
+  DType large_dtype = DType::bf16;
+  Group group[kMaxGrads];
+  Part part[kMaxGrads];
+
+  /// Parts of all groups so far.
+  uint32_t used_parts() const {
+    return groups == 0 ? 0 : uint32_t{group[groups - 1].first_part} + group[groups - 1].parts;
+  }
+};
+
+/// What a block works on: blocks of a cluster share all but the tokens.
+struct Place {
+  uint32_t split, group, column0, rank0;
+};
+__device__ __forceinline__ Place place_of(const Args& args, uint32_t width) {
+  const uint32_t tile = blockIdx.x / args.splits;
+  uint32_t g = 0, before = 0;
+  while (tile >= args.group[g].end_tile) before = args.group[g++].end_tile;
+  const uint32_t chunks = args.group[g].chunks;
+  return {
+      blockIdx.x % args.splits, g, (tile - before) / chunks * width, (tile - before) % chunks * kRanks};
+}
+
+/// The part of a group that a rank of its tiles belongs to, or null: padding.
+__device__ __forceinline__ const Part* part_of(const Args& args, const Group& group, uint32_t rank) {
+  for (uint32_t p = group.first_part; p < group.first_part + group.parts; ++p) {
+    const Part& part = args.part[p];
+    if (rank >= part.first && rank - part.first < part.rank) return &part;
+  }
+  return nullptr;
+}
+
+__device__ __forceinline__ void put(
+    const Part* part, const Group& group, uint32_t rank, uint32_t column, float sum) {
+  if (!part) return;
+  const uint32_t r = rank - part->first;
+  const size_t at = part->transposed ? size_t{column} * part->rank + r
+                                     : size_t{r} * group.columns + column;
+  part->grad[at] = part->factor * sum;
+}
+
+/// Sums the block's and the cluster's partial sums [ranks][pitch] and writes them where they
+/// belong, along the side on which the results are contiguous.
+__device__ __forceinline__ void finish(
+    const Args& args, const Place& place, float* partial, uint32_t warp_groups, uint32_t width, uint32_t pitch) {
+  const Group& group = args.group[place.group];
+  const uint32_t ranks = min(kRanks, group.ranks - place.rank0);
+  const uint32_t columns = min(width, group.columns - place.column0);
+  const bool by_rank = args.part[group.first_part].transposed;
+  const uint32_t fast = by_rank ? ranks : columns;
+  const auto rank_of = [&](uint32_t i) { return by_rank ? i % fast : i / fast; };
+  const auto column_of = [&](uint32_t i) { return by_rank ? i / fast : i % fast; };
+  reduce_tile(
+      partial,
+      warp_groups,
+      kRanks * pitch,
+      ranks * columns,
+      args.splits,
+      place.split,
+      [&](uint32_t i) { return rank_of(i) * pitch + column_of(i); },
+      [&](uint32_t i, float sum) {
+        const uint32_t rank = place.rank0 + rank_of(i);
+        put(part_of(args, group, rank), group, rank, place.column0 + column_of(i), sum);
+      });
+}
+
+// ---- tensor cores ----
+
+/// Where eight ranks of `small` start; count of them there are.
+struct RankSource {
+  const void* from;
+  uint32_t stride;
+  uint32_t count;
+};
+
+template <typename Small>
+constexpr uint32_t kSmallBytes =
+    sizeof(Small) == 4 ? kTokens * kWidePitch * 4 : kTokens * kRanks * 2;
+template <typename Small>
+constexpr uint32_t kStageBytes = kLargeBytes + kSmallBytes<Small> + kTokens * 8;
+constexpr uint32_t kTableBytes = 128;
+
+/// 16 bytes element by element, where they are not aligned.
+template <typename T>
+__device__ __noinline__ void copy_elements(void* to, const T* from, uint32_t count) {
+  Vec16<T> v;
+#pragma unroll
+  for (uint32_t i = 0; i < Vec16<T>::kCount; ++i) v.v[i] = i < count ? from[i] : from_float<T>(0.0f);
+  store16(static_cast<T*>(to), v);
+}
+
+template <typename T>
+__device__ __forceinline__ void copy_chunk(char* to, const T* from, uint32_t count, bool vectors) {
+  if (vectors) {
+    copy16(shared_address(to), from, count * sizeof(T));
+  } else {
+    copy_elements(to, from, count);
+  }
+}
+
+template <typename Large, typename Small, bool kDrop>
+__device__ __forceinline__ void load_stage(
+    const Args& args,
+    const Place& place,
+    const RankSource* table,
+    char* to,
+    uint32_t token0) {
+  const Group& group = args.group[place.group];
+  const auto* large = static_cast<const Large*>(group.large);
+  // large [tokens][128], 16-byte chunks exchanged within 128 bytes.
+#pragma unroll
+  for (uint32_t i = 0; i < kLargeBytes / 16 / kThreads; ++i) {
+    const uint32_t id = threadIdx.x + i * kThreads, t = id / 16, c = id % 16;
+    const uint32_t token = token0 + t, column = place.column0 + c * 8;
+    const uint32_t count =
+        token < args.m && column < group.columns ? min(8u, group.columns - column) : 0;
+    copy_chunk(
+        to + t * (kColumns * 2) + ((c ^ (t & 7)) << 4),
+        count ? large + token * group.large_stride + column : large,
+        count,
+        group.large_vectors);
+  }
+  to += kLargeBytes;
+  const uint32_t width = min(kRanks, (group.ranks - place.rank0 + 15) & ~15u);
+  constexpr uint32_t kEach = 16 / sizeof(Small);
+  const uint32_t per_token = width / kEach;
+  for (uint32_t id = threadIdx.x; id < kTokens * per_token; id += kThreads) {
+    const uint32_t t = id / per_token, c = id % per_token, token = token0 + t;
+    const RankSource source = table[c * kEach / 8];
+    const uint32_t skip = c * kEach % 8;
+    const uint32_t count = token < args.m && source.count > skip ? min(kEach, source.count - skip) : 0;
+    const auto* from = static_cast<const Small*>(source.from);
+    char* chunk = sizeof(Small) == 4 ? to + (t * kWidePitch + c * 4) * 4
+                                     : to + t * (kRanks * 2) + ((c ^ (t & 7)) << 4);
+    copy_chunk(
+        chunk,
+        count ? from + size_t{token} * source.stride + skip : from,
+        count,
+        group.small_vectors);
+  }
+  if constexpr (kDrop) {
+    auto* keys = reinterpret_cast<uint2*>(to + kSmallBytes<Small>);
+    if (threadIdx.x < kTokens) keys[threadIdx.x] = token_key(group.mask, token0 + threadIdx.x);
+  }
+}
+
+__device__ __forceinline__ uint32_t pack(bf16 low, bf16 high) {
+  return uint32_t{__bfloat16_as_ushort(low)} | uint32_t{__bfloat16_as_ushort(high)} << 16;
+}
+
+/// Two f32 as a pair of bf16 and the pair of what that leaves.
+__device__ __forceinline__ void split_pair(float first, float second, uint32_t* high, uint32_t* low) {
+  const bf16 a = from_float<bf16>(first), b = from_float<bf16>(second);
+  *high = pack(a, b);
+  *low = pack(from_float<bf16>(first - to_float(a)), from_float<bf16>(second - to_float(b)));
+}
+
+/// Clears the dropped elements of a fragment of largeᵀ: rows are columns c and c + 8.
+__device__ __forceinline__ void drop_fragment(
+    uint32_t (&a)[4], const uint2* keys, uint32_t column, uint32_t threshold) {
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    const uint32_t c = column + (i & 1) * 8;
+    const uint2* key = keys + (i & 2) * 4;
+    uint32_t bits = keeps(key[0], c, threshold) ? 0x0000ffffu : 0;
+    if (keeps(key[1], c, threshold)) bits |= 0xffff0000u;
+    a[i] &= bits;
+  }
+}
+
+/// One stage of one warp: 32 columns, 64 ranks, 32 tokens.
+template <typename Large, typename Small, bool kDrop>
+__device__ __forceinline__ void add_stage(
+    const char* stage,
+    uint32_t width,
+    uint32_t column_in_group,
+    uint32_t threshold,
+    float (&sums)[2][8][4]) {
+  constexpr bool kSplit = sizeof(Small) == 4, kSplitLarge = kSplit && std::is_same_v<Large, f16>;
+  using Operand = std::conditional_t<kSplit, bf16, Large>;
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t column0 = warp % 4 * 32, token_warp = warp / 4 * kWarpTokens;
+  const uint32_t large = shared_address(stage);
+  const char* small = stage + kLargeBytes;
+#pragma unroll
+  for (uint32_t step = 0; step < kWarpTokens / 16; ++step) {
+    const uint32_t t0 = token_warp + step * 16;
+    uint32_t a[2][4], a_low[kSplitLarge ? 2 : 1][4];
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      const uint32_t t = t0 + (lane & 7) + ((lane >> 4) << 3);
+      const uint32_t c = (column0 + i * 16) / 8 + ((lane >> 3) & 1);
+      load_matrices_across(a[i], large + t * (kColumns * 2) + ((c ^ (t & 7)) << 4));
+      if constexpr (kDrop) {
+        const auto* keys =
+            reinterpret_cast<const uint2*>(small + kSmallBytes<Small>) + t0 + (lane & 3) * 2;
+        drop_fragment(a[i], keys, column_in_group + i * 16 + lane / 4, threshold);
+      }
+      if constexpr (kSplitLarge) {
+        // f16 has 11 bits where bf16 has 8: two bf16 hold it exactly, at any exponent.
+#pragma unroll
+        for (uint32_t j = 0; j < 4; ++j) {
+          const float2 v = __half22float2(reinterpret_cast<const __half2&>(a[i][j]));
+          split_pair(v.x, v.y, &a[i][j], &a_low[i][j]);
+        }
+      }
+    }
+#pragma unroll
+    for (uint32_t pair = 0; pair < 4; ++pair) {
+      if (pair * 16 >= width) break;
+      uint32_t b[4];
+      if constexpr (!kSplit) {
+        const uint32_t t = t0 + (lane & 15), c = pair * 2 + (lane >> 4);
+        load_matrices_across(b, shared_address(small) + t * (kRanks * 2) + ((c ^ (t & 7)) << 4));
+      } else {
+        uint32_t b_low[4];
+        const auto* values = reinterpret_cast<const float*>(small) +
+                             (t0 + (lane & 3) * 2) * kWidePitch + pair * 16 + lane / 4;
+#pragma unroll
+        for (uint32_t j = 0; j < 4; ++j) {
+          const float* v = values + (j & 1) * 8 * kWidePitch + (j >> 1) * 8;
+          split_pair(v[0], v[kWidePitch], &b[j], &b_low[j]);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < 2; ++i) {
+          mma<Operand>(sums[i][2 * pair], a[i], b_low[0], b_low[1]);
+          mma<Operand>(sums[i][2 * pair + 1], a[i], b_low[2], b_low[3]);
+        }
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < 2; ++i) {
+        if constexpr (kSplitLarge) {
+          mma<Operand>(sums[i][2 * pair], a_low[i], b[0], b[1]);
+          mma<Operand>(sums[i][2 * pair + 1], a_low[i], b[2], b[3]);
+        }
+        mma<Operand>(sums[i][2 * pair], a[i], b[0], b[1]);
+        mma<Operand>(sums[i][2 * pair + 1], a[i], b[2], b[3]);
+      }
+    }
+  }
+}
+
+template <typename Large, typename Small, bool kDrop>
+__global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant__ Args args) {
+  extern __shared__ __align__(128) char memory[];
+  launch_dependents();
+  const Place place = place_of(args, kColumns);
+  const Group& group = args.group[place.group];
+  auto* table = reinterpret_cast<RankSource*>(memory);
+  char* stages = memory + kTableBytes;
+  if (threadIdx.x < kRanks / 8) {
+    const uint32_t rank = place.rank0 + threadIdx.x * 8;
+    RankSource source = {group.large, 0, 0};
+    if (const Part* part = part_of(args, group, rank)) {
+      source.from = static_cast<const Small*>(part->small) + (rank - part->first);
+      source.stride = part->small_stride;
+      source.count = min(8u, part->rank - (rank - part->first));
+    }
+    table[threadIdx.x] = source;
+  }
+  float sums[2][8][4] = {};
+  const uint32_t steps = (args.m + kTokens - 1) / kTokens;
+  const uint32_t first = place.split * steps / args.splits;
+  const uint32_t count = (place.split + 1) * steps / args.splits - first;
+  const auto load = [&](uint32_t stage, uint32_t step) {
+    load_stage<Large, Small, kDrop>(
+        args, place, table, stages + stage * kStageBytes<Small>, (first + step) * kTokens);
+  };
+  wait_for_earlier();
+  __syncthreads();
+  for (uint32_t s = 0; s < args.stages - 1; ++s) {
+    if (s < count) load(s, s);
+    copies_commit();
+  }
+  uint32_t stage = 0, next = args.stages - 1;
+  const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (uint32_t s = 0; s < count; ++s) {
+    copies_wait(args.stages - 2);
+    __syncthreads();
+    if (s + args.stages - 1 < count) load(next, s + args.stages - 1);
+    copies_commit();
+    add_stage<Large, Small, kDrop>(
+        stages + stage * kStageBytes<Small>,
+        group.ranks - place.rank0,
+        place.column0 + warp % 4 * 32,
+        group.mask.threshold,
+        sums);
+    next = stage;
+    if (++stage == args.stages) stage = 0;
+  }
+  copies_wait(0);
+  __syncthreads();
+
+  auto* partial = reinterpret_cast<float*>(stages);
+  float* mine = partial + (warp / 4 * kRanks + lane % 4 * 2) * kPitch + warp % 4 * 32 + lane / 4;
+#pragma unroll
+  for (uint32_t i = 0; i < 2; ++i) {
+#pragma unroll
+    for (uint32_t n = 0; n < 8; ++n) {
+      float* at = mine + n * 8 * kPitch + i * 16;
+      at[0] = sums[i][n][0];
+      at[kPitch] = sums[i][n][1];
+      at[8] = sums[i][n][2];
+      at[kPitch + 8] = sums[i][n][3];
+    }
+  }
+  finish(args, place, partial, 2, kColumns, kPitch);
+}
+
+// ---- f32, and storage types that do not go together ----
+
+__global__ void __launch_bounds__(kExactThreads)
+    grad_exact_kernel(const __grid_constant__ Args args) {
+  extern __shared__ __align__(128) char memory[];
+  launch_dependents();
+  auto& shared = *reinterpret_cast<ExactShared*>(memory);
+  const Place place = place_of(args, kExactTile);
+  const Group& group = args.group[place.group];
+  ExactOperands o;
+  o.left = group.large;
+  o.left_dtype = args.large_dtype;
+  o.row_stride = 1;
+  o.inner_stride = group.large_stride;
+  o.row0 = place.column0;
+  o.rows = group.columns;
+  const uint32_t steps = (args.m + kExactStep - 1) / kExactStep;
+  o.inner0 = place.split * steps / args.splits * kExactStep;
+  o.inner1 = min(args.m, (place.split + 1) * steps / args.splits * kExactStep);
+  o.right_dtype = group.small_dtype;
+  o.drop = group.drop;
+  o.mask = group.mask;
+  const size_t size = group.small_dtype == DType::f32 ? 4 : 2;
+  for (uint32_t i = threadIdx.x; i < kExactTile; i += kExactThreads) {
+    const uint32_t rank = place.rank0 + i;
+    const Part* part = part_of(args, group, rank);
+    shared.column[i] =
+        part ? static_cast<const char*>(part->small) + (rank - part->first) * size : nullptr;
+    shared.stride[i] = part ? part->small_stride : 0;
+  }
+  wait_for_earlier();
+  __syncthreads();
+  float sums[4][4];
+  exact_tile(o, shared, sums);
+  auto* partial = reinterpret_cast<float*>(memory);
+  const uint32_t column = threadIdx.x / 16 * 4, rank = threadIdx.x % 16 * 4;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    *reinterpret_cast<float4*>(partial + (rank + r) * kExactPitch + column) =
+        make_float4(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
+  }
+  finish(args, place, partial, 1, kExactTile, kExactPitch);
+}
+
+// ---- the host's side ----
+
+static_assert(sizeof(Args) <= 4096, "kernel parameters");
+static_assert(kRanks == kExactTile);
+
+bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+constexpr uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
+uint32_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+uint32_t padded(uint32_t rank) { return ceil_div(rank, 8) * 8; }
+
+/// Which kernel a product takes; a launch is of one of them.
+struct Form {
+  bool exact = false, wide_small = false, drop = false;
+  bool operator==(const Form&) const = default;
+};
+Form form_of(DType large_dtype, const AdapterGrad& grad) {
+  Form form;
+  form.wide_small = grad.small_dtype == DType::f32;
+  form.exact = large_dtype == DType::f32 || (!form.wide_small && grad.small_dtype != large_dtype);
+  form.drop = grad.dropout > 0.0f;
+  return form;
+}
+
+/// Whether `grad` may join a group: the same large, nothing dropped, room for its ranks. Results
+/// that are contiguous along the same side stay together.
+bool joins(const Args& args, const Group& group, const AdapterGrad& grad) {
+  return group.large == grad.large && group.large_stride == grad.large_stride &&
+         group.columns == grad.columns && !group.drop && grad.dropout <= 0.0f &&
+         group.small_dtype == grad.small_dtype && group.parts < kMaxParts &&
+         args.part[group.first_part].transposed == grad.transposed &&
+         group.ranks + padded(grad.rank) <= kRanks;
+}
+
+void add(Args& args, const AdapterGrad& grad) {
+  Group* group = args.groups > 0 ? &args.group[args.groups - 1] : nullptr;
+  if (!group || !joins(args, *group, grad)) {
+    const auto next = static_cast<uint16_t>(args.used_parts());
+    group = &args.group[args.groups++];
+    group->first_part = next;
+    group->large = grad.large;
+    group->large_stride = grad.large_stride;
+    group->columns = grad.columns;
+    group->large_vectors = aligned16(grad.large) && grad.large_stride % 8 == 0;
+    group->small_vectors = true;
+    group->small_dtype = grad.small_dtype;
+    group->drop = grad.dropout > 0.0f;
+    group->mask = make_mask(grad.dropout, grad.dropout_seed);
+  }
+  Part& part = args.part[group->first_part + group->parts++];
+  part.small = grad.small;
+  part.small_stride = static_cast<uint32_t>(grad.small_stride);
+  part.rank = grad.rank;
+  part.first = group->ranks;
+  part.factor = grad.factor * keep_scale(grad.dropout);
+  part.grad = grad.grad;
+  part.transposed = grad.transposed;
+  group->ranks += padded(grad.rank);
+  group->small_vectors = group->small_vectors && aligned16(grad.small) &&
+                         grad.small_stride * size_of(grad.small_dtype) % 16 == 0;
+}
+
+uint32_t count_tiles(Args& args, uint32_t width) {
+  uint32_t tiles = 0;
+  for (uint32_t g = 0; g < args.groups; ++g) {
+    Group& group = args.group[g];
+    group.chunks = ceil_div(group.ranks, kRanks);
+    tiles += ceil_div(group.columns, width) * group.chunks;
+    group.end_tile = tiles;
+  }
+  return tiles;
+}
+
+/// Splits of the tokens that leave the multiprocessors the least to do one after the other; each
+/// doubling has to win 3 % for its sums.
+uint32_t splits_for(const Context& context, uint32_t tiles, uint32_t steps) {
+  uint32_t best = 1;
+  double least = 1e30;
+  const uint32_t most = context.capability >= 90 ? 8 : 1;
+  for (uint32_t splits = 1; splits <= most && splits <= std::max(1u, steps); splits *= 2) {
+    const double turns = std::ceil(double(tiles) * splits / context.multiprocessors);
+    const double time = turns * ceil_div(steps, splits) * (1.0 + 0.03 * std::log2(splits));
+    if (time >= least) continue;
+    least = time;
+    best = splits;
+  }
+#ifdef METAL_LORA_SHRINK_TRIAL
+  if (trial_grad_splits > 0) best = trial_grad_splits;
+#endif
+  return best;
+}
+
+template <typename Large, typename Small, bool kDrop>
+void launch_grads(const Context& context, Args& args) {
+  const uint32_t tiles = count_tiles(args, kColumns);
+  args.splits = splits_for(context, tiles, ceil_div(args.m, kTokens));
+  const uint32_t limit = shared_limit(context);
+  const uint32_t per_block = std::max(limit / 2, 99u * 1024) - 1024 - kTableBytes;
+  args.stages = std::min(4u, per_block / kStageBytes<Small>);
+  const uint32_t shared =
+      kTableBytes + std::max(args.stages * kStageBytes<Small>, kPartialBytes);
+  launch(
+      context,
+      grad_kernel<Large, Small, kDrop>,
+      tiles * args.splits,
+      kThreads,
+      shared,
+      args.splits,
+      args,
+      "lora_grad");
+}
+
+template <typename Large>
+void launch_form(const Context& context, const Form& form, Args& args) {
+  if (form.drop) {
+    return form.wide_small ? launch_grads<Large, float, true>(context, args)
+                           : launch_grads<Large, Large, true>(context, args);
+  }
+  form.wide_small ? launch_grads<Large, float, false>(context, args)
+                  : launch_grads<Large, Large, false>(context, args);
+}
+
+void launch_form(const Context& context, const Form& form, Args& args) {
+  if (!form.exact) {
+    return args.large_dtype == DType::bf16 ? launch_form<bf16>(context, form, args)
+                                           : launch_form<f16>(context, form, args);
+  }
+  const uint32_t tiles = count_tiles(args, kExactTile);
+  args.splits = splits_for(context, tiles, ceil_div(args.m, kExactStep));
+  launch(
+      context,
+      grad_exact_kernel,
+      tiles * args.splits,
+      kExactThreads,
+      sizeof(ExactShared),
+      args.splits,
+      args,
+      "lora_grad");
+}
+
+}  // namespace
+
+void lora_grad(
+    const Context& context, uint32_t m, DType large_dtype, const AdapterGrad* grads, size_t count) {
+  if (count > kMaxGrads) {
+    throw std::invalid_argument(
+        "[lora_grad] count must be at most 16 but is " + std::to_string(count));
+  }
+  const auto empty = [](const AdapterGrad& g) { return g.rank == 0 || g.columns == 0 || !g.grad; };
+  bool done[kMaxGrads] = {};
+  for (size_t first = 0; first < count; ++first) {
+    if (done[first] || empty(grads[first])) continue;
+    // All of the same form in one launch; of those, what shares `large` one after the other.
+    const Form form = form_of(large_dtype, grads[first]);
+    Args args;
+    args.m = m;
+    args.large_dtype = large_dtype;
+    for (size_t i = first; i < count; ++i) {
+      if (done[i] || empty(grads[i]) || !(form_of(large_dtype, grads[i]) == form)) continue;
+      for (size_t j = i; j < count; ++j) {
+        if (done[j] || empty(grads[j]) || grads[j].large != grads[i].large ||
+            grads[j].transposed != grads[i].transposed ||
+            !(form_of(large_dtype, grads[j]) == form)) {
+          continue;
+        }
+        add(args, grads[j]);
+        done[j] = true;
+      }
+    }
+    launch_form(context, form, args);
+  }
+}
+
+}  // namespace metal_lora::cuda
