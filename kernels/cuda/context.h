@@ -26,11 +26,17 @@ class Scratch {
   ~Scratch() = default;
 };
 
+/// Words of Context::counters.
+#define METAL_LORA_CUDA_COUNTERS 4096
+
 struct Context {
   cudaStream_t stream = nullptr;
   Scratch* scratch = nullptr;
   int multiprocessors = 132;
   int capability = 90;  ///< 10·major + minor
+  /// METAL_LORA_CUDA_COUNTERS words for tickets and flags, zeroed once: every kernel leaves them
+  /// zero. One stream's at a time. Null: kernels do without.
+  uint32_t* counters = nullptr;
 };
 
 /// A CUDA call that failed, by name.

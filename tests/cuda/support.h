@@ -51,8 +51,8 @@ class DeviceBuffer {
   void upload(const void* host, size_t bytes) {
     if (bytes > 0) cuda::check(cudaMemcpy(data_, host, bytes, cudaMemcpyHostToDevice), "upload");
   }
-  void poison() {
-    if (bytes_ > 0) cuda::check(cudaMemset(data_, 0xff, bytes_), "cudaMemset");
+  void poison(int byte = 0xff) {
+    if (bytes_ > 0) cuda::check(cudaMemset(data_, byte, bytes_), "cudaMemset");
   }
   template <typename T>
   std::vector<T> download() const {
@@ -96,6 +96,8 @@ class TestDevice {
     context_.scratch = &scratch_;
     context_.multiprocessors = properties.multiProcessorCount;
     context_.capability = 10 * properties.major + properties.minor;
+    counters_.poison(0);
+    context_.counters = counters_.get<uint32_t>();
   }
   ~TestDevice() { cudaStreamDestroy(context_.stream); }
   TestDevice(const TestDevice&) = delete;
@@ -109,6 +111,7 @@ class TestDevice {
 
  private:
   TestScratch scratch_;
+  DeviceBuffer counters_{METAL_LORA_CUDA_COUNTERS * 4};
   cuda::Context context_;
 };
 
