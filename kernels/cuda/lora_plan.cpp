@@ -1,0 +1,94 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+//
+// Which form a linear takes:
+//   vector   m ≤ kVectorMaxTokens: bound by reading W, which lora_gemv reads once in its stored
+//   form tiled    16-bit operands in rows of 16 bytes: lora_shrink, then one tensor-core product
+//   over
+//            {x, W} and {u, B}; W of another format is copied out first: 2·n·k bytes written and
+//            read against 2·m·n·k operations, small for the m of prompts and training
+//   generic  the same composition for f32 (FFMA) and rows that are no multiples of 16 bytes
+#include "kernels/cuda/lora_plan.h"
+
+#include <algorithm>
+
+namespace metal_lora::cuda {
+namespace {
+
+bool is_aligned16(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+
+/// Rows that one copy instruction takes 16 bytes of.
+bool has_vector_rows(DType dtype, const LoraBranch& b) {
+  const WeightParams& w = b.weight.params;
+  return dtype != DType::f32 && w.k % 8 == 0 && w.n % 8 == 0 && is_aligned16(b.y) &&
+         is_aligned16(b.residual) && is_aligned16(b.bias) &&
+         (needs_dense_copy(dtype, b.weight) || is_aligned16(b.weight.data));
+}
+
+const char* reason(const Context& context, DType dtype, const LinearPlan& plan) {
+  using Form = LinearPlan::Form;
+  if (plan.form == Form::vector) {
+    return "few tokens: bound by reading W, which is read once and in its stored format";
+  }
+  if (plan.form == Form::generic) {
+    return dtype == DType::f32
+               ? "f32: full-precision products on the FFMA units"
+               : "rows are no multiples of 16 bytes: copies of one element or a few";
+  }
+  if (plan.dequantize_first) {
+    return "many tokens: copying W out to 16 bits once costs less than decoding it in every tile";
+  }
+  return context.capability == 90 ? "16-bit and aligned: Hopper's matrix unit and copy engine"
+                                  : "16-bit and aligned: mma.sync behind a ring of cp.async";
+}
+
+}  // namespace
+
+bool needs_dense_copy(DType dtype, const WeightView& w) {
+  return w.params.format != static_cast<WeightFormat>(dtype);
+}
+
+bool drops(const LoraView& lora) {
+  return lora.params.rank > 0 && lora.params.dropout > 0.0f;
+}
+
+bool needs_packed_b(DType dtype, const LoraView& lora) {
+  if (lora.params.rank == 0) return false;
+  if (lora.params.dtype != dtype) return true;
+  return dtype != DType::f32 && (lora.params.rank % 8 != 0 || !is_aligned16(lora.b));
+}
+
+bool needs_packed_a(DType dtype, const LoraView& lora, uint32_t k) {
+  if (lora.params.rank == 0) return false;
+  if (lora.params.dtype != dtype) return true;
+  return dtype != DType::f32 && k % 8 == 0 && !is_aligned16(lora.a);
+}
+
+bool takes_vector_form(uint32_t m, const LoraBranch* branches, size_t count) {
+  // It neither drops elements nor leaves u: it is for decoding.
+  return m <= kVectorMaxTokens && std::none_of(branches, branches + count, [](const LoraBranch& b) {
+           return drops(b.lora) || (b.u && b.lora.params.rank > 0);
+         });
+}
+
+LinearPlan plan_linear(const Context& context, uint32_t m, DType dtype, const LoraBranch& branch) {
+  LinearPlan plan;
+  const bool adapted = branch.lora.params.rank > 0;
+  if (takes_vector_form(m, &branch, 1)) {
+    plan.form = LinearPlan::Form::vector;
+    plan.fused_shrink = adapted;
+  } else {
+    plan.form =
+        has_vector_rows(dtype, branch) ? LinearPlan::Form::tiled : LinearPlan::Form::generic;
+    plan.dequantize_first = needs_dense_copy(dtype, branch.weight);
+    const bool packs = needs_packed_b(dtype, branch.lora) ||
+                       needs_packed_a(dtype, branch.lora, branch.weight.params.k);
+    plan.dispatches = 1 + (adapted ? 1 : 0) + (packs ? 1 : 0) + (plan.dequantize_first ? 1 : 0);
+  }
+  plan.why = reason(context, dtype, plan);
+  return plan;
+}
+
+}  // namespace metal_lora::cuda
