@@ -8,6 +8,7 @@
 #include <mlx/backend/metal/metal.h>
 
 #include "metal_lora/error.h"
+#include "src/launch/mlx_cuda.h"
 
 namespace mx = mlx::core;
 
@@ -15,7 +16,8 @@ namespace metal_lora {
 namespace {
 
 Backend best() {
-  return mx::metal::is_available() ? Backend::metal : Backend::cpu;
+  if (mx::metal::is_available()) return Backend::metal;
+  return mlx_cuda::availability().available ? Backend::cuda : Backend::cpu;
 }
 
 Backend choose() {
@@ -34,11 +36,17 @@ Backend choose() {
 #else
     constexpr bool kHasEmulator = false;
 #endif
-    if (backend == Backend::cuda || (backend == Backend::emulator && !kHasEmulator)) {
+    if (backend == Backend::cuda && !mlx_cuda::availability().available) {
+      const auto& missing = mlx_cuda::availability();
       throw Error(
           ErrorCode::unsupported,
-          std::string("[METAL_LORA_BACKEND] this build has kernels for ") +
-              (kHasEmulator ? "cpu, metal and emulator" : "cpu and metal") + ", got " + wanted,
+          "[METAL_LORA_BACKEND] cuda cannot run here: " + missing.why,
+          missing.hint);
+    }
+    if (backend == Backend::emulator && !kHasEmulator) {
+      throw Error(
+          ErrorCode::unsupported,
+          std::string("[METAL_LORA_BACKEND] this build has no emulator, got ") + wanted,
           "unset METAL_LORA_BACKEND");
     }
     return backend;

@@ -17,6 +17,7 @@
 
 #include "metal_lora/error.h"
 #include "src/launch/backend.h"
+#include "src/launch/mlx_cuda.h"
 
 namespace mx = mlx::core;
 
@@ -87,11 +88,14 @@ class KernelPrimitive : public mx::Primitive {
     finished.get();
   }
 
-  void eval_gpu(const Arrays&, Arrays&) override {
-    throw Error(
-        ErrorCode::unsupported,
-        std::string("[") + launch_->kernel + "] has no GPU kernel in this build",
-        "run on the CPU stream");
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override {
+    if (!launch_->cuda) {
+      throw Error(
+          ErrorCode::unsupported,
+          std::string("[") + launch_->kernel + "] has no GPU kernel in this build",
+          "run on the CPU stream");
+    }
+    mlx_cuda::evaluate(stream(), launch_, inputs, outputs);
   }
 
   Arrays vjp(
@@ -178,7 +182,22 @@ class KernelPrimitive : public mx::Primitive {
   std::shared_ptr<const Launch> launch_;
 };
 
-Arrays launch_metal(Launch launch, mx::StreamOrDevice stream) {
+Arrays kernel_node(Launch launch, mx::Stream stream) {
+  Arrays inputs = std::move(launch.inputs);
+  launch.inputs.clear();
+  std::vector<mx::Shape> shapes;
+  std::vector<mx::Dtype> dtypes;
+  for (const auto& output : launch.outputs) {
+    shapes.push_back(output.shape);
+    dtypes.push_back(output.dtype);
+  }
+  auto primitive =
+      std::make_shared<KernelPrimitive>(stream, std::make_shared<const Launch>(std::move(launch)));
+  return mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs);
+}
+
+/// By nodes that the op or MLX makes.
+Arrays launch_graph(Launch launch, mx::StreamOrDevice stream) {
   const bool in_place =
       std::any_of(launch.outputs.begin(), launch.outputs.end(), [](const auto& o) {
         return o.in_place_of >= 0;
@@ -220,17 +239,7 @@ Arrays launch_metal(Launch launch, mx::StreamOrDevice stream) {
 }  // namespace
 
 Arrays launch_cpu(Launch launch) {
-  Arrays inputs = std::move(launch.inputs);
-  launch.inputs.clear();
-  std::vector<mx::Shape> shapes;
-  std::vector<mx::Dtype> dtypes;
-  for (const auto& output : launch.outputs) {
-    shapes.push_back(output.shape);
-    dtypes.push_back(output.dtype);
-  }
-  auto primitive = std::make_shared<KernelPrimitive>(
-      mx::default_stream(mx::Device::cpu), std::make_shared<const Launch>(std::move(launch)));
-  return mx::array::make_arrays(std::move(shapes), dtypes, primitive, inputs);
+  return kernel_node(std::move(launch), mx::default_stream(mx::Device::cpu));
 }
 
 Arrays launch(Launch launch) {
@@ -239,11 +248,13 @@ Arrays launch(Launch launch) {
       return launch_cpu(std::move(launch));
     case Backend::emulator:
     case Backend::metal:
-      return launch_metal(std::move(launch), backend_stream(active_backend()));
+      return launch_graph(std::move(launch), backend_stream(active_backend()));
     case Backend::cuda:
-      break;
+      if (launch.cuda) return kernel_node(std::move(launch), backend_stream(Backend::cuda));
+      launch.metal = {};
+      return launch_graph(std::move(launch), backend_stream(Backend::cuda));
   }
-  throw Error(ErrorCode::unsupported, "[launch] this build has no CUDA kernels");
+  throw Error(ErrorCode::internal, "[launch] unknown backend");
 }
 
 }  // namespace metal_lora

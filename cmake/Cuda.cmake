@@ -1,0 +1,31 @@
+# METAL_LORA_CUDA: whether this build has CUDA kernels. They need nvcc (CUDA 12.8 or later), at build
+# time only; programs built with them run on machines without a GPU, too.
+include(CheckLanguage)
+check_language(CUDA)
+if(CMAKE_CUDA_COMPILER)
+  set(cuda_here ON)
+else()
+  set(cuda_here OFF)
+endif()
+option(METAL_LORA_CUDA "Build the CUDA kernels (nvcc)" OFF)
+set(METAL_LORA_CUDA_ARCHS "80-real;90-real;90-virtual" CACHE STRING
+    "GPU architectures of the CUDA kernels; 90-real alone builds fastest")
+
+if(METAL_LORA_CUDA)
+  if(NOT CMAKE_CUDA_COMPILER)
+    message(FATAL_ERROR "METAL_LORA_CUDA needs nvcc, and CMake finds none.\n"
+      "hint: install NVIDIA's cuda-nvcc package, Debian's nvidia-cuda-toolkit, or"
+      " pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl, and pass"
+      " -DCMAKE_CUDA_COMPILER=<path of nvcc>")
+  endif()
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  set(CMAKE_CUDA_EXTENSIONS OFF)
+  set(CMAKE_CUDA_ARCHITECTURES ${METAL_LORA_CUDA_ARCHS})
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+  if(NOT CMAKE_CUDA_COMPILER_LAUNCHER AND CMAKE_CXX_COMPILER_LAUNCHER)
+    set(CMAKE_CUDA_COMPILER_LAUNCHER ${CMAKE_CXX_COMPILER_LAUNCHER})
+  endif()
+  enable_language(CUDA)
+  find_package(CUDAToolkit REQUIRED)
+endif()
