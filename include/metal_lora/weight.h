@@ -45,9 +45,10 @@ class Weight {
       const void* scales = nullptr,
       const void* biases = nullptr);
 
-  /// The layout that the active backend multiplies fastest (CPU: packed INT4/INT8/NF4), or *this
-  /// where there is none. Costs one pass over the bytes; the original's memory goes with its last
-  /// handle. A double-quantised absmax becomes f32 (0.5625 bytes a weight instead of 0.516).
+  /// The layout that the active backend multiplies fastest (CPU: packed INT4/INT8/NF4; CUDA: the
+  /// same in device memory), or *this where there is none. Costs one pass over the bytes; the
+  /// original's memory goes with its last handle. On the CPU a double-quantised absmax becomes f32
+  /// (0.5625 bytes a weight instead of 0.516).
   Weight prepared() const;
   /// The parameters that prepared() gives a weight of `params`; for estimates.
   static WeightParams prepared_params(const WeightParams& params);
@@ -66,7 +67,7 @@ class Weight {
   int out_features() const { return static_cast<int>(params_.n); }
   int in_features() const { return static_cast<int>(params_.k); }
   bool is_quantized() const { return params_.format >= WeightFormat::int4; }
-  explicit operator bool() const { return data_ != nullptr; }
+  explicit operator bool() const { return data_ != nullptr || device_only_; }
   /// Bytes of data, scales and biases.
   size_t nbytes() const;
 
@@ -75,17 +76,26 @@ class Weight {
   /// uint32 [out, in·bits/32] and the scales' type for quantised weights. Row-major weights only
   /// (Error internal otherwise). Made once for all copies of this handle.
   std::vector<mlx::core::array> arrays() const;
+  /// The same in device memory of the CUDA backend, copied there at the first call for all copies
+  /// of this handle.
+  const std::vector<mlx::core::array>& device_arrays() const;
 
-  const void* data() const { return data_; }
-  const void* scales() const { return scales_; }
-  const void* biases() const { return biases_; }
+  /// In host memory. Of a weight that lies on a device a copy is made at the first call.
+  const void* data() const { return device_only_ ? downloaded(0) : data_; }
+  const void* scales() const { return device_only_ ? downloaded(1) : scales_; }
+  const void* biases() const { return device_only_ ? downloaded(2) : biases_; }
 
  private:
+  static Weight of_arrays(const WeightParams& params, std::vector<mlx::core::array> arrays);
+  static Weight of_device_arrays(const WeightParams& params, std::vector<mlx::core::array> arrays);
+  const void* downloaded(size_t part) const;
+
   WeightParams params_;
   std::shared_ptr<const void> owner_;
   const void* data_ = nullptr;
   const void* scales_ = nullptr;
   const void* biases_ = nullptr;
+  bool device_only_ = false;  ///< the bytes are array_cache_'s device arrays
   struct ArrayCache;
   std::shared_ptr<ArrayCache> array_cache_;
 };

@@ -12,6 +12,7 @@
 #include "kernels/cpu/lora_quantized.h"
 #include "kernels/nf4.h"
 #include "src/launch/backend.h"
+#include "src/launch/device_memory.h"
 #include "src/ops/checks.h"
 #include "src/ops/weight_view.h"
 
@@ -112,21 +113,61 @@ DType to_kernel(mx::Dtype dtype) {
 }
 
 struct Weight::ArrayCache {
-  std::once_flag once;
+  std::once_flag once, once_on_device, once_downloaded;
   std::vector<mx::array> arrays;
+  std::vector<mx::array> on_device;
+  std::vector<std::shared_ptr<std::byte[]>> downloaded;
 };
+
+namespace {
+
+struct Part {
+  mx::Shape shape;
+  mx::Dtype dtype;
+};
+
+/// Data, scales and biases, those that there are.
+std::vector<Part> parts_of(const WeightParams& p) {
+  const int n = static_cast<int>(p.n), k = static_cast<int>(p.k);
+  if (!quantized_format(p)) {
+    const auto dtype = p.format == WeightFormat::f32   ? mx::float32
+                       : p.format == WeightFormat::f16 ? mx::float16
+                                                       : mx::bfloat16;
+    return {{{n, k}, dtype}};
+  }
+  const int groups = k / static_cast<int>(p.group_size);
+  std::vector<Part> parts{
+      {{n, k * bits_of(p) / 32}, mx::uint32},
+      {{n, groups}, p.double_quant ? mx::uint8 : to_mlx(p.scales_dtype)}};
+  if (p.double_quant) {
+    parts.push_back({{static_cast<int>(nested_values(p))}, mx::float32});
+  } else if (p.format != WeightFormat::nf4) {
+    parts.push_back({{n, groups}, to_mlx(p.scales_dtype)});
+  }
+  return parts;
+}
+
+/// Evaluated and row-contiguous, where the active backend's kernels read.
+std::vector<mx::array> settled(std::vector<mx::array> arrays) {
+  const bool cuda = active_backend() == Backend::cuda;
+  for (auto& a : arrays) a = cuda ? mx::contiguous(a, false, ops::stream()) : mx::contiguous(a);
+  mx::eval(arrays);
+  if (!cuda) return arrays;
+  for (auto& a : arrays) {
+    if (on_host(a)) a = upload(a.data<void>(), a.shape(), a.dtype());
+  }
+  return arrays;
+}
+
+}  // namespace
 
 Weight Weight::dense(const mx::array& w) {
   ops::check_shape("Weight::dense", "w", w, {-1, -1});
-  auto kept = std::make_shared<mx::array>(mx::contiguous(w));
-  kept->eval();
   WeightParams p;
   p.n = static_cast<uint32_t>(w.shape(0));
   p.k = static_cast<uint32_t>(w.shape(1));
   p.format = dense_format(w.dtype());
-  auto weight = view(p, kept, kept->data<void>());
-  weight.array_cache_->arrays = {*kept};
-  return weight;
+  return of_arrays(p, {w});
 }
 
 Weight Weight::affine(
@@ -147,19 +188,13 @@ Weight Weight::affine(
   ops::check_shape(kOp, "scales", scales, {n, k / group_size});
   ops::check_shape(kOp, "biases", biases, {n, k / group_size});
   ops::check_dtype(kOp, "biases", biases, scales.dtype());
-  auto kept = std::make_shared<std::array<mx::array, 3>>(
-      std::array<mx::array, 3>{mx::contiguous(q), mx::contiguous(scales), mx::contiguous(biases)});
-  mx::eval((*kept)[0], (*kept)[1], (*kept)[2]);
   WeightParams p;
   p.n = static_cast<uint32_t>(n);
   p.k = static_cast<uint32_t>(k);
   p.format = bits == 4 ? WeightFormat::int4 : WeightFormat::int8;
   p.group_size = static_cast<uint32_t>(group_size);
   p.scales_dtype = to_kernel(scales.dtype());
-  auto weight =
-      view(p, kept, (*kept)[0].data<void>(), (*kept)[1].data<void>(), (*kept)[2].data<void>());
-  weight.array_cache_->arrays = {(*kept)[0], (*kept)[1], (*kept)[2]};
-  return weight;
+  return of_arrays(p, {q, scales, biases});
 }
 
 Weight Weight::nf4(const mx::array& q, const mx::array& absmax) {
@@ -170,10 +205,7 @@ Weight Weight::nf4(const mx::array& q, const mx::array& absmax) {
   const WeightParams p = nf4_params(kOp, static_cast<uint32_t>(n), static_cast<uint32_t>(k), false);
   ops::check_shape(kOp, "absmax", absmax, {n, k / static_cast<int>(kNf4Block)});
   ops::check_dtype(kOp, "absmax", absmax, mx::float32);
-  auto kept = std::make_shared<std::array<mx::array, 2>>(
-      std::array<mx::array, 2>{mx::contiguous(q), mx::contiguous(absmax)});
-  mx::eval((*kept)[0], (*kept)[1]);
-  return view(p, kept, (*kept)[0].data<void>(), (*kept)[1].data<void>());
+  return of_arrays(p, {q, absmax});
 }
 
 Weight Weight::nf4(const mx::array& q, const mx::array& codes, const mx::array& table) {
@@ -186,10 +218,7 @@ Weight Weight::nf4(const mx::array& q, const mx::array& codes, const mx::array& 
   ops::check_dtype(kOp, "codes", codes, mx::uint8);
   ops::check_shape(kOp, "table", table, {static_cast<int>(nested_values(p))});
   ops::check_dtype(kOp, "table", table, mx::float32);
-  auto kept = std::make_shared<std::array<mx::array, 3>>(
-      std::array<mx::array, 3>{mx::contiguous(q), mx::contiguous(codes), mx::contiguous(table)});
-  mx::eval((*kept)[0], (*kept)[1], (*kept)[2]);
-  return view(p, kept, (*kept)[0].data<void>(), (*kept)[1].data<void>(), (*kept)[2].data<void>());
+  return of_arrays(p, {q, codes, table});
 }
 
 Weight Weight::view(
@@ -208,36 +237,69 @@ Weight Weight::view(
   return w;
 }
 
+Weight Weight::of_arrays(const WeightParams& params, std::vector<mx::array> arrays) {
+  auto kept = std::make_shared<std::vector<mx::array>>(settled(std::move(arrays)));
+  if (active_backend() == Backend::cuda) return of_device_arrays(params, std::move(*kept));
+  const auto part = [&](size_t i) -> const void* {
+    return i < kept->size() ? (*kept)[i].data<void>() : nullptr;
+  };
+  auto weight = view(params, kept, part(0), part(1), part(2));
+  weight.array_cache_->arrays = *kept;
+  return weight;
+}
+
+Weight Weight::of_device_arrays(const WeightParams& params, std::vector<mx::array> arrays) {
+  auto weight = view(params, nullptr, nullptr);
+  weight.device_only_ = true;
+  weight.array_cache_->on_device = std::move(arrays);
+  return weight;
+}
+
 std::vector<mx::array> Weight::arrays() const {
-  if (data_ == nullptr || params_.layout != WeightLayout::row_major) {
+  if (!*this || params_.layout != WeightLayout::row_major) {
     throw Error(ErrorCode::internal, "[Weight::arrays] the weight must be row-major but is packed");
   }
+  if (active_backend() == Backend::cuda) return device_arrays();
   std::call_once(array_cache_->once, [&] {
-    // The owner alone, not this handle: it holds the cache, which would then hold itself.
-    const auto over = [owner = owner_](const void* bytes, mx::Shape shape, mx::Dtype dtype) {
-      return mx::array(const_cast<void*>(bytes), std::move(shape), dtype, [owner](void*) {});
-    };
     auto& out = array_cache_->arrays;
     if (!out.empty()) return;
-    const int n = out_features(), k = in_features();
-    if (!is_quantized()) {
-      const auto dtype = params_.format == WeightFormat::f32   ? mx::float32
-                         : params_.format == WeightFormat::f16 ? mx::float16
-                                                               : mx::bfloat16;
-      out.push_back(over(data_, {n, k}, dtype));
-      return;
-    }
-    const int groups = k / static_cast<int>(params_.group_size);
-    out.push_back(over(data_, {n, k * bits_of(params_) / 32}, mx::uint32));
-    out.push_back(over(
-        scales_, {n, groups}, params_.double_quant ? mx::uint8 : to_mlx(params_.scales_dtype)));
-    if (params_.double_quant) {
-      out.push_back(over(biases_, {static_cast<int>(nested_values(params_))}, mx::float32));
-    } else if (params_.format != WeightFormat::nf4) {
-      out.push_back(over(biases_, {n, groups}, to_mlx(params_.scales_dtype)));
+    const void* const bytes[] = {data(), scales(), biases()};
+    for (const auto& [shape, dtype] : parts_of(params_)) {
+      // The owner alone, not this handle: it holds the cache, which would then hold itself.
+      std::shared_ptr<const void> owner = owner_;
+      if (device_only_) owner = array_cache_->downloaded[out.size()];
+      out.push_back(mx::array(
+          const_cast<void*>(bytes[out.size()]), shape, dtype, [owner = std::move(owner)](void*) {
+          }));
     }
   });
   return array_cache_->arrays;
+}
+
+const std::vector<mx::array>& Weight::device_arrays() const {
+  if (!*this || params_.layout != WeightLayout::row_major) {
+    throw Error(ErrorCode::internal, "[Weight] a CUDA kernel's weight must be row-major");
+  }
+  std::call_once(array_cache_->once_on_device, [&] {
+    auto& out = array_cache_->on_device;
+    if (!out.empty()) return;
+    const void* const bytes[] = {data_, scales_, biases_};
+    for (const auto& [shape, dtype] : parts_of(params_)) {
+      out.push_back(upload(bytes[out.size()], shape, dtype));
+    }
+  });
+  return array_cache_->on_device;
+}
+
+const void* Weight::downloaded(size_t part) const {
+  auto& cache = *array_cache_;
+  std::call_once(cache.once_downloaded, [&] {
+    for (const auto& a : cache.on_device) {
+      cache.downloaded.push_back(allocate(a.nbytes()));
+      download(a, cache.downloaded.back().get());
+    }
+  });
+  return part < cache.downloaded.size() ? cache.downloaded[part].get() : nullptr;
 }
 
 WeightParams Weight::prepared_params(const WeightParams& params) {
@@ -250,6 +312,9 @@ WeightParams Weight::prepared_params(const WeightParams& params) {
 }
 
 Weight Weight::prepared() const {
+  if (active_backend() == Backend::cuda) {
+    return device_only_ ? *this : of_device_arrays(params_, device_arrays());
+  }
   const WeightParams packed = prepared_params(params_);
   if (packed.layout == params_.layout) return *this;
   auto bytes = allocate(cpu::packed_weight_bytes(params_));
