@@ -41,6 +41,11 @@ struct GemmGroup {
   DType dtype = DType::bf16;      ///< of left and right: bf16 or f16
   DType out_dtype = DType::bf16;  ///< dtype or f32
   bool right_is_kn = false;
+  /// gemm_sm90 only: the first pair's operands were written before the kernel that the stream ran
+  /// last, so their product may begin while that kernel (say, the shrink that makes the second
+  /// pair's left) still runs. A promise about that kernel, too: it was not launched as a
+  /// programmatic dependent, or lets its dependents start only after its own griddepcontrol.wait.
+  bool pair0_ready = false;
   int problems = 0;
   GemmProblem problem[kMaxProblems];
 };
