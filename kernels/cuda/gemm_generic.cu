@@ -82,8 +82,7 @@ class Feed {
   using S = Shape<kTile>;
   static constexpr uint32_t kRowChunks = kStep / kChunk;
   static constexpr uint32_t kRowsAtOnce = kThreads / kRowChunks;
-  [[maybe_unused]] static constexpr uint32_t kLineChunks = kTile / kChunk;
-  [[maybe_unused]] static constexpr uint32_t kLinesAtOnce = kThreads / kLineChunks;
+  static constexpr uint32_t kLineChunks = kTile / kChunk;
 
  public:
   __device__ __forceinline__ Feed(const TiledGroup& tiled, const TilePlace& place)
@@ -153,6 +152,7 @@ class Feed {
 
   /// A right side [k, n].
   __device__ __forceinline__ void copy_lines(uint32_t shared) const {
+    constexpr uint32_t kLinesAtOnce = kThreads / kLineChunks;
     const uint32_t line = threadIdx.x / kLineChunks, chunk = threadIdx.x % kLineChunks;
 #pragma unroll
     for (int i = 0; i < S::kCopies; ++i) {

@@ -326,7 +326,7 @@ void lora_linear_forward(
     size_t count) {
   check_call(k, branches, count);
   if (m == 0 || count == 0) return;
-  if (takes_vector_form(m, branches, count)) {
+  if (m <= kVectorMaxTokens) {
     return lora_gemv(context, m, k, dtype, x, branches, count, dtype);
   }
   Linear(context, m, k, dtype, x, branches, count).forward();

@@ -1,16 +1,16 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// Which form a linear takes:
-//   vector   m ≤ kVectorMaxTokens: bound by reading W, which lora_gemv reads once in its stored
-//   form tiled    16-bit operands in rows of 16 bytes: lora_shrink, then one tensor-core product
-//   over
-//            {x, W} and {u, B}; W of another format is copied out first: 2·n·k bytes written and
-//            read against 2·m·n·k operations, small for the m of prompts and training
-//   generic  the same composition for f32 (FFMA) and rows that are no multiples of 16 bytes
+// Which form a linear takes.
+//
+// vector: m ≤ kVectorMaxTokens. Bound by reading W, which lora_gemv reads once, as it is stored.
+//
+// tiled: 16-bit operands in rows of 16 bytes. lora_shrink, then one tensor-core product over {x, W}
+// and {u, B}. W of another format is copied out first: 2·n·k bytes written and read against 2·m·n·k
+// operations, little at the m of prompts and training.
+//
+// generic: the same composition for f32 (FFMA), and for rows that are no multiples of 16 bytes.
 #include "kernels/cuda/lora_plan.h"
-
-#include <algorithm>
 
 namespace metal_lora::cuda {
 namespace {
@@ -25,6 +25,15 @@ bool has_vector_rows(DType dtype, const LoraBranch& b) {
   return dtype != DType::f32 && w.k % 8 == 0 && w.n % 8 == 0 && is_aligned16(b.y) &&
          is_aligned16(b.residual) && is_aligned16(b.bias) &&
          (needs_dense_copy(dtype, b.weight) || is_aligned16(b.weight.data));
+}
+
+/// lora_gemv reads W in 32 columns at a time; what it cannot takes it two dispatches.
+bool streams(DType dtype, const WeightView& w) {
+  const WeightParams& p = w.params;
+  if (dtype == DType::f32 || p.k == 0 || p.k % 32 != 0 || !is_aligned16(w.data)) return false;
+  if (p.format <= WeightFormat::bf16) return p.format == static_cast<WeightFormat>(dtype);
+  if (p.format == WeightFormat::nf4) return !p.double_quant || p.k % 256 == 0;
+  return p.scales_dtype == DType::f32 || p.k % (2 * p.group_size) == 0;
 }
 
 const char* reason(const Context& context, DType dtype, const LinearPlan& plan) {
@@ -66,19 +75,13 @@ bool needs_packed_a(DType dtype, const LoraView& lora, uint32_t k) {
   return dtype != DType::f32 && k % 8 == 0 && !is_aligned16(lora.a);
 }
 
-bool takes_vector_form(uint32_t m, const LoraBranch* branches, size_t count) {
-  // It neither drops elements nor leaves u: it is for decoding.
-  return m <= kVectorMaxTokens && std::none_of(branches, branches + count, [](const LoraBranch& b) {
-           return drops(b.lora) || (b.u && b.lora.params.rank > 0);
-         });
-}
-
 LinearPlan plan_linear(const Context& context, uint32_t m, DType dtype, const LoraBranch& branch) {
   LinearPlan plan;
   const bool adapted = branch.lora.params.rank > 0;
-  if (takes_vector_form(m, &branch, 1)) {
+  if (m <= kVectorMaxTokens) {
     plan.form = LinearPlan::Form::vector;
-    plan.fused_shrink = adapted;
+    plan.fused_shrink = adapted && streams(dtype, branch.weight);
+    plan.dispatches = adapted && !plan.fused_shrink ? 2 : 1;
   } else {
     plan.form =
         has_vector_rows(dtype, branch) ? LinearPlan::Form::tiled : LinearPlan::Form::generic;

@@ -22,7 +22,5 @@ bool needs_packed_b(DType dtype, const LoraView& lora);
 bool needs_packed_a(DType dtype, const LoraView& lora, uint32_t k);
 /// Elements are dropped from the adapter's input.
 bool drops(const LoraView& lora);
-/// lora_gemv takes all of them.
-bool takes_vector_form(uint32_t m, const LoraBranch* branches, size_t count);
 
 }  // namespace metal_lora::cuda
