@@ -127,8 +127,8 @@ void bench_train(Bench& b, const Options& o) {
   auto* results = static_cast<float*>(b.memory.allocate(1024));
   const auto budget = static_cast<size_t>(o.budget_gb * 1e9);
   const size_t left = budget > b.memory.total() ? budget - b.memory.total() : 0;
-  const uint32_t recomputed = mlc::TrainStep::layers_to_recompute(m, batch.tokens, left);
-  const mlc::TrainStep step(m, batch.tokens, recomputed);
+  const auto kept = mlc::TrainStep::fit(m, batch.tokens, left);
+  const mlc::TrainStep step(m, batch.tokens, kept);
   void* workspace = b.memory.allocate(step.workspace_bytes());
   AdamWParams adam;
   adam.count = m.parameters;
@@ -164,13 +164,15 @@ void bench_train(Bench& b, const Options& o) {
   const float t = bench::median(ms);
   std::printf(
       "{\"kind\": \"train_step\", \"base\": \"%s\", \"tokens\": %u, \"rank\": %u, \"layers\": %u, "
-      "\"recomputed_layers\": %u, \"ms\": %.3f, \"best_ms\": %.3f, \"tokens_per_s\": %.0f, "
+      "\"kept_layers\": [%u, %u, %u], \"ms\": %.3f, \"best_ms\": %.3f, \"tokens_per_s\": %.0f, "
       "\"memory_gb\": %.3f, \"scratch_beyond_gb\": %.3f, \"losses\": [%.4f, %.4f, %.4f]}\n",
       o.base.c_str(),
       batch.tokens,
       o.rank,
       o.layers,
-      recomputed,
+      kept.gate_up,
+      kept.norms,
+      kept.act,
       t,
       *std::min_element(ms.begin(), ms.end()),
       batch.tokens / t * 1e3,

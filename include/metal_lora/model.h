@@ -115,6 +115,7 @@ struct LoadOptions {
 class Model;
 namespace ops {
 class DecodePlan;
+class TrainPlan;
 }
 
 /// Keys and values of one sequence. Movable; one generation at a time.
@@ -193,6 +194,15 @@ class Model {
       bool needs_grad,
       bool checkpoint = false) const;
 
+  /// Why a training step of this adapter cannot be one launch of the active backend (it is then a
+  /// graph of single operations: the same results, slower); empty: it can.
+  std::string train_step_refusal(const AdapterWeights& adapter) const;
+  /// Ready for such steps (ops::train_step). Of the adapter only ranks and scales count; its
+  /// parameters lie end to end in the order of AdapterWeights::parameters(). Activations that do
+  /// not fit the budget are worked out again.
+  std::shared_ptr<ops::TrainPlan> make_train_plan(
+      const AdapterWeights& adapter, size_t memory_budget_bytes) const;
+
  private:
   friend class ModelLoader;
   struct Layer {
@@ -222,6 +232,8 @@ class Model {
       int rows) const;
   std::shared_ptr<const ops::DecodePlan> make_plan(const AdapterWeights& adapter) const;
   LoraLinear with_adapter(int layer, Slot slot, const AdapterWeights& adapter) const;
+  /// {layer, slot} of a linear by path; Error not_found.
+  std::pair<size_t, size_t> linear_index(std::string_view path) const;
   float attention_scale() const;
 
   ModelConfig config_;

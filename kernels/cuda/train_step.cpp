@@ -3,7 +3,8 @@
 //
 // Memory of a step (bf16, per token and layer, Llama's geometry with 8 KiB of dims): the residual
 // stream before each half (2), rotated q, k and v, the attention's output, gate and up: 50 KiB for
-// dims 2048 and ffn 8192. Norms' outputs (8 KiB) and SwiGLU's (16 KiB) are made again.
+// dims 2048 and ffn 8192. Norms' outputs (8 KiB) and SwiGLU's (16 KiB) are kept where there is room
+// and made again where not.
 #include "kernels/cuda/train_step.h"
 
 #include <algorithm>
@@ -85,19 +86,19 @@ constexpr std::pair<int, int> kGroups[] = {{kQ, 3}, {kO, 1}, {kGate, 2}, {kDown,
 /// Offsets into the workspace.
 struct TrainStep::Layout {
   struct Layer {
-    size_t h = 0, qkv = 0, attended = 0, logsumexp = 0, h2 = 0, gate_up = 0;
+    size_t h = 0, qkv = 0, attended = 0, logsumexp = 0, h2 = 0;
+    size_t gate_up = 0, x1 = 0, x2 = 0, act = 0;
+    bool keeps_gate_up = false, keeps_norms = false, keeps_act = false;
     std::array<size_t, kSlots> u{};  ///< linears with one input: columns of one matrix
     std::array<uint32_t, kSlots> u_stride{};
   };
   size_t packed = 0, rope = 0, final_h = 0, normed = 0, d_normed = 0;
   std::vector<Layer> layers;
   // One at a time.
-  size_t x = 0, forward_act = 0;
   size_t loss_scratch = 0;
-  size_t x1 = 0, x2 = 0, act = 0, d_act = 0, d_attended = 0, d_qkv = 0, d_x = 0;
+  size_t d_act = 0, d_attended = 0, d_qkv = 0, d_x = 0;
   std::array<size_t, 2> d_h{};
   std::array<size_t, kSlots> v{};
-  size_t recomputed_gate_up = 0;
   size_t dense = 0, dense_bytes = 0;
   size_t stage = 0;
   size_t bytes = 0;
@@ -133,14 +134,29 @@ TrainStep::Layout TrainStep::layout() const {
   }
   l.packed = bump.take(packed * kElement);
   l.rope = bump.take(t * m.head_dim * sizeof(float));
+  // One for all layers that do not keep their own.
+  const auto shared = [&](uint32_t kept, size_t bytes) {
+    return kept < m.layers.size() ? bump.take(bytes) : 0;
+  };
+  const size_t wide_bytes = t * m.ffn * kElement, dims_bytes = t * m.dims * kElement;
+  const size_t gate_up = shared(kept_.gate_up, 2 * wide_bytes);
+  const size_t x1 = shared(kept_.norms, dims_bytes), x2 = shared(kept_.norms, dims_bytes);
+  const size_t act = shared(kept_.act, wide_bytes);
   for (size_t i = 0; i < m.layers.size(); ++i) {
     auto& layer = l.layers.emplace_back();
+    const size_t from_last = m.layers.size() - 1 - i;
+    layer.keeps_gate_up = from_last < kept_.gate_up;
+    layer.keeps_norms = from_last < kept_.norms;
+    layer.keeps_act = from_last < kept_.act;
+    layer.gate_up = layer.keeps_gate_up ? bump.take(2 * wide_bytes) : gate_up;
+    layer.x1 = layer.keeps_norms ? bump.take(dims_bytes) : x1;
+    layer.x2 = layer.keeps_norms ? bump.take(dims_bytes) : x2;
+    layer.act = layer.keeps_act ? bump.take(wide_bytes) : act;
     layer.h = bump.take(t * m.dims * kElement);
     layer.qkv = bump.take(t * qkv_width * kElement);
     layer.attended = bump.take(t * q_width * kElement);
     layer.logsumexp = bump.take(t * m.q_heads * sizeof(float));
     layer.h2 = bump.take(t * m.dims * kElement);
-    if (i >= recomputed_layers_) layer.gate_up = bump.take(t * 2 * m.ffn * kElement);
     for (const auto& [first, count] : kGroups) {
       uint32_t width = 0;
       for (int s = first; s < first + count; ++s) width += l.adapters[i][s].padded_rank;
@@ -155,17 +171,10 @@ TrainStep::Layout TrainStep::layout() const {
   l.final_h = bump.take(t * m.dims * kElement);
   l.normed = bump.take(t * m.dims * kElement);
   l.d_normed = bump.take(t * m.dims * kElement);
-  if (recomputed_layers_ > 0) l.recomputed_gate_up = bump.take(t * 2 * m.ffn * kElement);
 
-  Bump forward(bump.end());
-  l.x = forward.take(t * m.dims * kElement);
-  l.forward_act = forward.take(t * m.ffn * kElement);
   Bump loss(bump.end());
   l.loss_scratch = loss.take(kLossScratchBytes);
   Bump backward(bump.end());
-  l.x1 = backward.take(t * m.dims * kElement);
-  l.x2 = backward.take(t * m.dims * kElement);
-  l.act = backward.take(t * m.ffn * kElement);
   l.d_act = backward.take(t * m.ffn * kElement);
   l.d_attended = backward.take(t * q_width * kElement);
   l.d_qkv = backward.take(t * qkv_width * kElement);
@@ -176,7 +185,7 @@ TrainStep::Layout TrainStep::layout() const {
     for (const auto& adapters : l.adapters) rank = std::max(rank, adapters[s].padded_rank);
     l.v[s] = backward.take(t * rank * kElement);
   }
-  Bump last(std::max({forward.end(), loss.end(), backward.end()}));
+  Bump last(std::max(loss.end(), backward.end()));
 
   for (const auto& layer : m.layers) {
     const auto linears = linears_of(layer);
@@ -201,19 +210,23 @@ TrainStep::Layout TrainStep::layout() const {
   return l;
 }
 
-TrainStep::TrainStep(const TrainModel& model, uint32_t max_tokens, uint32_t recomputed_layers)
-    : model_(model), max_tokens_(max_tokens) {
-  recomputed_layers_ = std::min<uint32_t>(recomputed_layers, model_.layers.size());
+TrainStep::TrainStep(const TrainModel& model, uint32_t max_tokens, const Retention& kept)
+    : model_(model), max_tokens_(max_tokens), kept_(kept) {
   workspace_bytes_ = layout().bytes;
 }
 
-uint32_t TrainStep::layers_to_recompute(
-    const TrainModel& model, uint32_t max_tokens, size_t budget_bytes) {
-  const auto layers = static_cast<uint32_t>(model.layers.size());
-  for (uint32_t n = 0; n < layers; ++n) {
-    if (TrainStep(model, max_tokens, n).workspace_bytes() <= budget_bytes) return n;
+Retention TrainStep::fit(const TrainModel& model, uint32_t max_tokens, size_t budget_bytes) {
+  Retention kept;
+  for (uint32_t Retention::*part : {&Retention::gate_up, &Retention::norms, &Retention::act}) {
+    for (size_t layers = model.layers.size(); layers > 0; --layers) {
+      Retention more = kept;
+      more.*part = static_cast<uint32_t>(layers);
+      if (TrainStep(model, max_tokens, more).workspace_bytes() > budget_bytes) continue;
+      kept = more;
+      break;
+    }
   }
-  return layers;
+  return kept;
 }
 
 /// One run: what is fixed for the step, with addresses.
@@ -458,10 +471,12 @@ class TrainStep::Run {
     call([&](const Context& c) { gemm(c, g); });
   }
 
-  void gate_up_forward(size_t index, const void* x, void* gate_up) {
+  void gate_up_forward(size_t index) {
+    const Layer& kept = layout_.layers[index];
     const size_t stride = 2 * size_t{model_.ffn};
+    void* gate_up = at(kept.gate_up);
     const Rows y[] = {{gate_up, stride}, {columns(gate_up, model_.ffn), stride}};
-    linears_forward(index, kGate, y, x);
+    linears_forward(index, kGate, y, at(kept.x2));
   }
 
   void norm_forward(const void* h, const float* weight, void* y) {
@@ -483,24 +498,17 @@ class TrainStep::Run {
     });
   }
 
-  void* gate_up_of(size_t index) const {
-    const size_t kept = layout_.layers[index].gate_up;
-    return at(kept != 0 ? kept : layout_.recomputed_gate_up);
-  }
-  bool keeps_gate_up(size_t index) const { return layout_.layers[index].gate_up != 0; }
-
   void forward_layer(size_t index) {
     const auto& layer = model_.layers[index];
     const Layer& kept = layout_.layers[index];
     const bool last = index + 1 == model_.layers.size();
-    void* x = at(layout_.x);
     void* qkv = at(kept.qkv);
-    norm_forward(at(kept.h), layer.input_norm, x);
+    norm_forward(at(kept.h), layer.input_norm, at(kept.x1));
     const Rows y[] = {
         {qkv, qkv_width()},
         {columns(qkv, q_width()), qkv_width()},
         {columns(qkv, q_width() + kv_width()), qkv_width()}};
-    linears_forward(index, kQ, y, x);
+    linears_forward(index, kQ, y, at(kept.x1));
     rotate(qkv, false);
     call([&](const Context& c) {
       attention_forward(
@@ -516,14 +524,13 @@ class TrainStep::Run {
     const Rows h2[] = {{at(kept.h2), model_.dims}};
     linears_forward(index, kO, h2, at(kept.attended), at(kept.h));
 
-    norm_forward(at(kept.h2), layer.post_norm, x);
-    void* gate_up = gate_up_of(index);
-    gate_up_forward(index, x, gate_up);
+    norm_forward(at(kept.h2), layer.post_norm, at(kept.x2));
+    gate_up_forward(index);
     call([&](const Context& c) {
-      swiglu_pair_forward(c, tokens_, model_.ffn, model_.dtype, gate_up, at(layout_.forward_act));
+      swiglu_pair_forward(c, tokens_, model_.ffn, model_.dtype, at(kept.gate_up), at(kept.act));
     });
     const Rows next[] = {{at(last ? layout_.final_h : layout_.layers[index + 1].h), model_.dims}};
-    linears_forward(index, kDown, next, at(layout_.forward_act), at(kept.h2));
+    linears_forward(index, kDown, next, at(kept.act), at(kept.h2));
   }
 
   void head(float* loss) {
@@ -572,14 +579,20 @@ class TrainStep::Run {
     const Layer& kept = layout_.layers[index];
     const auto& layer = model_.layers[index];
     const size_t stride = 2 * size_t{model_.ffn};
-    void* gate_up = gate_up_of(index);
-    norm_forward(at(kept.h2), layer.post_norm, at(layout_.x2));
-    if (!keeps_gate_up(index)) gate_up_forward(index, at(layout_.x2), gate_up);
+    void* gate_up = at(kept.gate_up);
+    if (!kept.keeps_norms) norm_forward(at(kept.h2), layer.post_norm, at(kept.x2));
+    if (!kept.keeps_gate_up) gate_up_forward(index);
     const Rows d_down[] = {{d_out, model_.dims}};
     linears_backward(index, kDown, d_down, at(layout_.d_act));
     call([&](const Context& c) {
       swiglu_pair_backward(
-          c, tokens_, model_.ffn, model_.dtype, gate_up, at(layout_.d_act), at(layout_.act));
+          c,
+          tokens_,
+          model_.ffn,
+          model_.dtype,
+          gate_up,
+          at(layout_.d_act),
+          kept.keeps_act ? nullptr : at(kept.act));
     });
     const Rows d_gate_up[] = {{gate_up, stride}, {columns(gate_up, model_.ffn), stride}};
     linears_backward(index, kGate, d_gate_up, at(layout_.d_x));
@@ -615,7 +628,7 @@ class TrainStep::Run {
         {columns(d_qkv, q_width() + kv_width()), qkv_width()}};
     // Nothing below the first layer is trained.
     linears_backward(index, kQ, dy, index > 0 ? at(layout_.d_x) : nullptr);
-    norm_forward(at(kept.h), layer.input_norm, at(layout_.x1));
+    if (!kept.keeps_norms) norm_forward(at(kept.h), layer.input_norm, at(kept.x1));
   }
 
   /// dA = vᵀ·x and dB = dyᵀ·u of the layer's adapters, in one call.
@@ -624,15 +637,15 @@ class TrainStep::Run {
     const auto linears = linears_of(model_.layers[index]);
     const size_t qkv = qkv_width(), gate_up_stride = 2 * size_t{model_.ffn};
     void* d_qkv = at(layout_.d_qkv);
-    void* d_gate_up = gate_up_of(index);
+    void* d_gate_up = at(kept.gate_up);
     const std::array<Rows, kSlots> x = {
-        Rows{at(layout_.x1), model_.dims},
-        Rows{at(layout_.x1), model_.dims},
-        Rows{at(layout_.x1), model_.dims},
+        Rows{at(kept.x1), model_.dims},
+        Rows{at(kept.x1), model_.dims},
+        Rows{at(kept.x1), model_.dims},
         Rows{at(kept.attended), q_width()},
-        Rows{at(layout_.x2), model_.dims},
-        Rows{at(layout_.x2), model_.dims},
-        Rows{at(layout_.act), model_.ffn}};
+        Rows{at(kept.x2), model_.dims},
+        Rows{at(kept.x2), model_.dims},
+        Rows{at(kept.act), model_.ffn}};
     const std::array<Rows, kSlots> dy = {
         Rows{d_qkv, qkv},
         Rows{columns(d_qkv, q_width()), qkv},

@@ -51,22 +51,26 @@ struct TrainBatch {
   const float* weights = nullptr;
 };
 
+/// What of the activations stays until the backward pass, as a number of layers from the last one
+/// down (the first layers to be needed again); the others work it out again. By what a byte saves:
+/// gate and up (two products), the norms' outputs, SwiGLU's output.
+struct Retention {
+  uint32_t gate_up = 0, norms = 0, act = 0;
+  bool operator==(const Retention&) const = default;
+};
+
 /// The step's shape and memory, fixed by the number of tokens. Immutable; run() is for one stream
 /// at a time, since it works in the one workspace.
 class TrainStep {
  public:
-  /// What of a layer's activations stays until the backward pass. The rest is worked out again:
-  /// norms and SwiGLU always (cheap), gate and up (two products) in the first
-  /// `recomputed_layers` layers.
-  TrainStep(const TrainModel& model, uint32_t max_tokens, uint32_t recomputed_layers);
+  TrainStep(const TrainModel& model, uint32_t max_tokens, const Retention& kept);
 
-  /// The fewest recomputed layers whose workspace fits `budget_bytes`; all of them if none does.
-  static uint32_t layers_to_recompute(
-      const TrainModel& model, uint32_t max_tokens, size_t budget_bytes);
+  /// The most that fits a workspace of `budget_bytes`; nothing if even that does not fit.
+  static Retention fit(const TrainModel& model, uint32_t max_tokens, size_t budget_bytes);
 
   /// Bytes of the workspace that run() needs, aligned to 256.
   size_t workspace_bytes() const { return workspace_bytes_; }
-  uint32_t recomputed_layers() const { return recomputed_layers_; }
+  const Retention& kept() const { return kept_; }
 
   /// loss f32 [1] = Σ weights·loss; grads f32 [parameters] overwritten, or null: the loss alone.
   void run(
@@ -83,7 +87,8 @@ class TrainStep {
   Layout layout() const;
 
   TrainModel model_;
-  uint32_t max_tokens_ = 0, recomputed_layers_ = 0;
+  uint32_t max_tokens_ = 0;
+  Retention kept_;
   size_t workspace_bytes_ = 0;
 };
 

@@ -11,6 +11,7 @@
 
 #include "metal_lora/error.h"
 #include "src/ops/decode.h"
+#include "src/ops/train_step.h"
 
 namespace mx = mlx::core;
 
@@ -82,17 +83,20 @@ size_t Model::weight_bytes() const {
   return bytes;
 }
 
-const LoraLinear& Model::linear(std::string_view path) const {
+std::pair<size_t, size_t> Model::linear_index(std::string_view path) const {
   for (size_t layer = 0; layer < layers_.size(); ++layer) {
     const auto prefix = fmt::format("model.layers.{}.", layer);
     if (!path.starts_with(prefix)) continue;
-    for (int slot = 0; slot < kSlotsPerLayer; ++slot) {
-      if (path.substr(prefix.size()) == slot_path(static_cast<Slot>(slot))) {
-        return layers_[layer].linears[slot];
-      }
+    for (size_t slot = 0; slot < kSlotsPerLayer; ++slot) {
+      if (path.substr(prefix.size()) == slot_path(static_cast<Slot>(slot))) return {layer, slot};
     }
   }
   throw Error(ErrorCode::not_found, fmt::format("[model] has no linear {}", path));
+}
+
+const LoraLinear& Model::linear(std::string_view path) const {
+  const auto [layer, slot] = linear_index(path);
+  return layers_[layer].linears[slot];
 }
 
 float Model::attention_scale() const {
@@ -219,6 +223,54 @@ mx::array Model::loss(
     bool checkpoint) const {
   return ops::linear_cross_entropy(
       hidden(tokens, segments, adapter, checkpoint), head_, targets, weights, needs_grad);
+}
+
+std::string Model::train_step_refusal(const AdapterWeights& adapter) const {
+  if (!ops::has_train_step()) return "the active backend has no fused step";
+  if (dtype_ == mx::float32) return "activations are float32";
+  if (adapter.empty()) return "there is no adapter";
+  if (adapter.find_embedding() != nullptr) return "the embedding has an adapter";
+  for (const auto& module : adapter.modules()) {
+    if (module.lora.dropout > 0.0f) return "the adapter has dropout";
+  }
+  for (const auto& layer : layers_) {
+    if (layer.q_norm) return "heads are normed (Qwen3)";
+  }
+  return "";
+}
+
+std::shared_ptr<ops::TrainPlan> Model::make_train_plan(
+    const AdapterWeights& adapter, size_t memory_budget_bytes) const {
+  ops::TrainPlan::Geometry g;
+  g.dims = config_.hidden_size;
+  g.q_heads = config_.num_attention_heads;
+  g.kv_heads = config_.num_key_value_heads;
+  g.head_dim = config_.head_dim;
+  g.ffn = config_.intermediate_size;
+  g.eps = config_.rms_norm_eps;
+  g.attention_scale = attention_scale();
+  g.rope_factor = config_.rope_factor;
+  g.dtype = to_kernel(dtype_);
+  std::vector<ops::TrainPlan::Layer> layers;
+  for (const auto& layer : layers_) {
+    layers.push_back({{}, *layer.input_norm, *layer.post_norm, layer.window});
+    for (const auto& linear : layer.linears) {
+      layers.back().linears.push_back({linear.weight, linear.bias});
+    }
+  }
+  size_t at = 0;
+  for (const auto& module : adapter.modules()) {
+    const auto [layer, slot] = linear_index(module.path);
+    auto& linear = layers[layer].linears[slot];
+    linear.rank = module.lora.a.shape(0);
+    linear.scale = module.lora.scale;
+    linear.a = at;
+    at += module.lora.a.size();
+    linear.b = at;
+    at += module.lora.b.size();
+  }
+  return std::make_shared<ops::TrainPlan>(
+      g, layers, embedding_, head_, *final_norm_, config_.inv_freq, at, memory_budget_bytes);
 }
 
 std::pair<mx::array, mx::array> Model::cached_forward(

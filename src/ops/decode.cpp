@@ -12,6 +12,11 @@
 #include "src/ops/checks.h"
 #include "src/ops/weight_view.h"
 
+#ifdef METAL_LORA_CUDA
+#include "kernels/cuda/decode_step.h"
+#include "src/launch/device_memory.h"
+#endif
+
 namespace mx = mlx::core;
 
 namespace metal_lora::ops {
@@ -76,6 +81,87 @@ size_t dtype_bytes(DType dtype) {
 
 }  // namespace
 
+#ifdef METAL_LORA_CUDA
+struct DecodePlan::Cuda {
+  explicit Cuda(const DecodePlan& plan) : step(model_of(plan)) {
+    workspace = allocate_device(step.workspace_bytes());
+  }
+
+  cuda::DecodeModel model_of(const DecodePlan& plan) {
+    const auto& g = plan.geometry_;
+    cuda::DecodeModel m;
+    m.dims = static_cast<uint32_t>(g.dims);
+    m.q_heads = static_cast<uint32_t>(g.q_heads);
+    m.kv_heads = static_cast<uint32_t>(g.kv_heads);
+    m.head_dim = static_cast<uint32_t>(g.head_dim);
+    m.ffn = static_cast<uint32_t>(g.ffn);
+    m.eps = g.eps;
+    m.attention_scale = g.attention_scale;
+    m.rope_factor = g.rope_factor;
+    m.dtype = g.dtype;
+    for (const auto& layer : plan.layers_) m.layers.push_back(layer_of(layer));
+    m.embedding = cuda_view(plan.embedding_.weight);
+    if (plan.embedding_.lora) m.embedding_lora = lora_of(*plan.embedding_.lora);
+    m.head = cuda_view(plan.head_);
+    m.final_norm = vector_of(plan.final_norm_);
+    m.inv_freq = vector_of(
+        mx::array(plan.inv_freq_.data(), {static_cast<int>(plan.inv_freq_.size())}, mx::float32));
+    return m;
+  }
+
+  cuda::DecodeLayer layer_of(const DecodeLayer& layer) {
+    cuda::DecodeLayer out;
+    out.input_norm = vector_of(layer.input_norm);
+    out.post_norm = vector_of(layer.post_norm);
+    if (layer.q_norm) out.q_norm = vector_of(*layer.q_norm);
+    if (layer.k_norm) out.k_norm = vector_of(*layer.k_norm);
+    out.q = linear_of(layer.q);
+    out.k = linear_of(layer.k);
+    out.v = linear_of(layer.v);
+    out.o = linear_of(layer.o);
+    out.gate = linear_of(layer.gate);
+    out.up = linear_of(layer.up);
+    out.down = linear_of(layer.down);
+    out.window = static_cast<uint32_t>(layer.window);
+    return out;
+  }
+
+  cuda::DecodeLinear linear_of(const LoraLinear& linear) {
+    cuda::DecodeLinear out;
+    out.weight = cuda_view(linear.weight);
+    if (linear.lora) out.lora = lora_of(*linear.lora);
+    if (linear.bias) out.bias = vector_of(*linear.bias);
+    return out;
+  }
+
+  cuda::LoraView lora_of(const Lora& lora) {
+    cuda::LoraView view;
+    view.params.rank = static_cast<uint32_t>(lora.a.shape(0));
+    view.params.scale = lora.scale;
+    view.params.dtype = to_kernel(lora.a.dtype());
+    for (const auto* matrix : {&lora.a, &lora.b}) {
+      arrays.push_back(mx::contiguous(*matrix, false, stream()));
+      arrays.back().eval();
+    }
+    view.a = device_pointer(arrays[arrays.size() - 2]);
+    view.b = device_pointer(arrays.back());
+    return view;
+  }
+
+  const float* vector_of(const mx::array& v) {
+    arrays.push_back(mx::contiguous(v, false, stream()));
+    arrays.back().eval();
+    return static_cast<const float*>(device_pointer(arrays.back()));
+  }
+
+  std::vector<mx::array> arrays;  // what the step points at
+  cuda::DecodeStep step;
+  std::shared_ptr<void> workspace;
+};
+#else
+struct DecodePlan::Cuda {};
+#endif
+
 DecodePlan::DecodePlan(
     const Geometry& geometry,
     std::vector<DecodeLayer> layers,
@@ -89,6 +175,12 @@ DecodePlan::DecodePlan(
       head_(std::move(head)),
       final_norm_(std::move(final_norm)),
       inv_freq_(std::move(inv_freq)) {
+#ifdef METAL_LORA_CUDA
+  if (active_backend() == Backend::cuda) {
+    cuda_ = std::make_shared<Cuda>(*this);
+    return;
+  }
+#endif
   for (auto& layer : layers_) views_.push_back(layer_view(layer));
   settle(embedding_);
   final_norm_.eval();
@@ -193,22 +285,41 @@ std::pair<mx::array, mx::array> decode_step(
         std::to_string(position + count));
   }
   const int vocab = plan->head_.out_features();
-  auto outputs = launch(
-      {.kernel = kOp,
-       .inputs = {cache},
-       .outputs = {{{rows, vocab}, mx::float32}, {cache.shape(), cache.dtype(), 0}},
-       .cpu = [plan,
-               ids = std::vector<int32_t>(tokens.begin(), tokens.end()),
-               position,
-               capacity,
-               rows](const KernelArgs& args) {
-         plan->run(ids, position, capacity, rows, static_cast<float*>(args.out[0]), args.out[1]);
-       }});
+  const std::vector<int32_t> ids(tokens.begin(), tokens.end());
+  Launch step{
+      .kernel = kOp,
+      .inputs = {cache},
+      .outputs = {
+          {{rows, vocab}, mx::float32},
+          {.shape = cache.shape(),
+           .dtype = cache.dtype(),
+           .in_place_of = 0,
+           .outlives_graph = true}}};
+  step.cpu = [plan, ids, position, capacity, rows](const KernelArgs& args) {
+    plan->run(ids, position, capacity, rows, static_cast<float*>(args.out[0]), args.out[1]);
+  };
+#ifdef METAL_LORA_CUDA
+  step.cuda_uncaptured = true;
+  step.cuda = [plan, ids, position, capacity, rows](
+                  const cuda::Context& context, const KernelArgs& args) {
+    plan->cuda_->step.run(
+        context,
+        plan->cuda_->workspace.get(),
+        ids.data(),
+        static_cast<uint32_t>(ids.size()),
+        static_cast<uint32_t>(position),
+        static_cast<uint32_t>(capacity),
+        static_cast<uint32_t>(rows),
+        args.out[1],
+        static_cast<float*>(args.out[0]));
+  };
+#endif
+  auto outputs = launch(std::move(step));
   return {outputs[0], outputs[1]};
 }
 
 bool has_decode_step() {
-  return active_backend() == Backend::cpu;
+  return active_backend() == Backend::cpu || active_backend() == Backend::cuda;
 }
 
 mx::array logits(const mx::array& x, const Weight& head) {

@@ -53,6 +53,8 @@ class DecodePlan {
       float* logits,
       void* cache) const;
 
+  struct Cuda;  ///< the plan on a CUDA device; null elsewhere
+  std::shared_ptr<Cuda> cuda_;
   Geometry geometry_;
   std::vector<DecodeLayer> layers_;
   std::vector<cpu::DecodeLayerView> views_;
@@ -75,7 +77,8 @@ std::pair<mlx::core::array, mlx::core::array> decode_step(
 /// The most tokens that decode_step takes.
 inline constexpr int kDecodeMaxTokens = static_cast<int>(cpu::kGemvMaxTokens);
 
-/// Whether the active backend has decode_step; the others run a token as any other sequence.
+/// Whether the active backend has decode_step (CPU, CUDA); the others run a token as any other
+/// sequence.
 bool has_decode_step();
 
 /// f32 logits [rows, vocab] = x [rows, dims] · headᵀ. Inference only.

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <system_error>
 
+#include "src/ops/train_step.h"
 #include "src/train/adapter_init.h"
 #include "src/train/rng.h"
 
@@ -225,6 +226,12 @@ void Trainer::Impl::poll_stop() {
 double Trainer::Impl::backward(
     const MicroBatch& batch, const AdapterWeights& adapter, std::optional<mx::array>& grad) {
   const train::ModelInputs in = train::to_inputs(batch);
+  if (!step_chosen_) choose_step(adapter);
+  if (train_plan_) {
+    auto [value, flat] = ops::train_step(
+        train_plan_, optimizer_->param(), in.tokens, in.segments, in.targets, in.weights);
+    return add_gradient(value, flat, grad);
+  }
   const auto parameters = adapter.parameters();
   std::vector<int> all(parameters.size());
   for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int>(i);
@@ -242,12 +249,34 @@ double Trainer::Impl::backward(
   for (auto& g : grads) g = mx::astype(g, mx::float32);
   mx::array flat = flatten(grads);
   grads.clear();
+  return add_gradient(value, flat, grad);
+}
+
+double Trainer::Impl::add_gradient(
+    const mx::array& value, mx::array flat, std::optional<mx::array>& grad) {
   if (grad) flat = mx::add(*grad, flat);
   mx::eval(value, flat);
-  double sum = static_cast<double>(value.item<float>());
+  double sum = static_cast<double>(mx::array(value).item<float>());
   if (hooks.after_backward) hooks.after_backward(progress_.iteration + 1, sum, flat);
   grad = flat;
   return sum;
+}
+
+void Trainer::Impl::choose_step(const AdapterWeights& adapter) {
+  step_chosen_ = true;
+  if (!ops::has_train_step()) return;
+  const std::string why_not = model->train_step_refusal(adapter);
+  if (!why_not.empty()) {
+    warn("the step runs by single operations, slower than the fused one: " + why_not);
+    return;
+  }
+  train_plan_ = model->make_train_plan(adapter, config.grad_checkpoint ? 0 : activation_budget());
+}
+
+size_t Trainer::Impl::activation_budget() const {
+  const uint64_t limit = config.max_memory > 0 ? config.max_memory : memory_limit_bytes();
+  const uint64_t taken = estimate.weights + estimate.adapter;
+  return limit > taken ? static_cast<size_t>(limit - taken) : 0;
 }
 
 AdapterWeights Trainer::Impl::with_dropout(const AdapterWeights& weights, size_t micro) const {

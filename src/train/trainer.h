@@ -83,6 +83,9 @@ struct Trainer::Impl {
       const train::MicroBatch& batch,
       const AdapterWeights& adapter,
       std::optional<mlx::core::array>& grad);
+  /// Evaluates a micro-batch's loss sum and gradient; `grad` becomes their sum so far.
+  double add_gradient(
+      const mlx::core::array& value, mlx::core::array flat, std::optional<mlx::core::array>& grad);
   /// Takes the next step of the data plan.
   void advance();
   void account(const StepOutcome& outcome, double seconds);
@@ -103,7 +106,14 @@ struct Trainer::Impl {
   mlx::core::array flatten(const std::vector<mlx::core::array>& arrays) const;
   std::filesystem::path folder() const { return config.adapter_path; }
 
+  /// Decides at the first step of a run how its steps are worked out, and says so once.
+  void choose_step(const AdapterWeights& adapter);
+  /// Bytes that a step's activations may take.
+  size_t activation_budget() const;
+
   AdapterWeights initial_;
+  std::shared_ptr<ops::TrainPlan> train_plan_;  ///< null: by single operations
+  bool step_chosen_ = false;
   std::optional<train::Optimizer> optimizer_;
   train::Schedule schedule_;
   train::Dataset train_set_, valid_set_;
