@@ -13,6 +13,9 @@
 #include "kernels/cuda/lora_kernels.h"
 #include "kernels/cuda/skinny.cuh"
 
+#ifndef METAL_LORA_WI
+#define METAL_LORA_WI 32
+#endif
 #ifdef METAL_LORA_SHRINK_TRIAL
 int trial_row_warps_log2 = -1, trial_splits = 0;
 #endif
@@ -33,7 +36,7 @@ struct Part {
   uint32_t rank = 0;
   uint32_t first = 0;       ///< column of the tiles: a multiple of 8 (dropout: of 64)
   uint32_t out_column = 0;  ///< Σ ranks before it
-  Mask mask;
+  DropMask mask;
   bool drop = false;
 };
 
@@ -76,18 +79,41 @@ __device__ __forceinline__ uint32_t part_of(const Args& args, uint32_t column) {
   return args.parts;
 }
 
-/// Writes value (row, column of the tiles) to where it belongs.
-__device__ __forceinline__ void put(const Args& args, uint32_t row, uint32_t column, float sum) {
+/// Writes four neighbours of a row, columns of the tiles, to where they belong.
+__device__ __forceinline__ void put(const Args& args, uint32_t row, uint32_t column, float4 sum) {
   const uint32_t p = part_of(args, column);
   if (p == args.parts) return;
   const Part& part = args.part[p];
   const uint32_t r = column - part.first;
-  if (part.plain) part.plain[size_t{row} * part.rank + r] = part.plain_factor * sum;
-  if (args.out) {
-    store_from_float(
-        args.out, args.out_dtype, row * args.out_stride + part.out_column + r, part.factor * sum);
+  const float v[4] = {sum.x, sum.y, sum.z, sum.w};
+  if (part.plain) {
+    float* to = part.plain + size_t{row} * part.rank + r;
+    const float f = part.plain_factor;
+    if (part.rank % 4 == 0) {
+      *reinterpret_cast<float4*>(to) = make_float4(f * v[0], f * v[1], f * v[2], f * v[3]);
+    } else {
+      for (uint32_t i = 0; i < min(4u, part.rank - r); ++i) to[i] = f * v[i];
+    }
+  }
+  if (!args.out) return;
+  const size_t at = row * args.out_stride + part.out_column + r;
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    if (r + i < part.rank) store_from_float(args.out, args.out_dtype, at + i, part.factor * v[i]);
   }
 }
+
+/// What reduce_tile needs: a quad's row and column of the tile.
+struct Quads {
+  uint32_t log2;  ///< of the quads of a row
+  uint32_t pitch, rows, width;
+  __device__ uint32_t row(uint32_t i) const { return i >> log2; }
+  __device__ uint32_t column(uint32_t i) const { return (i & ((1u << log2) - 1)) * 4; }
+  __device__ uint32_t count() const { return rows << log2; }
+  __device__ int place(uint32_t i) const {
+    return column(i) < width ? static_cast<int>(row(i) * pitch + column(i)) : -1;
+  }
+};
 
 /// Zeros beyond Σ ranks; the blocks of the first chunk and split.
 __device__ __forceinline__ void put_zeros(const Args& args, uint32_t row0, uint32_t rows) {
@@ -110,7 +136,7 @@ struct Shape {
   static constexpr uint32_t kThreads = 32 * kWarps;
   static constexpr uint32_t kWidth = kColumns * kGroups;           ///< columns of a block
   static constexpr uint32_t kRowWarps = kWarps / kGroups;          ///< over rows and k together
-  static constexpr uint32_t kWarpInner = kGroups == 1 ? 32 : 64;   ///< of k, per warp and stage
+  static constexpr uint32_t kWarpInner = kGroups == 1 ? METAL_LORA_WI : 64;   ///< of k, per warp and stage
   static constexpr uint32_t kPitch = kWidth + 8;                   ///< of the partial sums, floats
   static constexpr uint32_t kPartialBytes = kRowWarps * kWarpRows * kPitch * 4;
   static constexpr uint32_t kXBytes = kRowWarps * kWarpRows * kWarpInner * 2;  ///< of a stage
@@ -133,18 +159,61 @@ struct ColumnSource {
   uint32_t count;
 };
 
-/// Eight elements one by one: odd alignments, and f32 adapters, which are rounded to x's type.
 template <typename T>
-__device__ __noinline__ void copy_elements(
-    void* to, const void* from, DType dtype, size_t first, size_t step, uint32_t count) {
+__device__ __forceinline__ void copy_elements(
+    void* to, const void* from, DType dtype, size_t first, uint32_t count) {
   Vec16<T> v;
 #pragma unroll
   for (uint32_t i = 0; i < 8; ++i) {
-    v.v[i] = from_float<T>(i < count ? load_as_float(from, dtype, first + i * step) : 0.0f);
+    v.v[i] = from_float<T>(i < count ? load_as_float(from, dtype, first + i) : 0.0f);
   }
   store16(static_cast<T*>(to), v);
 }
 
+/// A stage element by element: odd alignments, and f32 adapters, which are rounded to x's type.
+/// Layout as Loader's.
+template <typename T, bool kKn, uint32_t kGroups>
+__device__ __noinline__ void load_elements(
+    const Args& args,
+    uint32_t row0,
+    uint32_t width,
+    const ColumnSource* table,
+    char* to,
+    uint32_t inner0) {
+  using S = Shape<kGroups>;
+  const uint32_t rows = S::rows(args.row_warps_log2);
+  const uint32_t inner_log2 = __ffs(S::inner(args.row_warps_log2)) - 1, per_row_log2 = inner_log2 - 3;
+  for (uint32_t id = threadIdx.x; id < rows << per_row_log2; id += S::kThreads) {
+    const uint32_t r = id >> per_row_log2, c = id & ((1u << per_row_log2) - 1);
+    const uint32_t row = row0 + r, inner = inner0 + c * 8;
+    copy_elements<T>(
+        to + (r << (inner_log2 + 1)) + ((c ^ (r & 7)) << 4),
+        args.x,
+        args.x_dtype,
+        row * args.x_stride + inner,
+        row < args.m && inner < args.k ? min(8u, args.k - inner) : 0);
+  }
+  to += S::kXBytes;
+  const uint32_t chunks = kKn ? (width / 8) << inner_log2 : width << per_row_log2;
+  for (uint32_t id = threadIdx.x; id < chunks; id += S::kThreads) {
+    const uint32_t outer = kKn ? id / (width / 8) : id >> per_row_log2;
+    const uint32_t c = kKn ? id % (width / 8) : id & ((1u << per_row_log2) - 1);
+    const uint32_t inner = inner0 + (kKn ? outer : c * 8);
+    const ColumnSource source = table[kKn ? c : outer];
+    const uint32_t most = inner < args.k ? kKn ? 8u : min(8u, args.k - inner) : 0;
+    copy_elements<T>(
+        to + outer * (kKn ? S::kWidth * 2 : 2u << inner_log2) + ((c ^ (outer & 7)) << 4),
+        source.from,
+        args.right_dtype,
+        size_t{inner} * source.stride,
+        min(most, source.count));
+  }
+}
+
+/// The copies of a block, 16 bytes a thread and turn. What a thread needs for its chunks of x is
+/// worked out once, so that a stage costs a few instructions a copy.
+/// Stages are x [rows, inner], right [columns, inner] or [inner, columns], 16-byte chunks exchanged
+/// within 128 bytes so that fragments come without bank conflicts.
 template <typename T, bool kKn, uint32_t kGroups>
 class Loader {
   using S = Shape<kGroups>;
@@ -155,7 +224,20 @@ class Loader {
         place_(place),
         table_(table),
         stages_(stages),
-        inner_log2_(__ffs(S::inner(args.row_warps_log2)) - 1) {}
+        inner_log2_(__ffs(S::inner(args.row_warps_log2)) - 1),
+        per_row_log2_(inner_log2_ - 3),
+        chunk_(threadIdx.x & ((1u << per_row_log2_) - 1)),
+        row_(threadIdx.x >> per_row_log2_),
+        turn_rows_(S::kThreads >> per_row_log2_) {
+    // Rows past the end read the last one: their sums go nowhere.
+    x_ = static_cast<const T*>(args.x) + chunk_ * 8;
+    to_ = (row_ << (inner_log2_ + 1)) + ((chunk_ ^ (row_ & 7)) << 4);
+    flip_ = turn_rows_ == 4 ? 64 : 0;
+    // No more columns than there are, in sixteens as the products want them.
+    width_ = args.columns > place.column0
+                 ? min(S::kWidth, (args.columns - place.column0 + 15) & ~15u)
+                 : 0;
+  }
 
   __device__ void fill_table() {
     constexpr uint32_t kEach = kKn ? 8 : 1;
@@ -168,72 +250,66 @@ class Loader {
         const size_t size = args_.right_dtype == DType::f32 ? 4 : 2;
         source.from = static_cast<const char*>(part.right) + (kKn ? r : size_t{r} * args_.k) * size;
         source.stride = kKn ? part.rank : 1;
-        source.count = kKn ? min(8u, part.rank - r) : 1;
+        source.count = kKn ? min(8u, part.rank - r) : 8;
       }
       table_[i] = source;
     }
   }
 
-  /// Starts the copies of one stage: x [rows, inner], right [columns, inner] or [inner, columns],
-  /// 16-byte chunks exchanged within 128 bytes so that fragments come without bank conflicts.
-  __device__ void load(uint32_t stage, uint32_t inner0) {
-    char* x = stages_ + stage * S::stage_bytes(args_.row_warps_log2);
-    load_x(x, inner0);
-    load_right(x + S::kXBytes, inner0);
+  /// Starts the copies of one stage.
+  __device__ __forceinline__ void load(uint32_t stage, uint32_t inner0) {
+    char* to = stages_ + stage * S::stage_bytes(args_.row_warps_log2);
+    if (!args_.x_vectors || !args_.right_vectors) {
+      load_elements<T, kKn, kGroups>(args_, place_.row0, width_, table_, to, inner0);
+      return;
+    }
+    load_x(shared_address(to), inner0);
+    const uint32_t right = shared_address(to) + S::kXBytes;
+    kKn ? load_right_kn(right, inner0) : load_right_nk(right, inner0);
   }
 
  private:
-  __device__ void load_x(char* to, uint32_t inner0) {
-    constexpr uint32_t kChunks = S::kXBytes / 16 / S::kThreads;
-    const uint32_t per_row_log2 = inner_log2_ - 3;
+  __device__ __forceinline__ uint32_t bytes_at(uint32_t inner) const {
+    return static_cast<uint32_t>(
+        max(0, min(16, (static_cast<int>(args_.k) - static_cast<int>(inner)) * 2)));
+  }
+
+  __device__ __forceinline__ void load_x(uint32_t to, uint32_t inner0) {
+    const uint32_t bytes = bytes_at(inner0 + chunk_ * 8);
+    const T* from = x_ + inner0;
 #pragma unroll
-    for (uint32_t i = 0; i < kChunks; ++i) {
-      const uint32_t id = threadIdx.x + i * S::kThreads;
-      const uint32_t r = id >> per_row_log2, c = id & ((1u << per_row_log2) - 1);
-      const uint32_t row = place_.row0 + r, inner = inner0 + c * 8;
-      const uint32_t count = row < args_.m && inner < args_.k ? min(8u, args_.k - inner) : 0;
-      char* chunk = to + ((r << inner_log2_) + ((c ^ (r & 7)) << 3)) * 2;
-      if (args_.x_vectors) {
-        const T* from = static_cast<const T*>(args_.x);
-        copy16(
-            shared_address(chunk),
-            count ? from + row * args_.x_stride + inner : from,
-            count * 2);
-      } else {
-        copy_elements<T>(chunk, args_.x, args_.x_dtype, row * args_.x_stride + inner, 1, count);
-      }
+    for (uint32_t i = 0; i < S::kXBytes / 16 / S::kThreads; ++i) {
+      const uint32_t row = min(place_.row0 + row_ + i * turn_rows_, args_.m - 1);
+      mma::copy_async<16>(
+          to + (to_ ^ (i & 1 ? flip_ : 0)) + (i * turn_rows_ << (inner_log2_ + 1)),
+          from + row * args_.x_stride,
+          bytes);
     }
   }
 
-  __device__ void load_right(char* to, uint32_t inner0) {
-    // Only the columns that there are, in sixteens as the products want them.
-    const uint32_t width = min(S::kWidth, (args_.columns - place_.column0 + 15) & ~15u);
-    const uint32_t per_row_log2 = inner_log2_ - 3;
-    const uint32_t chunks = kKn ? (width / 8) << inner_log2_ : width << per_row_log2;
-    for (uint32_t id = threadIdx.x; id < chunks; id += S::kThreads) {
-      if constexpr (kKn) {
-        const uint32_t i = id / (width / 8), c = id % (width / 8), inner = inner0 + i;
-        const ColumnSource source = table_[c];
-        const uint32_t count = inner < args_.k ? source.count : 0;
-        char* chunk = to + (i * S::kWidth + ((c ^ (i & 7)) << 3)) * 2;
-        load_chunk(chunk, source.from, size_t{inner} * source.stride, count);
-      } else {
-        const uint32_t n = id >> per_row_log2, c = id & ((1u << per_row_log2) - 1);
-        const uint32_t inner = inner0 + c * 8;
-        const ColumnSource source = table_[n];
-        const uint32_t count = source.count && inner < args_.k ? min(8u, args_.k - inner) : 0;
-        char* chunk = to + ((n << inner_log2_) + ((c ^ (n & 7)) << 3)) * 2;
-        load_chunk(chunk, source.from, inner, count);
-      }
+  __device__ __forceinline__ void load_right_nk(uint32_t to, uint32_t inner0) {
+    const uint32_t inner = inner0 + chunk_ * 8, bytes = bytes_at(inner);
+    uint32_t at = to_;
+#pragma unroll 4
+    for (uint32_t n = row_; n < width_; n += turn_rows_) {
+      const ColumnSource source = table_[n];
+      mma::copy_async<16>(to + at, static_cast<const T*>(source.from) + inner, source.count ? bytes : 0);
+      at = (at ^ flip_) + (turn_rows_ << (inner_log2_ + 1));
     }
   }
 
-  __device__ __forceinline__ void load_chunk(
-      char* to, const void* from, size_t first, uint32_t count) {
-    if (args_.right_vectors) {
-      copy16(shared_address(to), count ? static_cast<const T*>(from) + first : from, count * 2);
-    } else {
-      copy_elements<T>(to, from, args_.right_dtype, first, 1, count);
+  __device__ __forceinline__ void load_right_kn(uint32_t to, uint32_t inner0) {
+    constexpr uint32_t kPerRow = S::kWidth / 8, kRows = S::kThreads / kPerRow;
+    const uint32_t c = threadIdx.x % kPerRow, first = threadIdx.x / kPerRow;
+    if (c * 8 >= width_) return;
+    const ColumnSource source = table_[c];
+    const T* from = static_cast<const T*>(source.from) + size_t{inner0 + first} * source.stride;
+    to += first * (S::kWidth * 2) + ((c ^ (first & 7)) << 4);
+#pragma unroll 4
+    for (uint32_t i = first; i < (1u << inner_log2_); i += kRows) {
+      mma::copy_async<16>(to, from, inner0 + i < args_.k ? source.count * 2 : 0);
+      from += size_t{kRows} * source.stride;
+      to += kRows * S::kWidth * 2;
     }
   }
 
@@ -241,18 +317,21 @@ class Loader {
   const Place place_;
   ColumnSource* const table_;
   char* const stages_;
-  const uint32_t inner_log2_;
+  const uint32_t inner_log2_, per_row_log2_;
+  const uint32_t chunk_, row_, turn_rows_;  ///< of a thread's first copy, and rows of a turn
+  const T* x_;
+  uint32_t to_, flip_, width_;
 };
 
 /// Clears the dropped elements of a 16 x 16 fragment of x: keys of rows g and g + 8.
 __device__ __forceinline__ void drop_fragment(
-    uint32_t (&a)[4], uint2 upper, uint2 lower, uint32_t column, uint32_t threshold) {
+    uint32_t (&a)[4], DropKey upper, DropKey lower, uint32_t column, const DropMask& mask) {
 #pragma unroll
   for (uint32_t i = 0; i < 4; ++i) {
-    const uint2 key = i & 1 ? lower : upper;
+    const DropKey key = i & 1 ? lower : upper;
     const uint32_t c = column + (i & 2) * 4;
-    uint32_t bits = keeps(key, c, threshold) ? 0x0000ffffu : 0;
-    if (keeps(key, c + 1, threshold)) bits |= 0xffff0000u;
+    uint32_t bits = drop_keeps(mask, key, c) ? 0x0000ffffu : 0;
+    if (drop_keeps(mask, key, c + 1)) bits |= 0xffff0000u;
     a[i] &= bits;
   }
 }
@@ -261,63 +340,90 @@ __device__ __forceinline__ void drop_fragment(
 template <typename T, bool kKn, uint32_t kGroups, bool kDrop>
 struct Products {
   using S = Shape<kGroups>;
-  uint32_t x_row, x_swizzle;  ///< byte offset of this lane's row of x, and its exchange of chunks
-  uint32_t chunk0;            ///< the warp's first chunk of k
-  uint32_t inner_bytes, column0, width;
-  uint32_t lane;
-  uint2 keys[4];
-  uint32_t threshold;
+  uint32_t x_at, right_at;  ///< this lane's first matrix row, bytes from the stage's start
+  uint32_t inner_bytes;
+  uint32_t column;  ///< of x, this lane's first of a stage (dropout)
+  DropKey keys[4];
+  DropMask mask;
 
-  __device__ void add(
-      uint32_t x, uint32_t right, uint32_t inner0, float (&sums)[2][8][4]) const {
+  __device__ Products(uint32_t inner, uint32_t row_warp, uint32_t inner_warp, uint32_t group)
+      : inner_bytes(inner * 2) {
+    const uint32_t lane = threadIdx.x % 32, chunk = inner_warp * (S::kWarpInner / 8);
+    x_at = (row_warp * kWarpRows + (lane & 15)) * inner_bytes +
+           (((chunk + (lane >> 4)) ^ (lane & 7)) << 4);
+    if constexpr (kKn) {
+      const uint32_t i = chunk * 8 + (lane & 15), c = group * (kColumns / 8) + (lane >> 4);
+      right_at = i * (S::kWidth * 2) + ((c ^ (i & 7)) << 4);
+    } else {
+      const uint32_t n = group * kColumns + (lane & 7) + ((lane >> 4) << 3);
+      right_at = n * inner_bytes + (((chunk + ((lane >> 3) & 1)) ^ (n & 7)) << 4);
+    }
+    right_at += S::kXBytes;
+    column = chunk * 8 + (lane & 3) * 2;
+  }
+
+  /// kPairs: of the eight columns that an instruction takes, those that there are.
+  template <uint32_t kPairs>
+  __device__ __forceinline__ void add(
+      uint32_t stage, uint32_t inner0, float (&sums)[2][8][4]) const {
 #pragma unroll
     for (uint32_t step = 0; step < S::kWarpInner / 16; ++step) {
-      const uint32_t chunk = chunk0 + step * 2;
-      uint32_t a[2][4];
+      uint32_t a[2][4], b[kPairs][4];
 #pragma unroll
       for (uint32_t t = 0; t < 2; ++t) {
-        load_matrices(
-            a[t],
-            x + x_row + t * 16 * inner_bytes + (((chunk + (lane >> 4)) ^ x_swizzle) << 4));
-        if constexpr (kDrop) {
-          const uint32_t column = inner0 + chunk * 8 + (lane & 3) * 2;
-          drop_fragment(a[t], keys[2 * t], keys[2 * t + 1], column, threshold);
+        // A step is two chunks on, which their exchange turns into an exclusive or.
+        mma::load_x4(a[t], ((stage + x_at) ^ (step * 32)) + t * 16 * inner_bytes);
+      }
+#pragma unroll
+      for (uint32_t pair = 0; pair < kPairs; ++pair) {
+        if constexpr (kKn) {
+          mma::load_x4_across(
+              b[pair], ((stage + right_at) ^ (pair * 32)) + step * 16 * (S::kWidth * 2));
+        } else {
+          mma::load_x4(b[pair], ((stage + right_at) ^ (step * 32)) + pair * 16 * inner_bytes);
+        }
+      }
+      if constexpr (kDrop) {
+#pragma unroll
+        for (uint32_t t = 0; t < 2; ++t) {
+          drop_fragment(
+              a[t], keys[2 * t], keys[2 * t + 1], inner0 + column + step * 16, mask);
         }
       }
 #pragma unroll
-      for (uint32_t pair = 0; pair < 4; ++pair) {
-        if (pair * 16 >= width) break;
-        uint32_t b[4];
-        load_right(b, right, chunk, pair);
+      for (uint32_t pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
         for (uint32_t t = 0; t < 2; ++t) {
-          mma<T>(sums[t][2 * pair], a[t], b[0], b[1]);
-          mma<T>(sums[t][2 * pair + 1], a[t], b[2], b[3]);
+          mma::multiply<T>(sums[t][2 * pair], a[t], b[pair][0], b[pair][1]);
+          mma::multiply<T>(sums[t][2 * pair + 1], a[t], b[pair][2], b[pair][3]);
         }
       }
     }
   }
 
-  __device__ __forceinline__ void load_right(
-      uint32_t (&b)[4], uint32_t right, uint32_t chunk, uint32_t pair) const {
-    if constexpr (kKn) {
-      const uint32_t i = chunk * 8 + (lane & 15);
-      const uint32_t c = (column0 + pair * 16) / 8 + (lane >> 4);
-      load_matrices_across(b, right + i * (S::kWidth * 2) + ((c ^ (i & 7)) << 4));
-    } else {
-      const uint32_t n = column0 + pair * 16 + (lane & 7) + ((lane >> 4) << 3);
-      const uint32_t c = chunk + ((lane >> 3) & 1);
-      load_matrices(b, right + n * inner_bytes + ((c ^ (n & 7)) << 4));
+  __device__ __forceinline__ void add(
+      uint32_t pairs, uint32_t stage, uint32_t inner0, float (&sums)[2][8][4]) const {
+    switch (pairs) {
+      case 0:
+        break;
+      case 1:
+        return add<1>(stage, inner0, sums);
+      case 2:
+        return add<2>(stage, inner0, sums);
+      case 3:
+        return add<3>(stage, inner0, sums);
+      default:
+        return add<4>(stage, inner0, sums);
     }
   }
 };
 
 template <typename T, bool kKn, uint32_t kGroups, bool kDrop>
-__global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 ? 2 : 1)
+__global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 && METAL_LORA_WI == 32 ? 2 : 1)
     shrink_kernel(const __grid_constant__ Args args) {
   using S = Shape<kGroups>;
   extern __shared__ __align__(128) char memory[];
-  launch_dependents();
+  allow_dependents();
   const uint32_t rows = S::rows(args.row_warps_log2), inner = S::inner(args.row_warps_log2);
   const uint32_t stage_bytes = S::stage_bytes(args.row_warps_log2);
   const Place place = place_of(args, S::kWidth, rows);
@@ -329,23 +435,18 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 ? 2 : 1
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t group = warp % kGroups, row_warp = (warp / kGroups) & ((1u << args.row_warps_log2) - 1);
   const uint32_t inner_warp = (warp / kGroups) >> args.row_warps_log2;
-  Products<T, kKn, kGroups, kDrop> products;
-  products.lane = lane;
-  products.inner_bytes = inner * 2;
-  products.x_row = (row_warp * kWarpRows + (lane & 15)) * inner * 2;
-  products.x_swizzle = lane & 7;
-  products.chunk0 = inner_warp * (S::kWarpInner / 8);
-  products.column0 = group * kColumns;
+  Products<T, kKn, kGroups, kDrop> products(inner, row_warp, inner_warp, group);
   const uint32_t columns_here = args.columns > place.column0 ? args.columns - place.column0 : 0;
-  products.width = columns_here > products.column0 ? columns_here - products.column0 : 0;
+  const uint32_t pairs =
+      columns_here > group * kColumns ? min(4u, (columns_here - group * kColumns + 15) / 16) : 0;
   if constexpr (kDrop) {  // a block's columns are of one part here
     uint32_t p = 0;
     while (p + 1 < args.parts && args.part[p + 1].first <= place.column0) ++p;
-    products.threshold = args.part[p].drop ? args.part[p].mask.threshold : 0;
+    products.mask = args.part[p].mask;
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
       const uint32_t row = place.row0 + row_warp * kWarpRows + i * 8 + lane / 4;
-      products.keys[i] = token_key(args.part[p].mask, row);
+      products.keys[i] = drop_key(products.mask, row);
     }
   }
   float sums[2][8][4] = {};
@@ -353,11 +454,11 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 ? 2 : 1
   const uint32_t steps = (args.k + inner - 1) / inner;
   const uint32_t first = place.split * steps / args.splits;
   const uint32_t count = (place.split + 1) * steps / args.splits - first;
-  wait_for_earlier();
+  wait_for_previous();
   __syncthreads();
   for (uint32_t s = 0; s < args.stages - 1; ++s) {
     if (s < count) loader.load(s, (first + s) * inner);
-    copies_commit();
+    mma::copies_commit();
   }
   uint32_t stage = 0, next = args.stages - 1;
   const uint32_t x0 = shared_address(stages);
@@ -365,9 +466,8 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 ? 2 : 1
     copies_wait(args.stages - 2);
     __syncthreads();
     if (s + args.stages - 1 < count) loader.load(next, (first + s + args.stages - 1) * inner);
-    copies_commit();
-    const uint32_t x = x0 + stage * stage_bytes;
-    products.add(x, x + S::kXBytes, (first + s) * inner, sums);
+    mma::copies_commit();
+    products.add(pairs, x0 + stage * stage_bytes, (first + s) * inner, sums);
     next = stage;
     if (++stage == args.stages) stage = 0;
   }
@@ -387,18 +487,21 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 ? 2 : 1
       *reinterpret_cast<float2*>(at + 8 * S::kPitch) = make_float2(v[2], v[3]);
     }
   }
-  const uint32_t valid_rows = min(args.m - place.row0, rows);
-  const uint32_t width = min(S::kWidth, columns_here);
+  const Quads quads = {
+      kGroups == 1 ? 4 : kGroups == 2 ? 5 : 6,
+      S::kPitch,
+      min(args.m - place.row0, rows),
+      min(S::kWidth, columns_here)};
   reduce_tile(
       partial,
       S::kRowWarps >> args.row_warps_log2,
       rows * S::kPitch,
-      valid_rows * width,
+      quads.count(),
       args.splits,
       place.split,
-      [&](uint32_t i) { return i / width * S::kPitch + i % width; },
-      [&](uint32_t i, float sum) {
-        put(args, place.row0 + i / width, place.column0 + i % width, sum);
+      [&](uint32_t i) { return quads.place(i); },
+      [&](uint32_t i, float4 sum) {
+        put(args, place.row0 + quads.row(i), place.column0 + quads.column(i), sum);
       });
   if (place.split == 0 && place.column0 == 0) put_zeros(args, place.row0, rows);
 }
@@ -407,7 +510,7 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 ? 2 : 1
 
 __global__ void __launch_bounds__(kExactThreads) shrink_exact_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(128) char memory[];
-  launch_dependents();
+  allow_dependents();
   auto& shared = *reinterpret_cast<ExactShared*>(memory);
   const Place place = place_of(args, kExactTile, kExactTile);
   ExactOperands o;
@@ -440,7 +543,7 @@ __global__ void __launch_bounds__(kExactThreads) shrink_exact_kernel(const __gri
     o.drop = true;
     o.mask = args.part[p].mask;
   }
-  wait_for_earlier();
+  wait_for_previous();
   __syncthreads();
   float sums[4][4];
   exact_tile(o, shared, sums);
@@ -451,18 +554,21 @@ __global__ void __launch_bounds__(kExactThreads) shrink_exact_kernel(const __gri
     *reinterpret_cast<float4*>(partial + (row + r) * kExactPitch + column) =
         make_float4(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
   }
-  const uint32_t rows = min(args.m - place.row0, kExactTile);
-  const uint32_t width = args.columns > place.column0 ? min(kExactTile, args.columns - place.column0) : 0;
+  const Quads quads = {
+      4,
+      kExactPitch,
+      min(args.m - place.row0, kExactTile),
+      args.columns > place.column0 ? min(kExactTile, args.columns - place.column0) : 0};
   reduce_tile(
       partial,
       1,
       kExactTile * kExactPitch,
-      rows * width,
+      quads.count(),
       args.splits,
       place.split,
-      [&](uint32_t i) { return i / width * kExactPitch + i % width; },
-      [&](uint32_t i, float sum) {
-        put(args, place.row0 + i / width, place.column0 + i % width, sum);
+      [&](uint32_t i) { return quads.place(i); },
+      [&](uint32_t i, float4 sum) {
+        put(args, place.row0 + quads.row(i), place.column0 + quads.column(i), sum);
       });
   if (place.split == 0 && place.column0 == 0) put_zeros(args, place.row0, kExactTile);
 }
@@ -591,7 +697,8 @@ Args make_args(const ShrinkCall& call, bool drop) {
     const ShrinkPart& from = call.part[i];
     if (from.rank == 0) continue;
     Part& part = args.part[args.parts++];
-    const float keep = keep_scale(from.dropout);
+    part.mask = DropMask(from.dropout, from.dropout_seed);
+    const float keep = part.mask.keep_scale;
     part.right = from.right;
     part.plain = from.plain;
     part.plain_factor = keep;
@@ -600,7 +707,6 @@ Args make_args(const ShrinkCall& call, bool drop) {
     part.first = args.columns;
     part.out_column = args.out_columns;
     part.drop = from.dropout > 0.0f;
-    part.mask = make_mask(from.dropout, from.dropout_seed);
     // Masks differ from part to part, so that with dropout each has tiles of its own.
     args.columns += ceil_div(from.rank, drop ? kColumns : 8) * (drop ? kColumns : 8);
     args.out_columns += from.rank;

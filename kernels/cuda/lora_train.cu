@@ -57,7 +57,7 @@ struct Group {
   uint16_t first_part = 0, parts = 0;
   bool large_vectors = false, small_vectors = false, drop = false;
   DType small_dtype = DType::f32;
-  Mask mask;
+  DropMask mask;
 };
 
 struct Args {
@@ -95,119 +95,180 @@ __device__ __forceinline__ const Part* part_of(const Args& args, const Group& gr
   return nullptr;
 }
 
+/// Four neighbouring columns of one rank.
 __device__ __forceinline__ void put(
-    const Part* part, const Group& group, uint32_t rank, uint32_t column, float sum) {
+    const Args& args, const Group& group, uint32_t rank, uint32_t column, float4 sum) {
+  const Part* part = part_of(args, group, rank);
   if (!part) return;
   const uint32_t r = rank - part->first;
-  const size_t at = part->transposed ? size_t{column} * part->rank + r
-                                     : size_t{r} * group.columns + column;
-  part->grad[at] = part->factor * sum;
+  const float v[4] = {
+      part->factor * sum.x, part->factor * sum.y, part->factor * sum.z, part->factor * sum.w};
+  if (!part->transposed && group.columns % 4 == 0) {
+    float* to = part->grad + size_t{r} * group.columns + column;
+    *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
+    return;
+  }
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    if (column + i >= group.columns) return;
+    part->grad
+        [part->transposed ? size_t{column + i} * part->rank + r
+                          : size_t{r} * group.columns + column + i] = v[i];
+  }
 }
 
 /// Sums the block's and the cluster's partial sums [ranks][pitch] and writes them where they
 /// belong, along the side on which the results are contiguous.
+template <uint32_t kWidth, uint32_t kRowPitch>
 __device__ __forceinline__ void finish(
-    const Args& args, const Place& place, float* partial, uint32_t warp_groups, uint32_t width, uint32_t pitch) {
+    const Args& args, const Place& place, float* partial, uint32_t warp_groups) {
   const Group& group = args.group[place.group];
   const uint32_t ranks = min(kRanks, group.ranks - place.rank0);
-  const uint32_t columns = min(width, group.columns - place.column0);
+  const uint32_t columns = min(kWidth, group.columns - place.column0);
   const bool by_rank = args.part[group.first_part].transposed;
-  const uint32_t fast = by_rank ? ranks : columns;
-  const auto rank_of = [&](uint32_t i) { return by_rank ? i % fast : i / fast; };
-  const auto column_of = [&](uint32_t i) { return by_rank ? i / fast : i % fast; };
+  const uint32_t ranks_log2 = 32 - __clz(ranks - 1);  // ranks is 8 or more
+  constexpr uint32_t kQuads = kWidth / 4;
+  const auto rank_of = [&](uint32_t i) {
+    return by_rank ? i & ((1u << ranks_log2) - 1) : i / kQuads;
+  };
+  const auto column_of = [&](uint32_t i) { return (by_rank ? i >> ranks_log2 : i % kQuads) * 4; };
   reduce_tile(
       partial,
       warp_groups,
-      kRanks * pitch,
-      ranks * columns,
+      kRanks * kRowPitch,
+      kQuads << ranks_log2,
       args.splits,
       place.split,
-      [&](uint32_t i) { return rank_of(i) * pitch + column_of(i); },
-      [&](uint32_t i, float sum) {
-        const uint32_t rank = place.rank0 + rank_of(i);
-        put(part_of(args, group, rank), group, rank, place.column0 + column_of(i), sum);
+      [&](uint32_t i) {
+        return rank_of(i) < ranks && column_of(i) < columns
+                   ? static_cast<int>(rank_of(i) * kRowPitch + column_of(i))
+                   : -1;
+      },
+      [&](uint32_t i, float4 sum) {
+        put(args, group, place.rank0 + rank_of(i), place.column0 + column_of(i), sum);
       });
 }
 
 // ---- tensor cores ----
-
-/// Where eight ranks of `small` start; count of them there are.
-struct RankSource {
-  const void* from;
-  uint32_t stride;
-  uint32_t count;
-};
 
 template <typename Small>
 constexpr uint32_t kSmallBytes =
     sizeof(Small) == 4 ? kTokens * kWidePitch * 4 : kTokens * kRanks * 2;
 template <typename Small>
 constexpr uint32_t kStageBytes = kLargeBytes + kSmallBytes<Small> + kTokens * 8;
-constexpr uint32_t kTableBytes = 128;
 
-/// 16 bytes element by element, where they are not aligned.
+/// A thread's chunks of a stage element by element, where they are not aligned.
 template <typename T>
-__device__ __noinline__ void copy_elements(void* to, const T* from, uint32_t count) {
-  Vec16<T> v;
-#pragma unroll
-  for (uint32_t i = 0; i < Vec16<T>::kCount; ++i) v.v[i] = i < count ? from[i] : from_float<T>(0.0f);
-  store16(static_cast<T*>(to), v);
-}
-
-template <typename T>
-__device__ __forceinline__ void copy_chunk(char* to, const T* from, uint32_t count, bool vectors) {
-  if (vectors) {
-    copy16(shared_address(to), from, count * sizeof(T));
-  } else {
-    copy_elements(to, from, count);
-  }
-}
-
-template <typename Large, typename Small, bool kDrop>
-__device__ __forceinline__ void load_stage(
-    const Args& args,
-    const Place& place,
-    const RankSource* table,
+__device__ __noinline__ void load_elements(
     char* to,
-    uint32_t token0) {
-  const Group& group = args.group[place.group];
-  const auto* large = static_cast<const Large*>(group.large);
-  // large [tokens][128], 16-byte chunks exchanged within 128 bytes.
+    uint32_t to_step,
+    const T* from,
+    size_t from_step,
+    uint32_t tokens,
+    uint32_t first,
+    uint32_t turn,
+    uint32_t count) {
+  constexpr uint32_t kEach = Vec16<T>::kCount;
+  for (uint32_t t = first; t < kTokens; t += turn, to += to_step, from += from_step) {
+    Vec16<T> v;
 #pragma unroll
-  for (uint32_t i = 0; i < kLargeBytes / 16 / kThreads; ++i) {
-    const uint32_t id = threadIdx.x + i * kThreads, t = id / 16, c = id % 16;
-    const uint32_t token = token0 + t, column = place.column0 + c * 8;
-    const uint32_t count =
-        token < args.m && column < group.columns ? min(8u, group.columns - column) : 0;
-    copy_chunk(
-        to + t * (kColumns * 2) + ((c ^ (t & 7)) << 4),
-        count ? large + token * group.large_stride + column : large,
-        count,
-        group.large_vectors);
-  }
-  to += kLargeBytes;
-  const uint32_t width = min(kRanks, (group.ranks - place.rank0 + 15) & ~15u);
-  constexpr uint32_t kEach = 16 / sizeof(Small);
-  const uint32_t per_token = width / kEach;
-  for (uint32_t id = threadIdx.x; id < kTokens * per_token; id += kThreads) {
-    const uint32_t t = id / per_token, c = id % per_token, token = token0 + t;
-    const RankSource source = table[c * kEach / 8];
-    const uint32_t skip = c * kEach % 8;
-    const uint32_t count = token < args.m && source.count > skip ? min(kEach, source.count - skip) : 0;
-    const auto* from = static_cast<const Small*>(source.from);
-    char* chunk = sizeof(Small) == 4 ? to + (t * kWidePitch + c * 4) * 4
-                                     : to + t * (kRanks * 2) + ((c ^ (t & 7)) << 4);
-    copy_chunk(
-        chunk,
-        count ? from + size_t{token} * source.stride + skip : from,
-        count,
-        group.small_vectors);
-  }
-  if constexpr (kDrop) {
-    auto* keys = reinterpret_cast<uint2*>(to + kSmallBytes<Small>);
-    if (threadIdx.x < kTokens) keys[threadIdx.x] = token_key(group.mask, token0 + threadIdx.x);
+    for (uint32_t i = 0; i < kEach; ++i) {
+      v.v[i] = i < count && t < tokens ? from[i] : from_float<T>(0.0f);
+    }
+    store16(reinterpret_cast<T*>(to), v);
   }
 }
+
+/// The copies of a block, 16 bytes a thread and turn: a thread keeps its column and goes down the
+/// tokens, so that a stage costs a few instructions a copy. Stages are large [tokens][128], 16-byte
+/// chunks exchanged within 128 bytes against bank conflicts, then small [tokens][64]: the same if
+/// 16-bit, else f32 with a padded pitch; then dropout's keys.
+template <typename Large, typename Small, bool kDrop>
+class Loader {
+ public:
+  static constexpr uint32_t kEach = 16 / sizeof(Small), kSmallPerToken = kRanks / kEach;
+  static constexpr uint32_t kTurn =
+      kThreads / kSmallPerToken * (sizeof(Small) == 4 ? kWidePitch * 4 : kRanks * 2);
+  static constexpr uint32_t kLargeRows = kThreads / 16, kSmallRows = kThreads / kSmallPerToken;
+
+  __device__ Loader(const Args& args, const Place& place)
+      : group_(args.group[place.group]), m_(args.m) {
+    const uint32_t c = threadIdx.x % 16, t = threadIdx.x / 16, column = place.column0 + c * 8;
+    large_count_ = column < group_.columns ? min(8u, group_.columns - column) : 0;
+    large_ = static_cast<const Large*>(group_.large) + t * group_.large_stride +
+             (large_count_ ? column : 0);
+    large_to_ = t * (kColumns * 2) + ((c ^ (t & 7)) << 4);
+
+    const uint32_t sc = threadIdx.x % kSmallPerToken, st = threadIdx.x / kSmallPerToken;
+    const uint32_t rank = place.rank0 + sc * kEach;
+    small_ = static_cast<const Small*>(group_.large);
+    // A sixteen of ranks that has any is wanted whole.
+    small_wanted_ = sc * kEach < ((min(kRanks, group_.ranks - place.rank0) + 15) & ~15u);
+    if (const Part* part = part_of(args, group_, rank)) {
+      small_stride_ = part->small_stride;
+      small_count_ = min(kEach, part->rank - (rank - part->first));
+      small_ = static_cast<const Small*>(part->small) + size_t{st} * small_stride_ +
+               (rank - part->first);
+    }
+    small_to_ = kLargeBytes + (sizeof(Small) == 4 ? (st * kWidePitch + sc * 4) * 4
+                                                  : st * (kRanks * 2) + ((sc ^ (st & 7)) << 4));
+  }
+
+  __device__ __forceinline__ void load(char* stage, uint32_t token0) {
+    if constexpr (kDrop) {
+      auto* keys = reinterpret_cast<DropKey*>(stage + kLargeBytes + kSmallBytes<Small>);
+      if (threadIdx.x < kTokens) keys[threadIdx.x] = drop_key(group_.mask, token0 + threadIdx.x);
+    }
+    if (!group_.large_vectors || !group_.small_vectors) {
+      load_elements<Large>(
+          stage + large_to_,
+          kLargeRows * kColumns * 2,
+          large_ + token0 * group_.large_stride,
+          kLargeRows * group_.large_stride,
+          m_ - token0,
+          threadIdx.x / 16,
+          kLargeRows,
+          large_count_);
+      load_elements<Small>(
+          stage + small_to_,
+          kTurn,
+          small_ + size_t{token0} * small_stride_,
+          size_t{kSmallRows} * small_stride_,
+          m_ - token0,
+          threadIdx.x / kSmallPerToken,
+          kSmallRows,
+          small_count_);
+      return;
+    }
+    const uint32_t to = shared_address(stage);
+    const Large* large = large_ + token0 * group_.large_stride;
+    const uint32_t left = m_ - token0;  // 1 or more
+#pragma unroll
+    for (uint32_t i = 0; i < kTokens / kLargeRows; ++i) {
+      const bool here = threadIdx.x / 16 + i * kLargeRows < left;
+      mma::copy_async<16>(
+          to + large_to_ + i * kLargeRows * kColumns * 2, large, here ? large_count_ * 2 : 0);
+      large += kLargeRows * group_.large_stride;
+    }
+    if (!small_wanted_) return;
+    const Small* small = small_ + size_t{token0} * small_stride_;
+#pragma unroll
+    for (uint32_t i = 0; i < kTokens / kSmallRows; ++i) {
+      const bool here = threadIdx.x / kSmallPerToken + i * kSmallRows < left;
+      mma::copy_async<16>(to + small_to_ + i * kTurn, small, here ? small_count_ * sizeof(Small) : 0);
+      small += size_t{kSmallRows} * small_stride_;
+    }
+  }
+
+ private:
+  const Group& group_;
+  const uint32_t m_;
+  const Large* large_;
+  const Small* small_;
+  uint32_t large_count_ = 0, small_count_ = 0, small_stride_ = 0;
+  uint32_t large_to_, small_to_;
+  bool small_wanted_;
+};
 
 __device__ __forceinline__ uint32_t pack(bf16 low, bf16 high) {
   return uint32_t{__bfloat16_as_ushort(low)} | uint32_t{__bfloat16_as_ushort(high)} << 16;
@@ -222,24 +283,23 @@ __device__ __forceinline__ void split_pair(float first, float second, uint32_t* 
 
 /// Clears the dropped elements of a fragment of largeᵀ: rows are columns c and c + 8.
 __device__ __forceinline__ void drop_fragment(
-    uint32_t (&a)[4], const uint2* keys, uint32_t column, uint32_t threshold) {
+    uint32_t (&a)[4], const DropKey* keys, uint32_t column, const DropMask& mask) {
 #pragma unroll
   for (uint32_t i = 0; i < 4; ++i) {
     const uint32_t c = column + (i & 1) * 8;
-    const uint2* key = keys + (i & 2) * 4;
-    uint32_t bits = keeps(key[0], c, threshold) ? 0x0000ffffu : 0;
-    if (keeps(key[1], c, threshold)) bits |= 0xffff0000u;
+    const DropKey* key = keys + (i & 2) * 4;
+    uint32_t bits = drop_keeps(mask, key[0], c) ? 0x0000ffffu : 0;
+    if (drop_keeps(mask, key[1], c)) bits |= 0xffff0000u;
     a[i] &= bits;
   }
 }
 
-/// One stage of one warp: 32 columns, 64 ranks, 32 tokens.
-template <typename Large, typename Small, bool kDrop>
+/// One stage of one warp: 32 columns, kPairs sixteens of ranks, 32 tokens.
+template <typename Large, typename Small, bool kDrop, uint32_t kPairs>
 __device__ __forceinline__ void add_stage(
     const char* stage,
-    uint32_t width,
     uint32_t column_in_group,
-    uint32_t threshold,
+    const DropMask& mask,
     float (&sums)[2][8][4]) {
   constexpr bool kSplit = sizeof(Small) == 4, kSplitLarge = kSplit && std::is_same_v<Large, f16>;
   using Operand = std::conditional_t<kSplit, bf16, Large>;
@@ -255,11 +315,11 @@ __device__ __forceinline__ void add_stage(
     for (uint32_t i = 0; i < 2; ++i) {
       const uint32_t t = t0 + (lane & 7) + ((lane >> 4) << 3);
       const uint32_t c = (column0 + i * 16) / 8 + ((lane >> 3) & 1);
-      load_matrices_across(a[i], large + t * (kColumns * 2) + ((c ^ (t & 7)) << 4));
+      mma::load_x4_across(a[i], large + t * (kColumns * 2) + ((c ^ (t & 7)) << 4));
       if constexpr (kDrop) {
         const auto* keys =
-            reinterpret_cast<const uint2*>(small + kSmallBytes<Small>) + t0 + (lane & 3) * 2;
-        drop_fragment(a[i], keys, column_in_group + i * 16 + lane / 4, threshold);
+            reinterpret_cast<const DropKey*>(small + kSmallBytes<Small>) + t0 + (lane & 3) * 2;
+        drop_fragment(a[i], keys, column_in_group + i * 16 + lane / 4, mask);
       }
       if constexpr (kSplitLarge) {
         // f16 has 11 bits where bf16 has 8: two bf16 hold it exactly, at any exponent.
@@ -271,12 +331,11 @@ __device__ __forceinline__ void add_stage(
       }
     }
 #pragma unroll
-    for (uint32_t pair = 0; pair < 4; ++pair) {
-      if (pair * 16 >= width) break;
+    for (uint32_t pair = 0; pair < kPairs; ++pair) {
       uint32_t b[4];
       if constexpr (!kSplit) {
         const uint32_t t = t0 + (lane & 15), c = pair * 2 + (lane >> 4);
-        load_matrices_across(b, shared_address(small) + t * (kRanks * 2) + ((c ^ (t & 7)) << 4));
+        mma::load_x4_across(b, shared_address(small) + t * (kRanks * 2) + ((c ^ (t & 7)) << 4));
       } else {
         uint32_t b_low[4];
         const auto* values = reinterpret_cast<const float*>(small) +
@@ -288,18 +347,18 @@ __device__ __forceinline__ void add_stage(
         }
 #pragma unroll
         for (uint32_t i = 0; i < 2; ++i) {
-          mma<Operand>(sums[i][2 * pair], a[i], b_low[0], b_low[1]);
-          mma<Operand>(sums[i][2 * pair + 1], a[i], b_low[2], b_low[3]);
+          mma::multiply<Operand>(sums[i][2 * pair], a[i], b_low[0], b_low[1]);
+          mma::multiply<Operand>(sums[i][2 * pair + 1], a[i], b_low[2], b_low[3]);
         }
       }
 #pragma unroll
       for (uint32_t i = 0; i < 2; ++i) {
         if constexpr (kSplitLarge) {
-          mma<Operand>(sums[i][2 * pair], a_low[i], b[0], b[1]);
-          mma<Operand>(sums[i][2 * pair + 1], a_low[i], b[2], b[3]);
+          mma::multiply<Operand>(sums[i][2 * pair], a_low[i], b[0], b[1]);
+          mma::multiply<Operand>(sums[i][2 * pair + 1], a_low[i], b[2], b[3]);
         }
-        mma<Operand>(sums[i][2 * pair], a[i], b[0], b[1]);
-        mma<Operand>(sums[i][2 * pair + 1], a[i], b[2], b[3]);
+        mma::multiply<Operand>(sums[i][2 * pair], a[i], b[0], b[1]);
+        mma::multiply<Operand>(sums[i][2 * pair + 1], a[i], b[2], b[3]);
       }
     }
   }
@@ -308,48 +367,47 @@ __device__ __forceinline__ void add_stage(
 template <typename Large, typename Small, bool kDrop>
 __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(128) char memory[];
-  launch_dependents();
+  allow_dependents();
   const Place place = place_of(args, kColumns);
   const Group& group = args.group[place.group];
-  auto* table = reinterpret_cast<RankSource*>(memory);
-  char* stages = memory + kTableBytes;
-  if (threadIdx.x < kRanks / 8) {
-    const uint32_t rank = place.rank0 + threadIdx.x * 8;
-    RankSource source = {group.large, 0, 0};
-    if (const Part* part = part_of(args, group, rank)) {
-      source.from = static_cast<const Small*>(part->small) + (rank - part->first);
-      source.stride = part->small_stride;
-      source.count = min(8u, part->rank - (rank - part->first));
-    }
-    table[threadIdx.x] = source;
-  }
+  char* stages = memory;
+  Loader<Large, Small, kDrop> loader(args, place);
   float sums[2][8][4] = {};
   const uint32_t steps = (args.m + kTokens - 1) / kTokens;
   const uint32_t first = place.split * steps / args.splits;
   const uint32_t count = (place.split + 1) * steps / args.splits - first;
   const auto load = [&](uint32_t stage, uint32_t step) {
-    load_stage<Large, Small, kDrop>(
-        args, place, table, stages + stage * kStageBytes<Small>, (first + step) * kTokens);
+    loader.load(stages + stage * kStageBytes<Small>, (first + step) * kTokens);
   };
-  wait_for_earlier();
+  wait_for_previous();
   __syncthreads();
   for (uint32_t s = 0; s < args.stages - 1; ++s) {
     if (s < count) load(s, s);
-    copies_commit();
+    mma::copies_commit();
   }
   uint32_t stage = 0, next = args.stages - 1;
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t pairs = (min(kRanks, group.ranks - place.rank0) + 15) / 16;
   for (uint32_t s = 0; s < count; ++s) {
     copies_wait(args.stages - 2);
     __syncthreads();
     if (s + args.stages - 1 < count) load(next, s + args.stages - 1);
-    copies_commit();
-    add_stage<Large, Small, kDrop>(
-        stages + stage * kStageBytes<Small>,
-        group.ranks - place.rank0,
-        place.column0 + warp % 4 * 32,
-        group.mask.threshold,
-        sums);
+    mma::copies_commit();
+    const char* here = stages + stage * kStageBytes<Small>;
+    const uint32_t column = place.column0 + warp % 4 * 32;
+    switch (pairs) {
+      case 1:
+        add_stage<Large, Small, kDrop, 1>(here, column, group.mask, sums);
+        break;
+      case 2:
+        add_stage<Large, Small, kDrop, 2>(here, column, group.mask, sums);
+        break;
+      case 3:
+        add_stage<Large, Small, kDrop, 3>(here, column, group.mask, sums);
+        break;
+      default:
+        add_stage<Large, Small, kDrop, 4>(here, column, group.mask, sums);
+    }
     next = stage;
     if (++stage == args.stages) stage = 0;
   }
@@ -369,7 +427,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
       at[kPitch + 8] = sums[i][n][3];
     }
   }
-  finish(args, place, partial, 2, kColumns, kPitch);
+  finish<kColumns, kPitch>(args, place, partial, 2);
 }
 
 // ---- f32, and storage types that do not go together ----
@@ -377,7 +435,7 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 __global__ void __launch_bounds__(kExactThreads)
     grad_exact_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(128) char memory[];
-  launch_dependents();
+  allow_dependents();
   auto& shared = *reinterpret_cast<ExactShared*>(memory);
   const Place place = place_of(args, kExactTile);
   const Group& group = args.group[place.group];
@@ -402,7 +460,7 @@ __global__ void __launch_bounds__(kExactThreads)
         part ? static_cast<const char*>(part->small) + (rank - part->first) * size : nullptr;
     shared.stride[i] = part ? part->small_stride : 0;
   }
-  wait_for_earlier();
+  wait_for_previous();
   __syncthreads();
   float sums[4][4];
   exact_tile(o, shared, sums);
@@ -413,7 +471,7 @@ __global__ void __launch_bounds__(kExactThreads)
     *reinterpret_cast<float4*>(partial + (rank + r) * kExactPitch + column) =
         make_float4(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
   }
-  finish(args, place, partial, 1, kExactTile, kExactPitch);
+  finish<kExactTile, kExactPitch>(args, place, partial, 1);
 }
 
 // ---- the host's side ----
@@ -462,14 +520,14 @@ void add(Args& args, const AdapterGrad& grad) {
     group->small_vectors = true;
     group->small_dtype = grad.small_dtype;
     group->drop = grad.dropout > 0.0f;
-    group->mask = make_mask(grad.dropout, grad.dropout_seed);
+    group->mask = DropMask(grad.dropout, grad.dropout_seed);
   }
   Part& part = args.part[group->first_part + group->parts++];
   part.small = grad.small;
   part.small_stride = static_cast<uint32_t>(grad.small_stride);
   part.rank = grad.rank;
   part.first = group->ranks;
-  part.factor = grad.factor * keep_scale(grad.dropout);
+  part.factor = grad.factor * group->mask.keep_scale;
   part.grad = grad.grad;
   part.transposed = grad.transposed;
   group->ranks += padded(grad.rank);
@@ -512,10 +570,9 @@ void launch_grads(const Context& context, Args& args) {
   const uint32_t tiles = count_tiles(args, kColumns);
   args.splits = splits_for(context, tiles, ceil_div(args.m, kTokens));
   const uint32_t limit = shared_limit(context);
-  const uint32_t per_block = std::max(limit / 2, 99u * 1024) - 1024 - kTableBytes;
+  const uint32_t per_block = std::max(limit / 2, 99u * 1024) - 1024;
   args.stages = std::min(4u, per_block / kStageBytes<Small>);
-  const uint32_t shared =
-      kTableBytes + std::max(args.stages * kStageBytes<Small>, kPartialBytes);
+  const uint32_t shared = std::max(args.stages * kStageBytes<Small>, kPartialBytes);
   launch(
       context,
       grad_kernel<Large, Small, kDrop>,

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <cstdlib>
 
 #include <algorithm>
 #include <stdexcept>
@@ -15,92 +16,30 @@
 
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/dropout.cuh"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/mma.cuh"
 
 namespace metal_lora::cuda::skinny {
 
+using mma::shared_address;
+
 // ---- instructions ----
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-/// 16 bytes to shared memory of which the first `bytes` are read and the rest are zeros.
-__device__ __forceinline__ void copy16(uint32_t to, const void* from, uint32_t bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to),
-               "l"(from),
-               "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void copy4(uint32_t to, const void* from, uint32_t bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void copies_commit() {
-  asm volatile("cp.async.commit_group;\n" ::: "memory");
-}
-/// Waits until at most `left` (0 … 4) of the newest groups are under way.
+/// Waits until at most `left` (0 … 4) of the newest groups of copies are under way.
 __device__ __forceinline__ void copies_wait(uint32_t left) {
   switch (left) {
     case 0:
-      asm volatile("cp.async.wait_group 0;\n" ::: "memory");
-      break;
+      return mma::copies_wait<0>();
     case 1:
-      asm volatile("cp.async.wait_group 1;\n" ::: "memory");
-      break;
+      return mma::copies_wait<1>();
     case 2:
-      asm volatile("cp.async.wait_group 2;\n" ::: "memory");
-      break;
+      return mma::copies_wait<2>();
     case 3:
-      asm volatile("cp.async.wait_group 3;\n" ::: "memory");
-      break;
+      return mma::copies_wait<3>();
     default:
-      asm volatile("cp.async.wait_group 4;\n" ::: "memory");
+      return mma::copies_wait<4>();
   }
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void load_matrices_across(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-/// d [16, 8] += a [16, 16]·b [16, 8].
-template <typename T>
-__device__ __forceinline__ void mma(
-    float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};\n"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
-
-/// Programmatic dependent launch: the kernel behind this one may be made ready …
-__device__ __forceinline__ void launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
-#endif
-}
-/// … and this one waits here until all before it are done and their writes are visible.
-__device__ __forceinline__ void wait_for_earlier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
 }
 
 /// All threads of the cluster, or of the block where there is none.
@@ -116,62 +55,63 @@ __device__ __forceinline__ void cluster_sync(uint32_t blocks) {
           : "memory");
 #endif
 }
-/// A float at the same place of another block of the cluster.
-__device__ __forceinline__ float load_of_block(const float* p, uint32_t block) {
+/// Ends the use of each other's shared memory: what was loaded has arrived, nothing else is asked.
+__device__ __forceinline__ void cluster_leave(uint32_t blocks) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t address;
-  float v;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n"
-               : "=r"(address)
-               : "r"(shared_address(p)), "r"(block));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];\n" : "=f"(v) : "r"(address) : "memory");
-  return v;
-#else
-  return *p;
+  if (blocks == 1) return;
+  asm volatile(
+      "barrier.cluster.arrive.relaxed.aligned;\n"
+      "barrier.cluster.wait.aligned;\n" ::
+          : "memory");
 #endif
 }
-
-// ---- dropout: the mask of kernels/cpu/gemm_kernels-inl.h, bit by bit ----
-
-__host__ __device__ inline uint64_t mix64(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
-
-struct Mask {
-  uint64_t seed = 0;  ///< mixed once
-  uint32_t threshold = 0;
-};
-inline Mask make_mask(float dropout, uint64_t seed) {
-  return {
-      mix64(seed + 0x9e3779b97f4a7c15ull),
-      static_cast<uint32_t>(
-          std::min(4294967295.0, static_cast<double>(dropout) * 4294967296.0))};
-}
-/// Kept values are divided by 1-p once, in the factor of the finished f32 sum.
-inline float keep_scale(float dropout) {
-  if (dropout <= 0.0f) return 1.0f;
-  return dropout < 1.0f ? 1.0f / (1.0f - dropout) : 0.0f;
-}
-/// The key of a token: {add, flip}.
-__device__ __forceinline__ uint2 token_key(const Mask& mask, uint32_t token) {
-  const uint64_t key = mix64(mask.seed + token);
-  return make_uint2(static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
-}
-__device__ __forceinline__ bool keeps(uint2 key, uint32_t column, uint32_t threshold) {
-  uint32_t h = column * 0x9e3779b9u + key.x;
-  h = (h ^ (h >> 16)) * 0x85ebca6bu;
-  h = ((h ^ key.y) ^ (h >> 13)) * 0xc2b2ae35u;
-  h ^= h >> 16;
-  return h >= threshold;
+/// Four floats at the same place of a block of the cluster.
+__device__ __forceinline__ float4 load_of_block(uint32_t address, uint32_t block) {
+  float4 v = {};
+#if __CUDA_ARCH__ >= 900
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(address), "r"(block));
+  asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];\n"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(there)
+               : "memory");
+#endif
+  return v;
 }
 
 // ---- the end of a tile ----
 
+__device__ __forceinline__ void add_to(float4& sum, const float4& v) {
+  sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+}
+
+template <uint32_t kBlocks>
+__device__ __forceinline__ float4 sum_of_blocks(const float* p) {
+  const uint32_t address = shared_address(p);
+  float4 v[kBlocks];
+#pragma unroll
+  for (uint32_t b = 0; b < kBlocks; ++b) v[b] = load_of_block(address, b);
+#pragma unroll
+  for (uint32_t b = 1; b < kBlocks; ++b) add_to(v[0], v[b]);
+  return v[0];
+}
+/// The sum of four neighbours over the cluster's blocks, in their order.
+__device__ __forceinline__ float4 sum_of_cluster(const float* p, uint32_t blocks) {
+  switch (blocks) {
+    case 2:
+      return sum_of_blocks<2>(p);
+    case 4:
+      return sum_of_blocks<4>(p);
+    case 8:
+      return sum_of_blocks<8>(p);
+    default:
+      return *reinterpret_cast<const float4*>(p);
+  }
+}
+
 /// Partial sums of one block, [groups][size] f32 in shared memory, are added up in the order of the
-/// groups; then emit(i, sum) for this block's share of [0, count), the sum over the cluster's
-/// blocks in their order; place(i) says where value i lies. count ≤ size: what is wanted of it.
+/// groups; then emit(i, where, sum) for this block's share of the quads 0 … count - 1, summed over
+/// the cluster; place(i) is where quad i lies, or a negative number where nobody wants it.
 template <typename Place, typename Emit>
 __device__ __forceinline__ void reduce_tile(
     float* partial,
@@ -187,29 +127,18 @@ __device__ __forceinline__ void reduce_tile(
     auto* quads = reinterpret_cast<float4*>(partial);
     for (uint32_t i = threadIdx.x; i < size / 4; i += blockDim.x) {
       float4 sum = quads[i];
-      for (uint32_t g = 1; g < groups; ++g) {
-        const float4 v = quads[g * (size / 4) + i];
-        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-      }
+      for (uint32_t g = 1; g < groups; ++g) add_to(sum, quads[g * (size / 4) + i]);
       quads[i] = sum;
     }
   }
   cluster_sync(blocks);
   const uint32_t share = (count + blocks - 1) / blocks;
   const uint32_t end = min(count, (block + 1) * share);
-#pragma unroll 2
   for (uint32_t i = block * share + threadIdx.x; i < end; i += blockDim.x) {
-    const float* from = partial + place(i);
-    float sum = 0.0f;
-    if (blocks == 1) {
-      sum = *from;
-    } else {
-#pragma unroll 4
-      for (uint32_t b = 0; b < blocks; ++b) sum += load_of_block(from, b);
-    }
-    emit(i, sum);
+    const int where = place(i);
+    if (where >= 0) emit(i, sum_of_cluster(partial + where, blocks));
   }
-  if (blocks > 1) cluster_sync(blocks);  // nobody leaves while others read its sums
+  cluster_leave(blocks);  // nobody goes while others read its sums
 }
 
 __device__ __forceinline__ float load_as_float(const void* p, DType dtype, size_t i) {
@@ -246,7 +175,7 @@ struct ExactOperands {
   bool right_inner_is_contiguous = false;
   bool drop = false;
   bool tokens_are_rows = false;  ///< else they are the inner dimension
-  Mask mask;
+  DropMask mask;
 };
 struct ExactShared {
   float left[2][kExactStep][kExactPitch];
@@ -279,7 +208,7 @@ __device__ inline void exact_load(
       left[j] = load_as_float(o.left, o.left_dtype, row * o.row_stride + i * o.inner_stride);
       if (o.drop) {
         const uint32_t token = o.tokens_are_rows ? row : i, column = o.tokens_are_rows ? i : row;
-        if (!keeps(token_key(o.mask, token), column, o.mask.threshold)) left[j] = 0.0f;
+        if (!drop_keeps(o.mask, drop_key(o.mask, token), column)) left[j] = 0.0f;
       }
     }
   }
@@ -380,6 +309,12 @@ void launch(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
         name);
   }
+#ifdef METAL_LORA_SHRINK_TRIAL
+  if (getenv("ONECTA")) {
+    shared_bytes = std::max(shared_bytes, 116u * 1024);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  }
+#endif
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
@@ -388,8 +323,14 @@ void launch(
   config.stream = context.stream;
   config.attrs = attributes;
   if (context.capability >= 90) {
+#ifdef METAL_LORA_SHRINK_TRIAL
+    if (!getenv("NOPDL")) {
+#endif
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+#ifdef METAL_LORA_SHRINK_TRIAL
+    }
+#endif
     if (cluster > 1) {
       attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
       attributes[config.numAttrs++].val.clusterDim = {cluster, 1, 1};
