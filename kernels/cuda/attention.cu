@@ -73,6 +73,7 @@ void attention_forward(
   a.kv_offset = kv_offset;
   if (!fits_tiles(a)) return attention::forward_plain(context, a);
   if (p.q_tokens <= kDecodeTokens) return attention::forward_decode(context, a);
+  if (attention::forward_sm90(context, a)) return;
   attention::forward_tiled(context, a);
 }
 

@@ -30,8 +30,10 @@ struct Arguments {
   void* dq = nullptr;
   void* dk = nullptr;
   void* dv = nullptr;
-  float2* row_info = nullptr;     ///< [q_heads, q_tokens]: logsumexp·log2(e), Σ dout·out
-  int2* block_first = nullptr;    ///< per kInfoRows queries: smallest and largest first key
+  // Of the rows rounded up to kInfoRows; behind the last one infinity, 0 and INT_MAX.
+  float2* row_info = nullptr;   ///< [q_heads, rows]: logsumexp·log2(e), Σ dout·out
+  int32_t* row_first = nullptr; ///< [rows]: first key
+  int2* block_first = nullptr;  ///< per kInfoRows queries: smallest and largest first key
 };
 
 // Forms; `attention.cu` chooses.
@@ -40,6 +42,15 @@ void backward_plain(const Context& context, const Arguments& a);
 void forward_tiled(const Context& context, const Arguments& a);
 void backward_tiled(const Context& context, const Arguments& a);
 void forward_decode(const Context& context, const Arguments& a);
+/// False: not for these arguments or this device.
+bool forward_sm90(const Context& context, const Arguments& a);
+/// After the backward pass's row_info and the like have been made.
+bool backward_sm90(const Context& context, const Arguments& a);
+
+/// The rows that row_info and row_first hold.
+__host__ __device__ inline uint32_t padded_rows(const Arguments& a) {
+  return (a.p.q_tokens + kInfoRows - 1) / kInfoRows * kInfoRows;
+}
 
 // ---- which keys ----
 
@@ -159,7 +170,7 @@ void launch(
     int threads,
     size_t shared_bytes,
     const Values&... values) {
-  if (shared_bytes > 48 * 1024) {
+  if (shared_bytes > 40 * 1024) {  // 48 KiB with the fixed arrays need no leave
     check(
         cudaFuncSetAttribute(
             reinterpret_cast<const void*>(kernel),

@@ -126,13 +126,10 @@ __device__ __forceinline__ void keys_block(
         head_dim);
     if (threadIdx.x < kRows) {
       const int i = row + threadIdx.x;
-      const bool there = i < tokens;
       auto* info = reinterpret_cast<float2*>(
           generic_stages + stage * S::kStageBytes + 2 * S::kTileBytes);
-      info[threadIdx.x] = there ? a.row_info[static_cast<size_t>(head) * tokens + i]
-                                : make_float2(INFINITY, 0.0f);
-      reinterpret_cast<int*>(info + kRows)[threadIdx.x] =
-          there ? first_key(a, offset, i) : INT_MAX;
+      info[threadIdx.x] = a.row_info[static_cast<size_t>(head) * padded_rows(a) + i];
+      reinterpret_cast<int*>(info + kRows)[threadIdx.x] = a.row_first[i];
     }
     mma::copies_commit();
   };
@@ -257,9 +254,8 @@ __device__ __forceinline__ void queries_block(
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int i = begin + warp * 16 + lane / 4 + 8 * half;
-    info[half] = i < tokens ? a.row_info[static_cast<size_t>(head) * tokens + i]
-                            : make_float2(INFINITY, 0.0f);
-    first[half] = i < tokens ? first_key(a, offset, i) : INT_MAX;
+    info[half] = a.row_info[static_cast<size_t>(head) * padded_rows(a) + i];
+    first[half] = a.row_first[i];
   }
   float dq[kDim / 8][4] = {};
   const float scale = a.p.scale * kLog2e;
@@ -336,6 +332,10 @@ __global__ void __launch_bounds__(256) prepare_kernel(const Arguments a) {
   if (head == 0) {
     const int2 range = first_keys(a, a.p.kv_offset, begin, min(begin + kRows, tokens), reduced);
     if (threadIdx.x == 0) a.block_first[blockIdx.x] = range;
+    if (threadIdx.x < kRows) {
+      const int i = begin + threadIdx.x;
+      a.row_first[i] = i < tokens ? first_key(a, a.p.kv_offset, i) : INT_MAX;
+    }
   }
 #pragma unroll
   for (int part = 0; part < kRows; part += 32) {
@@ -353,10 +353,11 @@ __global__ void __launch_bounds__(256) prepare_kernel(const Arguments a) {
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     sum += __shfl_xor_sync(0xffffffffu, sum, 4);
-    if (i < tokens && lane == 0) {
-      const size_t at = static_cast<size_t>(head) * tokens + i;
-      const float lse = a.logsumexp[at];
-      a.row_info[at] = make_float2(lse == -INFINITY ? INFINITY : lse * kLog2e, sum);
+    if (lane == 0) {
+      const float lse =
+          i < tokens ? a.logsumexp[static_cast<size_t>(head) * tokens + i] : -INFINITY;
+      a.row_info[static_cast<size_t>(head) * padded_rows(a) + i] =
+          make_float2(lse == -INFINITY ? INFINITY : lse * kLog2e, sum);
     }
   }
 }
@@ -375,6 +376,7 @@ void run(const Context& context, const Arguments& a) {
         0,
         a);
   }
+  if (backward_sm90(context, a)) return;
   const dim3 grid(key_blocks * a.p.kv_heads + query_blocks * a.p.q_heads);
   if (a.p.head_dim <= 64) {
     launch(
@@ -401,8 +403,9 @@ void run(const Context& context, const Arguments& a) {
 
 void backward_tiled(const Context& context, const Arguments& arguments) {
   Arguments a = arguments;
-  const size_t rows = size_t{a.p.q_tokens} * a.p.q_heads;
-  a.row_info = static_cast<float2*>(context.scratch->take(rows * sizeof(float2)));
+  const size_t rows = padded_rows(a);
+  a.row_info = static_cast<float2*>(context.scratch->take(rows * a.p.q_heads * sizeof(float2)));
+  a.row_first = static_cast<int32_t*>(context.scratch->take(rows * sizeof(int32_t)));
   a.block_first = static_cast<int2*>(
       context.scratch->take((a.p.q_tokens + kRows - 1) / kRows * sizeof(int2)));
   a.p.dtype == DType::bf16 ? run<bf16>(context, a) : run<f16>(context, a);

@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(Tile::kThreads) forward_kernel(const Arguments
   const uint32_t queries = mma::shared_address(memory);
   const uint32_t stages = queries + Tile::kQueries * kDim * 2;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int begin = (gridDim.x - 1 - blockIdx.x) * Tile::kQueries;  // the longest rows first
-  const int head = blockIdx.y, tokens = a.p.q_tokens, head_dim = a.p.head_dim;
+  const int begin = (gridDim.y - 1 - blockIdx.y) * Tile::kQueries;  // the longest rows first
+  const int head = blockIdx.x, tokens = a.p.q_tokens, head_dim = a.p.head_dim;
   const int kv_head = head / (a.p.q_heads / a.p.kv_heads);
   begin_dependent();
 
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(Tile::kThreads) forward_kernel(const Arguments
 
 template <typename T, typename Tile>
 void run(const Context& context, const Arguments& a) {
-  const dim3 grid((a.p.q_tokens + Tile::kQueries - 1) / Tile::kQueries, a.p.q_heads);
+  const dim3 grid(a.p.q_heads, (a.p.q_tokens + Tile::kQueries - 1) / Tile::kQueries);
   launch(
       context,
       "attention_forward",
