@@ -1,0 +1,376 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+//
+// Flash attention backward on wgmma (sm_90a), head_dim 64: the sums of attention_backward.cu with
+// two warpgroups a block. Left operands lie in registers throughout, the copy engine brings the
+// right ones. Blocks for dK and dV own 128 keys, blocks for dQ 64 queries of two heads that share
+// keys, or 128 of one. The second products of a step and the first of the next are under way
+// together.
+#include "kernels/cuda/attention_sm90.cuh"
+#include "kernels/cuda/tensor_map.h"
+
+namespace metal_lora::cuda::attention {
+namespace {
+
+constexpr int kThreads = 256, kStages = 4, kAhead = 2, kDim = 64;
+constexpr int kTileBytes = kTileRows * kDim * 2;
+constexpr int kInfoBytes = kTileRows * 12, kStageBytes = 2 * kTileBytes + 1024;
+constexpr int kBarriers = 4 * kTileBytes + kStages * kStageBytes;
+constexpr size_t kSharedBytes = kBarriers + 8 * (2 * kStages + 1) + 1024;  // and alignment
+
+struct Maps {
+  CUtensorMap q, k, v, dout;
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/// `bytes` (a multiple of 16) that lie in one piece, both addresses aligned to 16.
+__device__ __forceinline__ void copy_bulk(
+    uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from),
+      "r"(bytes),
+      "r"(barrier)
+      : "memory");
+}
+
+/// Where things lie, and who this thread is.
+struct Block {
+  uint8_t* memory;
+  uint32_t own, stages, full, empty, own_full;  ///< own: four tiles that stay
+  int group, warp, lane;
+};
+__device__ __forceinline__ void load_fragments(
+    uint32_t (&r)[kDim / 16][4], uint32_t tile, int warp) {
+#pragma unroll
+  for (int d = 0; d < kDim / 16; ++d) load_left<64>(r[d], tile, warp * 16, d * 16);
+}
+template <typename T>
+__device__ __forceinline__ void pack(uint32_t (&r)[4][4], const float (&sums)[8][4]) {
+#pragma unroll
+  for (int n = 0; n < 4; ++n) pack_left<T>(r[n], sums[2 * n], sums[2 * n + 1]);
+}
+
+/// dK and dV of 64 keys a warpgroup. Rows of the products are keys.
+template <typename T>
+__device__ __forceinline__ void keys_block(
+    const Maps& maps, const Arguments& a, const Block& b, int begin, int kv_head) {
+  const int tokens = a.p.q_tokens, keys = a.p.kv_tokens, offset = a.p.kv_offset;
+  const int heads = a.p.q_heads / a.p.kv_heads, mine = begin + b.group * kTileRows;
+  const int key_end = min(begin + 2 * kTileRows, keys);
+  const int blocks = (tokens + kTileRows - 1) / kTileRows;
+  const int first_block = max(begin - offset, 0) / kTileRows;
+  int block_end = first_block;
+  for (int at = blocks - 1 - b.lane; __any_sync(0xffffffffu, at >= first_block); at -= 32) {
+    const bool sees = at >= first_block && a.block_first[at].x < key_end;
+    const uint32_t found = __ballot_sync(0xffffffffu, sees);
+    if (found != 0) {
+      block_end = at + b.lane - (__ffs(found) - 1) + 1;
+      break;
+    }
+  }
+  block_end = __shfl_sync(0xffffffffu, block_end, 0);  // uniform, for the compiler
+  const int per_head = block_end - first_block, steps = per_head * heads;
+
+  const auto produce = [&](int step) {
+    if (threadIdx.x != 0 || step >= steps) return;
+    const int s = step % kStages, head = kv_head * heads + step / per_head;
+    const int row = (first_block + step % per_head) * kTileRows;
+    if (step >= kStages) sm90::barrier_wait(b.empty + 8 * s, (step / kStages - 1) & 1);
+    const uint32_t to = b.stages + s * kStageBytes, barrier = b.full + 8 * s;
+    sm90::barrier_expect(barrier, 2 * kTileBytes + kInfoBytes);
+    copy_tile<kDim>(to, &maps.q, barrier, head, row);
+    copy_tile<kDim>(to + kTileBytes, &maps.dout, barrier, head, row);
+    const size_t at = static_cast<size_t>(head) * padded_rows(a) + row;
+    copy_bulk(to + 2 * kTileBytes, a.row_info + at, kTileRows * 8, barrier);
+    copy_bulk(to + 2 * kTileBytes + kTileRows * 8, a.row_first + row, kTileRows * 4, barrier);
+  };
+  if (threadIdx.x == 0) {
+    sm90::barrier_expect(b.own_full, 4 * kTileBytes);
+    for (int g = 0; g < 2; ++g) {
+      copy_tile<kDim>(
+          b.own + 2 * g * kTileBytes, &maps.k, b.own_full, kv_head, begin + g * kTileRows);
+      copy_tile<kDim>(
+          b.own + (2 * g + 1) * kTileBytes, &maps.v, b.own_full, kv_head, begin + g * kTileRows);
+    }
+  }
+  for (int step = 0; step < kAhead; ++step) produce(step);
+
+  float dk[8][4] = {}, dv[8][4] = {}, s[8][4], dp[8][4];
+  uint32_t k[4][4], v[4][4];
+  sm90::barrier_wait(b.own_full, 0);
+  load_fragments(k, b.own + 2 * b.group * kTileBytes, b.warp);
+  load_fragments(v, b.own + (2 * b.group + 1) * kTileBytes, b.warp);
+  const float scale = a.p.scale * kLog2e;
+
+  // Scores and dP of a step.
+  const auto begin_step = [&](int step) {
+    const uint32_t q_tile = b.stages + step % kStages * kStageBytes;
+    sm90::barrier_wait(b.full + 8 * (step % kStages), step / kStages & 1);
+    sm90::wgmma_fence();
+    wgmma_rows<T, kDim>(s, k, q_tile);
+    sm90::wgmma_commit();
+    wgmma_rows<T, kDim>(dp, v, q_tile + kTileBytes);
+    sm90::wgmma_commit();
+  };
+  sums_fence(dv);  // their zeros are there before the first products start
+  sums_fence(dk);
+  if (steps > 0) begin_step(0);
+  for (int step = 0; step < steps; ++step) {
+    const int block = first_block + step % per_head, stage = step % kStages;
+    const uint32_t q_tile = b.stages + stage * kStageBytes;
+    const uint8_t* infos = b.memory + (q_tile - b.own) + 2 * kTileBytes;
+    const int2 range = a.block_first[block];
+    const bool partly = mine + kTileRows - 1 > offset + block * kTileRows || mine < range.y ||
+        (block + 1) * kTileRows > tokens;
+    produce(step + kAhead);
+    __syncwarp();
+    sm90::wgmma_wait<0>();
+    sums_fence(s);
+    sums_fence(dp);
+    const int j = mine + b.warp * 16 + b.lane / 4;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const int column = 8 * n + 2 * (b.lane % 4);
+      const float4 info = *reinterpret_cast<const float4*>(infos + 8 * column);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        s[n][2 * half] = exp2_fast(s[n][2 * half] * scale - info.x);
+        s[n][2 * half + 1] = exp2_fast(s[n][2 * half + 1] * scale - info.z);
+      }
+    }
+    if (partly) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const int column = 8 * n + 2 * (b.lane % 4);
+        const int2 first =
+            *reinterpret_cast<const int2*>(infos + 8 * kTileRows + 4 * column);
+        const int at = offset + block * kTileRows + column;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int key = j + 8 * half;
+          if (key < first.x || key > at) s[n][2 * half] = 0.0f;
+          if (key < first.y || key > at + 1) s[n][2 * half + 1] = 0.0f;
+        }
+      }
+    }
+    uint32_t p[4][4], ds[4][4];
+    pack<T>(p, s);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const int column = 8 * n + 2 * (b.lane % 4);
+      const float4 info = *reinterpret_cast<const float4*>(infos + 8 * column);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        dp[n][2 * half] = s[n][2 * half] * (dp[n][2 * half] - info.y);
+        dp[n][2 * half + 1] = s[n][2 * half + 1] * (dp[n][2 * half + 1] - info.w);
+      }
+    }
+    pack<T>(ds, dp);
+    sm90::wgmma_fence();
+    wgmma_columns<T, kDim>(dv, p, q_tile + kTileBytes);
+    wgmma_columns<T, kDim>(dk, ds, q_tile);
+    sm90::wgmma_commit();
+    if (step + 1 < steps) begin_step(step + 1);
+    sm90::wgmma_wait<2>();  // after the last step nobody waits for the stage
+    if (b.lane == 0) barrier_arrive(b.empty + 8 * stage);
+  }
+  sm90::wgmma_wait<0>();
+  sums_fence(dv);
+  sums_fence(dk);
+  const float scales[2] = {a.p.scale, a.p.scale}, ones[2] = {1.0f, 1.0f};
+  uint8_t* tile = b.memory + 2 * b.group * kTileBytes;
+  const size_t column = static_cast<size_t>(kv_head) * kDim;
+  store_tile<T, kDim>(
+      static_cast<T*>(a.dk) + column, a.p.k_stride, tile, mine, keys, dk, scales);
+  store_tile<T, kDim>(
+      static_cast<T*>(a.dv) + column, a.p.v_stride, tile + kTileBytes, mine, keys, dv, ones);
+}
+
+/// dQ of 64 queries of one head a warpgroup.
+template <typename T>
+__device__ __forceinline__ void queries_block(
+    const Maps& maps, const Arguments& a, const Block& b, int begin, int unit, bool paired) {
+  const int tokens = a.p.q_tokens, offset = a.p.kv_offset;
+  const int head = paired ? 2 * unit + b.group : unit;
+  const int row = paired ? begin : begin + b.group * kTileRows;
+  const int kv_head = head / static_cast<int>(a.p.q_heads / a.p.kv_heads);
+  const int block_rows = paired ? kTileRows : 2 * kTileRows;
+  int2 range = a.block_first[begin / kTileRows];
+  if (!paired && begin + kTileRows < tokens) {
+    const int2 second = a.block_first[begin / kTileRows + 1];
+    range = make_int2(min(range.x, second.x), max(range.y, second.y));
+  }
+  const int last = last_key(a, offset, min(begin + block_rows, tokens) - 1);
+  const int first_tile = range.x / kTileRows * kTileRows;
+  const int steps = max((last - first_tile + kTileRows) / kTileRows, 0);
+
+  const auto produce = [&](int step) {
+    if (threadIdx.x != 0 || step >= steps) return;
+    const int s = step % kStages, key = first_tile + step * kTileRows;
+    if (step >= kStages) sm90::barrier_wait(b.empty + 8 * s, (step / kStages - 1) & 1);
+    const uint32_t to = b.stages + s * kStageBytes, barrier = b.full + 8 * s;
+    sm90::barrier_expect(barrier, 2 * kTileBytes);
+    copy_tile<kDim>(to, &maps.k, barrier, kv_head, key);
+    copy_tile<kDim>(to + kTileBytes, &maps.v, barrier, kv_head, key);
+  };
+  if (threadIdx.x == 0) {
+    sm90::barrier_expect(b.own_full, 4 * kTileBytes);
+    for (int g = 0; g < 2; ++g) {
+      const int its_head = paired ? 2 * unit + g : unit;
+      const int its_row = paired ? begin : begin + g * kTileRows;
+      copy_tile<kDim>(b.own + 2 * g * kTileBytes, &maps.q, b.own_full, its_head, its_row);
+      copy_tile<kDim>(b.own + (2 * g + 1) * kTileBytes, &maps.dout, b.own_full, its_head, its_row);
+    }
+  }
+  for (int step = 0; step < kAhead; ++step) produce(step);
+
+  float2 info[2] = {make_float2(INFINITY, 0.0f), make_float2(INFINITY, 0.0f)};
+  int first[2] = {INT_MAX, INT_MAX};
+  const int i = row + b.warp * 16 + b.lane / 4;
+  if (row < tokens) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      info[half] = a.row_info[static_cast<size_t>(head) * padded_rows(a) + i + 8 * half];
+      first[half] = a.row_first[i + 8 * half];
+    }
+  }
+  float dq[8][4] = {}, s[8][4], dp[8][4];
+  uint32_t q[4][4], g[4][4];
+  sm90::barrier_wait(b.own_full, 0);
+  load_fragments(q, b.own + 2 * b.group * kTileBytes, b.warp);
+  load_fragments(g, b.own + (2 * b.group + 1) * kTileBytes, b.warp);
+  const float scale = a.p.scale * kLog2e;
+  const auto begin_step = [&](int step) {
+    const uint32_t k_tile = b.stages + step % kStages * kStageBytes;
+    sm90::barrier_wait(b.full + 8 * (step % kStages), step / kStages & 1);
+    sm90::wgmma_fence();
+    wgmma_rows<T, kDim>(s, q, k_tile);
+    sm90::wgmma_commit();
+    wgmma_rows<T, kDim>(dp, g, k_tile + kTileBytes);
+    sm90::wgmma_commit();
+  };
+  sums_fence(dq);
+  if (steps > 0) begin_step(0);
+  for (int step = 0; step < steps; ++step) {
+    const int stage = step % kStages, key = first_tile + step * kTileRows;
+    produce(step + kAhead);
+    __syncwarp();
+    sm90::wgmma_wait<0>();
+    sums_fence(s);
+    sums_fence(dp);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) s[n][c] = exp2_fast(s[n][c] * scale - info[c / 2].x);
+    }
+    if (key + kTileRows - 1 > min(offset + row, last) || key < range.y) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int j = key + 8 * n + 2 * (b.lane % 4) + c % 2;
+          if (j < first[c / 2] || j > offset + i + c / 2 * 8) s[n][c] = 0.0f;
+        }
+      }
+    }
+    uint32_t ds[4][4];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) dp[n][c] = s[n][c] * (dp[n][c] - info[c / 2].y);
+    }
+    pack<T>(ds, dp);
+    sm90::wgmma_fence();
+    wgmma_columns<T, kDim>(dq, ds, b.stages + stage * kStageBytes);
+    sm90::wgmma_commit();
+    if (step + 1 < steps) begin_step(step + 1);
+    sm90::wgmma_wait<2>();
+    if (b.lane == 0) barrier_arrive(b.empty + 8 * stage);
+  }
+  sm90::wgmma_wait<0>();
+  sums_fence(dq);
+  const float scales[2] = {a.p.scale, a.p.scale};
+  store_tile<T, kDim>(
+      static_cast<T*>(a.dq) + static_cast<size_t>(head) * kDim, a.p.q_stride,
+      b.memory + 2 * b.group * kTileBytes, row, tokens, dq, scales);
+}
+#endif
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_kernel(const __grid_constant__ Maps maps, const Arguments a, bool paired) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ uint8_t raw[];
+  Block b;
+  b.memory = raw + (1024 - mma::shared_address(raw) % 1024) % 1024;
+  b.own = mma::shared_address(b.memory);
+  b.stages = b.own + 4 * kTileBytes;
+  b.full = b.own + kBarriers;
+  b.empty = b.full + 8 * kStages;
+  b.own_full = b.empty + 8 * kStages;
+  b.group = threadIdx.x / 128;
+  b.warp = threadIdx.x / 32 % 4;
+  b.lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) {
+      sm90::barrier_init(b.full + 8 * s, 1);
+      sm90::barrier_init(b.empty + 8 * s, kThreads / 32);
+    }
+    sm90::barrier_init(b.own_full, 1);
+    sm90::barrier_init_fence();
+  }
+  __syncthreads();
+  begin_dependent();
+  const int kv_heads = a.p.kv_heads;
+  const int for_keys = (a.p.kv_tokens + 2 * kTileRows - 1) / (2 * kTileRows) * kv_heads;
+  const int block = blockIdx.x;
+  if (block < for_keys) {
+    keys_block<T>(maps, a, b, block / kv_heads * 2 * kTileRows, block % kv_heads);
+  } else {
+    const int rows = paired ? kTileRows : 2 * kTileRows;
+    const int units = paired ? a.p.q_heads / 2 : a.p.q_heads;
+    const int from_end = (block - for_keys) / units;
+    const int blocks = (a.p.q_tokens + rows - 1) / rows;
+    queries_block<T>(
+        maps, a, b, (blocks - 1 - from_end) * rows, (block - for_keys) % units, paired);
+  }
+#else
+  __trap();
+#endif
+}
+
+template <typename T>
+void run(const Context& context, const Arguments& a) {
+  const AttentionParams& p = a.p;
+  const bool paired = p.q_heads / p.kv_heads % 2 == 0;
+  const auto map = [&](const void* data, uint32_t rows, uint32_t heads, size_t stride) {
+    return make_tensor_map({data, p.dtype, rows, heads * kDim, stride, kTileRows});
+  };
+  const Maps maps = {
+      map(a.q, p.q_tokens, p.q_heads, p.q_stride), map(a.k, p.kv_tokens, p.kv_heads, p.k_stride),
+      map(a.v, p.kv_tokens, p.kv_heads, p.v_stride),
+      map(a.dout, p.q_tokens, p.q_heads, p.o_stride)};
+  const uint32_t rows = paired ? kTileRows : 2 * kTileRows;
+  const dim3 grid(
+      (p.kv_tokens + 2 * kTileRows - 1) / (2 * kTileRows) * p.kv_heads +
+      (p.q_tokens + rows - 1) / rows * (paired ? p.q_heads / 2 : p.q_heads));
+  launch(
+      context, "attention_backward", backward_kernel<T>, grid, kThreads, kSharedBytes, maps, a,
+      paired);
+}
+
+}  // namespace
+
+bool backward_sm90(const Context& context, const Arguments& a) {
+  const AttentionParams& p = a.p;
+  // As forward_sm90's.
+  const bool takes = context.capability == 90 && p.head_dim == kDim && p.q_tokens > 0 &&
+      p.kv_tokens > 0 && p.kv_tokens <= p.kv_offset + p.q_tokens;
+  if (!takes) return false;
+  p.dtype == DType::bf16 ? run<bf16>(context, a) : run<f16>(context, a);
+  return true;
+}
+
+}  // namespace metal_lora::cuda::attention
