@@ -1,0 +1,28 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+#include "kernels/cuda/lora_gemv_stream.cuh"
+
+namespace metal_lora::cuda::gemv {
+namespace {
+
+template <typename T>
+bool launch(const Context& context, const Call& call, uint32_t group_size) {
+  switch (group_size) {
+    case 32:
+      return launch_tokens<Int8<T, 32>>(context, call);
+    case 64:
+      return launch_tokens<Int8<T, 64>>(context, call);
+    case 128:
+      return launch_tokens<Int8<T, 128>>(context, call);
+  }
+  return false;
+}
+
+}  // namespace
+
+bool launch_int8(const Context& context, const Call& call, DType dtype, uint32_t group_size) {
+  return dtype == DType::bf16 ? launch<bf16>(context, call, group_size)
+                              : launch<f16>(context, call, group_size);
+}
+
+}  // namespace metal_lora::cuda::gemv
