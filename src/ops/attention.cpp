@@ -8,7 +8,13 @@
 #include "metal_lora/ops.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/entries.h"
 #include "src/ops/mlx_ops.h"
+
+#ifdef METAL_LORA_CUDA
+#include "kernels/cuda/kv_cache.h"
+#include "kernels/cuda/transformer_kernels.h"
+#endif
 
 namespace mx = mlx::core;
 
@@ -56,6 +62,20 @@ const int32_t* ints(const void* p) {
 /// q, k, v, segment_start -> their gradients, from out, logsumexp and dout.
 Arrays backward(
     const AttentionParams& p, const Arrays& primals, const mx::array& dout, const Arrays& outputs) {
+  const auto call = [p](auto, auto entry, const KernelArgs& args) {
+    entry(
+        p,
+        args.in[0],
+        args.in[1],
+        args.in[2],
+        ints(args.in[3]),
+        args.in[4],
+        static_cast<const float*>(args.in[5]),
+        args.in[6],
+        args.out[0],
+        args.out[1],
+        args.out[2]);
+  };
   return launch(
       {.kernel = "attention_backward",
        .inputs = {primals[0], primals[1], primals[2], primals[3], outputs[0], outputs[1], dout},
@@ -63,21 +83,40 @@ Arrays backward(
            {{primals[0].shape(), primals[0].dtype()},
             {primals[1].shape(), primals[1].dtype()},
             {primals[2].shape(), primals[2].dtype()}},
-       .cpu = [p](const KernelArgs& args) {
-         cpu::attention_backward(
-             p,
-             args.in[0],
-             args.in[1],
-             args.in[2],
-             ints(args.in[3]),
-             args.in[4],
-             static_cast<const float*>(args.in[5]),
-             args.in[6],
-             args.out[0],
-             args.out[1],
-             args.out[2]);
-       }});
+       .cpu = on_cpu(call, cpu::attention_backward),
+       .cuda = METAL_LORA_ON_CUDA(call, attention_backward)});
 }
+
+#ifdef METAL_LORA_CUDA
+/// The position stays on the device, where it is moved into the cache.
+CudaFunction cached_attention_cuda(AttentionParams p, int capacity, int layer) {
+  p.kv_tokens = static_cast<uint32_t>(capacity);
+  return [=](const cuda::Context& context, const KernelArgs& args) {
+    const size_t row_bytes = p.k_stride * (p.dtype == DType::f32 ? 4 : 2);
+    const size_t half_bytes = row_bytes * p.kv_tokens;
+    auto* keys = static_cast<std::byte*>(args.out[1]) + 2 * half_bytes * layer;
+    auto* values = keys + half_bytes;
+    auto* at = static_cast<int32_t*>(context.scratch->take(sizeof(int32_t)));
+    cuda::write_kv_cache(
+        context,
+        p.q_tokens,
+        p.kv_tokens,
+        row_bytes,
+        ints(args.in[4]),
+        args.in[1],
+        args.in[2],
+        keys,
+        values,
+        at);
+    cuda::attention_forward(
+        context, p, args.in[0], keys, values, nullptr, args.out[0], nullptr, at);
+  };
+}
+#else
+CudaFunction cached_attention_cuda(const AttentionParams&, int, int) {
+  return {};
+}
+#endif
 
 }  // namespace
 
@@ -93,21 +132,16 @@ mx::array attention(
   if (k.shape(0) != q.shape(0)) refuse(kOp, "k", "as many tokens as q", shape_text(k));
   check_shape(kOp, "segment_start", segment_start, {q.shape(0)});
   check_dtype(kOp, "segment_start", segment_start, mx::int32);
+  const auto call = [p](auto, auto entry, const KernelArgs& args) {
+    auto* logsumexp = static_cast<float*>(args.out[1]);
+    entry(p, args.in[0], args.in[1], args.in[2], ints(args.in[3]), args.out[0], logsumexp);
+  };
   return launch(
       {.kernel = kOp,
        .inputs = {q, k, v, segment_start},
        .outputs = {{q.shape(), q.dtype()}, {{q.shape(1), q.shape(0)}, mx::float32}},
-       .cpu =
-           [p](const KernelArgs& args) {
-             cpu::attention_forward(
-                 p,
-                 args.in[0],
-                 args.in[1],
-                 args.in[2],
-                 ints(args.in[3]),
-                 args.out[0],
-                 static_cast<float*>(args.out[1]));
-           },
+       .cpu = on_cpu(call, cpu::attention_forward),
+       .cuda = METAL_LORA_ON_CUDA(call, attention_forward),
        .mlx =
            [scale, window](const Arrays& in, mx::StreamOrDevice s) {
              return Arrays{with_mlx::attention(in, scale, window, s)};
@@ -160,7 +194,12 @@ std::pair<mx::array, mx::array> cached_attention(
   auto outputs = launch(
       {.kernel = kOp,
        .inputs = {q, k, v, cache, position},
-       .outputs = {{q.shape(), q.dtype()}, {cache.shape(), cache.dtype(), 3}},
+       .outputs =
+           {{q.shape(), q.dtype()},
+            {.shape = cache.shape(),
+             .dtype = cache.dtype(),
+             .in_place_of = 3,
+             .outlives_graph = true}},
        .cpu =
            [=](const KernelArgs& args) {
              const int at = *ints(args.in[4]);
@@ -180,6 +219,7 @@ std::pair<mx::array, mx::array> cached_attention(
              std::memcpy(values + token_bytes * at, args.in[2], token_bytes * tokens);
              cpu::attention_forward(p, args.in[0], keys, values, nullptr, args.out[0], nullptr);
            },
+       .cuda = cached_attention_cuda(params, capacity, layer),
        .mlx =
            [=](const Arrays& in, mx::StreamOrDevice s) {
              return with_mlx::cached_attention(in, layer, scale, window, s);

@@ -5,8 +5,8 @@
 #include "kernels/metal/plans_train.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/entries.h"
 #include "src/ops/metal_ops.h"
-#include "src/ops/weight_view.h"
 
 namespace mx = mlx::core;
 
@@ -87,19 +87,22 @@ mx::array lora_embedding(const mx::array& ids, const LoraLinear& table, mx::Dtyp
   const DType kernel_dtype = to_kernel(dtype);
   check_ids(metal_ops::values_at_hand<int32_t>(ids), weight.params().n);
 
+  const auto call = [=](auto views, auto entry, const KernelArgs& args) {
+    typename decltype(views)::LoraView view{lora, nullptr, nullptr};
+    if (lora.rank > 0) view = {lora, args.in[1], args.in[2]};
+    const auto* id = static_cast<const int32_t*>(args.in[0]);
+    entry(tokens, kernel_dtype, id, views.weight(weight), view, args.out[0]);
+  };
   Launch forward{
       .kernel = kOp,
       .inputs = {ids},
       .outputs = {{{ids.shape(0), weight.in_features()}, dtype}},
       .cpu =
           [=](const KernelArgs& args) {
-            const auto* id = static_cast<const int32_t*>(args.in[0]);
-            check_ids({id, tokens}, weight.params().n);
-            cpu::LoraView view{lora, nullptr, nullptr};
-            if (lora.rank > 0) view = {lora, args.in[1], args.in[2]};
-            cpu::lora_embedding_forward(
-                tokens, kernel_dtype, id, weight_view(weight), view, args.out[0]);
+            check_ids({static_cast<const int32_t*>(args.in[0]), tokens}, weight.params().n);
+            call(CpuViews{}, cpu::lora_embedding_forward, args);
           },
+      .cuda = METAL_LORA_ON_CUDA(call, lora_embedding_forward),
       .metal =
           [=](const Arrays& in, mx::StreamOrDevice) {
             return forward_metal(
@@ -114,27 +117,27 @@ mx::array lora_embedding(const mx::array& ids, const LoraLinear& table, mx::Dtyp
                       const Arrays& cotangents,
                       const std::vector<int>& argnums,
                       const Arrays&) {
+      const auto call = [=](auto views, auto entry, const KernelArgs& args) {
+        const typename decltype(views)::LoraView view{lora, args.in[1], args.in[2]};
+        entry(
+            tokens,
+            kernel_dtype,
+            static_cast<const int32_t*>(args.in[0]),
+            weight.params(),
+            view,
+            args.in[3],
+            static_cast<float*>(args.out[0]),
+            static_cast<float*>(args.out[1]));
+      };
       auto grads = launch(
           {.kernel = "lora_embedding_backward",
            .inputs = {primals[0], primals[1], primals[2], cotangents[0]},
            .outputs = {{primals[1].shape(), mx::float32}, {primals[2].shape(), mx::float32}},
-           .cpu =
-               [=](const KernelArgs& args) {
-                 cpu::lora_embedding_backward(
-                     tokens,
-                     kernel_dtype,
-                     static_cast<const int32_t*>(args.in[0]),
-                     weight.params(),
-                     {lora, args.in[1], args.in[2]},
-                     args.in[3],
-                     static_cast<float*>(args.out[0]),
-                     static_cast<float*>(args.out[1]));
-               },
-           .metal =
-               [=](const Arrays& in, mx::StreamOrDevice) {
-                 return backward_metal(
-                     metal_shape(tokens, kernel_dtype, weight.params(), lora), in);
-               }});
+           .cpu = on_cpu(call, cpu::lora_embedding_backward),
+           .cuda = METAL_LORA_ON_CUDA(call, lora_embedding_backward),
+           .metal = [=](const Arrays& in, mx::StreamOrDevice) {
+             return backward_metal(metal_shape(tokens, kernel_dtype, weight.params(), lora), in);
+           }});
       Arrays result;
       for (int i : argnums) {
         if (i == 0) refuse(kOp, "the differentiated input", "A or B", "ids");

@@ -2,11 +2,10 @@
 // SPDX-License-Identifier: MIT
 #include <mlx/ops.h>
 
-#include "src/launch/backend.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/entries.h"
 #include "src/ops/lora_linear_group.h"
-#include "src/ops/weight_view.h"
 
 namespace mx = mlx::core;
 
@@ -48,28 +47,29 @@ Group checked_group(const mx::array& x, std::span<const LoraLinear> linears) {
     if (branch.bias) {
       check_shape(kOp, "bias", *branch.bias, {linear.weight.out_features()});
       check_dtype(kOp, "bias", *branch.bias, mx::float32);
-      branch.bias = mx::contiguous(*branch.bias, false, stream());
-      if (!runs_metal_kernels(active_backend())) branch.bias->eval();
+      branch.bias = kernel_array(*branch.bias);
     }
     group.branches.push_back(std::move(branch));
   }
   return group;
 }
 
-cpu::LoraBranch kernel_branch(const Branch& branch) {
-  cpu::LoraBranch out;
-  out.weight = weight_view(branch.weight);
+template <class Views>
+typename Views::LoraBranch kernel_branch(Views views, const Branch& branch) {
+  typename Views::LoraBranch out;
+  out.weight = views.weight(branch.weight);
   out.lora.params = branch.lora;
-  if (branch.bias) out.bias = branch.bias->data<float>();
+  if (branch.bias) out.bias = views.floats(*branch.bias);
   return out;
 }
 
 /// in: x, then A and B of each branch that has an adapter; out: y, then u where there is one.
-void forward_cpu(const Group& group, const KernelArgs& args) {
-  std::vector<cpu::LoraBranch> branches;
+template <class Views, class Entry>
+void run_forward(const Group& group, Views views, Entry entry, const KernelArgs& args) {
+  std::vector<typename Views::LoraBranch> branches;
   size_t in = 1, out = 0;
   for (const auto& branch : group.branches) {
-    auto b = kernel_branch(branch);
+    auto b = kernel_branch(views, branch);
     b.y = args.out[out++];
     if (branch.has_lora()) {
       b.lora.a = args.in[in++];
@@ -78,17 +78,18 @@ void forward_cpu(const Group& group, const KernelArgs& args) {
     }
     branches.push_back(b);
   }
-  cpu::lora_linear_forward(
-      group.tokens, group.in_features, group.dtype, args.in[0], branches.data(), branches.size());
+  entry(group.tokens, group.in_features, group.dtype, args.in[0], branches.data(), branches.size());
 }
 
 /// in: x, then per branch dy, and A, B, u where there is an adapter;
 /// out: dx if wanted, then dA and dB of each branch whose adapter's gradient is.
-void backward_cpu(const Group& group, const Wanted& wanted, const KernelArgs& args) {
-  std::vector<cpu::LoraBranch> branches;
+template <class Views, class Entry>
+void run_backward(
+    const Group& group, const Wanted& wanted, Views views, Entry entry, const KernelArgs& args) {
+  std::vector<typename Views::LoraBranch> branches;
   size_t in = 1, out = wanted.dx ? 1 : 0;
   for (size_t i = 0; i < group.branches.size(); ++i) {
-    auto b = kernel_branch(group.branches[i]);
+    auto b = kernel_branch(views, group.branches[i]);
     b.dy = args.in[in++];
     if (group.branches[i].has_lora()) {
       b.lora.a = args.in[in++];
@@ -101,7 +102,7 @@ void backward_cpu(const Group& group, const Wanted& wanted, const KernelArgs& ar
     }
     branches.push_back(b);
   }
-  cpu::lora_linear_backward(
+  entry(
       group.tokens,
       group.in_features,
       group.dtype,
@@ -141,7 +142,11 @@ Arrays vjp(
     }
     in += 2;
   }
-  back.cpu = [group, wanted](const KernelArgs& args) { backward_cpu(*group, wanted, args); };
+  const auto call = [group, wanted](auto views, auto entry, const KernelArgs& args) {
+    run_backward(*group, wanted, views, entry, args);
+  };
+  back.cpu = on_cpu(call, cpu::lora_linear_backward);
+  back.cuda = METAL_LORA_ON_CUDA(call, lora_linear_backward);
   back.metal = [group, wanted](const Arrays& in, mx::StreamOrDevice s) {
     return lora_linear_backward_metal(*group, wanted, in, s);
   };
@@ -190,7 +195,11 @@ Arrays lora_linear(const mx::array& x, std::span<const LoraLinear> linears) {
     forward.inputs.push_back(linears[i].lora->b);
     forward.outputs.push_back({{x.shape(0), linears[i].lora->a.shape(0)}, mx::float32});
   }
-  forward.cpu = [group](const KernelArgs& args) { forward_cpu(*group, args); };
+  const auto call = [group](auto views, auto entry, const KernelArgs& args) {
+    run_forward(*group, views, entry, args);
+  };
+  forward.cpu = on_cpu(call, cpu::lora_linear_forward);
+  forward.cuda = METAL_LORA_ON_CUDA(call, lora_linear_forward);
   forward.metal = [group](const Arrays& in, mx::StreamOrDevice) {
     return lora_linear_metal(*group, in);
   };

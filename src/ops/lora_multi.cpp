@@ -4,11 +4,10 @@
 #include <mlx/transforms.h>
 
 #include "kernels/metal/plans_multi.h"
-#include "src/launch/backend.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/entries.h"
 #include "src/ops/metal_ops.h"
-#include "src/ops/weight_view.h"
 
 namespace mx = mlx::core;
 
@@ -57,13 +56,13 @@ Call checked_call(
   if (bias) {
     check_shape(kOp, "bias", *bias, {weight.out_features()});
     check_dtype(kOp, "bias", *bias, mx::float32);
-    call.bias = mx::contiguous(*bias, false, stream());
-    if (!runs_metal_kernels(active_backend())) call.bias->eval();
+    call.bias = kernel_array(*bias);
   }
   return call;
 }
 
-cpu::LoraBankView bank_view(const Call& call, const KernelArgs& args) {
+template <class Views>
+typename Views::LoraBankView bank_view(Views, const Call& call, const KernelArgs& args) {
   return {
       call.bank,
       args.in[kA],
@@ -91,19 +90,24 @@ void check_values(
   }
 }
 
-void forward_cpu(const Call& call, const KernelArgs& args) {
-  const auto bank = bank_view(call, args);
-  const auto* index = static_cast<const int32_t*>(args.in[kIndex]);
-  check_values(call, {bank.ranks, call.bank.adapters}, {index, call.tokens});
-  cpu::lora_linear_multi_forward(
+template <class Views, class Entry>
+void run_forward(const Call& call, Views views, Entry entry, const KernelArgs& args) {
+  const float* bias = call.bias ? views.floats(*call.bias) : nullptr;
+  entry(
       call.tokens,
       call.dtype,
       args.in[kX],
-      weight_view(call.weight),
-      bank,
-      index,
-      call.bias ? call.bias->data<float>() : nullptr,
+      views.weight(call.weight),
+      bank_view(views, call, args),
+      static_cast<const int32_t*>(args.in[kIndex]),
+      bias,
       args.out[0]);
+}
+
+void forward_cpu(const Call& call, const KernelArgs& args) {
+  const auto ints = [&](Input i) { return static_cast<const int32_t*>(args.in[i]); };
+  check_values(call, {ints(kRanks), call.bank.adapters}, {ints(kIndex), call.tokens});
+  run_forward(call, CpuViews{}, cpu::lora_linear_multi_forward, args);
 }
 
 /// Which gradients are asked for; the outputs are those, in this order.
@@ -111,17 +115,19 @@ struct BankWanted {
   bool dx = false, da = false, db = false;
 };
 
-void backward_cpu(const Call& call, const BankWanted& wanted, const KernelArgs& args) {
+template <class Views, class Entry>
+void run_backward(
+    const Call& call, const BankWanted& wanted, Views views, Entry entry, const KernelArgs& args) {
   size_t out = 0;
   void* dx = wanted.dx ? args.out[out++] : nullptr;
   auto* da = wanted.da ? static_cast<float*>(args.out[out++]) : nullptr;
   auto* db = wanted.db ? static_cast<float*>(args.out[out++]) : nullptr;
-  cpu::lora_linear_multi_backward(
+  entry(
       call.tokens,
       call.dtype,
       args.in[kX],
-      weight_view(call.weight),
-      bank_view(call, args),
+      views.weight(call.weight),
+      bank_view(views, call, args),
       static_cast<const int32_t*>(args.in[kIndex]),
       args.in[kDy],
       dx,
@@ -156,7 +162,11 @@ Arrays vjp(
   want(wanted.dx, kX, primals[kX].dtype());
   want(wanted.da, kA, mx::float32);
   want(wanted.db, kB, mx::float32);
-  back.cpu = [call, wanted](const KernelArgs& args) { backward_cpu(*call, wanted, args); };
+  const auto run = [call, wanted](auto views, auto entry, const KernelArgs& args) {
+    run_backward(*call, wanted, views, entry, args);
+  };
+  back.cpu = on_cpu(run, cpu::lora_linear_multi_backward);
+  back.cuda = METAL_LORA_ON_CUDA(run, lora_linear_multi_backward);
   back.mlx = [call, wanted](const Arrays& in, mx::StreamOrDevice s) {
     return backward_mlx(*call, wanted, in, s);
   };
@@ -267,7 +277,11 @@ mx::array lora_linear_multi(
       .kernel = kOp,
       .inputs = {x, bank.a, bank.b, bank.ranks, bank.scales, adapter_index},
       .outputs = {{{x.shape(0), weight.out_features()}, x.dtype()}}};
+  const auto run = [call](auto views, auto entry, const KernelArgs& args) {
+    run_forward(*call, views, entry, args);
+  };
   forward.cpu = [call](const KernelArgs& args) { forward_cpu(*call, args); };
+  forward.cuda = METAL_LORA_ON_CUDA(run, lora_linear_multi_forward);
   forward.metal = [call](const Arrays& in, mx::StreamOrDevice) { return forward_metal(*call, in); };
   forward.not_differentiable = {kRanks, kScales, kIndex};
   forward.vjp = [call](

@@ -8,10 +8,13 @@
 #include "kernels/metal/plans_train.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/entries.h"
 #include "src/ops/export.h"
 #include "src/ops/metal_ops.h"
 #include "src/ops/mlx_ops.h"
-#include "src/ops/weight_view.h"
+#ifdef METAL_LORA_CUDA
+#include "kernels/cuda/transformer_kernels.h"
+#endif
 
 namespace mx = mlx::core;
 
@@ -65,6 +68,17 @@ mx::array linear_cross_entropy(
       p,
       metal_ops::values_at_hand<int32_t>(targets),
       metal_ops::values_at_hand<float>(weights));
+  const auto call = [=](auto views, auto entry, const KernelArgs& args) {
+    entry(
+        p,
+        args.in[0],
+        views.weight(head),
+        static_cast<const int32_t*>(args.in[1]),
+        static_cast<const float*>(args.in[2]),
+        static_cast<float*>(args.out[0]),
+        needs_grad ? args.out[1] : nullptr,
+        nullptr);
+  };
   Launch forward{
       .kernel = kOp,
       .inputs = {x, targets, weights},
@@ -74,16 +88,9 @@ mx::array linear_cross_entropy(
             const auto* target = static_cast<const int32_t*>(args.in[1]);
             const auto* weight = static_cast<const float*>(args.in[2]);
             check_targets(kOp, p, {target, p.tokens}, {weight, p.tokens});
-            cpu::linear_cross_entropy(
-                p,
-                args.in[0],
-                weight_view(head),
-                target,
-                weight,
-                static_cast<float*>(args.out[0]),
-                needs_grad ? args.out[1] : nullptr,
-                nullptr);
+            call(CpuViews{}, cpu::linear_cross_entropy, args);
           },
+      .cuda = METAL_LORA_ON_CUDA(call, linear_cross_entropy),
       .mlx =
           [head](const Arrays& in, mx::StreamOrDevice s) {
             // A token that does not count may hold anything: no NaN of its reaches the sum or dx.
@@ -124,26 +131,29 @@ mx::array token_losses(const mx::array& x, const Weight& head, const mx::array& 
   const auto p = checked_params(kOp, x, head, targets);
   const auto known = metal_ops::values_at_hand<int32_t>(targets);
   check_targets(kOp, p, known, std::vector<float>(known.size(), 1.0f));
+  const auto call = [=](auto views, auto entry, const KernelArgs& args) {
+    entry(
+        p,
+        args.in[0],
+        views.weight(head),
+        static_cast<const int32_t*>(args.in[1]),
+        static_cast<const float*>(args.in[2]),
+        static_cast<float*>(args.out[1]),
+        nullptr,
+        static_cast<float*>(args.out[0]));
+  };
   return launch(
       {.kernel = kOp,
-       .inputs = {x, targets},
-       .outputs = {{{x.shape(0)}, mx::float32}},
+       .inputs = {x, targets, mx::ones({x.shape(0)}, mx::float32, stream())},
+       .outputs = {{{x.shape(0)}, mx::float32}, {{}, mx::float32}},
        .cpu =
            [=](const KernelArgs& args) {
-             const std::vector<float> ones(p.tokens, 1.0f);
              const auto* target = static_cast<const int32_t*>(args.in[1]);
-             check_targets(kOp, p, {target, p.tokens}, ones);
-             float sum = 0.0f;
-             cpu::linear_cross_entropy(
-                 p,
-                 args.in[0],
-                 weight_view(head),
-                 target,
-                 ones.data(),
-                 &sum,
-                 nullptr,
-                 static_cast<float*>(args.out[0]));
+             const auto* ones = static_cast<const float*>(args.in[2]);
+             check_targets(kOp, p, {target, p.tokens}, {ones, p.tokens});
+             call(CpuViews{}, cpu::linear_cross_entropy, args);
            },
+       .cuda = METAL_LORA_ON_CUDA(call, linear_cross_entropy),
        .mlx =
            [head](const Arrays& in, mx::StreamOrDevice s) {
              return Arrays{with_mlx::token_losses(in[0], head, in[1], s)};
@@ -190,6 +200,16 @@ AdamWOutput adamw(
   check_buffer("m", m);
   check_buffer("v", v);
   params.count = param.size();
+  const auto call = [params](auto, auto entry, const KernelArgs& args) {
+    entry(
+        params,
+        static_cast<float*>(args.out[0]),
+        static_cast<const float*>(args.in[1]),
+        static_cast<float*>(args.out[1]),
+        static_cast<float*>(args.out[2]),
+        static_cast<float*>(args.out[3]),
+        static_cast<int32_t*>(args.out[4]));
+  };
   auto out = launch(
       {.kernel = kOp,
        .inputs = {param, grad, m, v},
@@ -200,16 +220,21 @@ AdamWOutput adamw(
             {{}, mx::float32},
             {{}, mx::int32}},
        .cpu =
-           [params](const KernelArgs& args) {
-             const auto result = cpu::adamw(
-                 params,
-                 static_cast<float*>(args.out[0]),
-                 static_cast<const float*>(args.in[1]),
-                 static_cast<float*>(args.out[1]),
-                 static_cast<float*>(args.out[2]));
-             *static_cast<float*>(args.out[3]) = result.grad_norm;
-             *static_cast<int32_t*>(args.out[4]) = result.skipped ? 1 : 0;
+           [call](const KernelArgs& args) {
+             const auto entry = [](const AdamWParams& params,
+                                   float* param,
+                                   const float* grad,
+                                   float* m,
+                                   float* v,
+                                   float* grad_norm,
+                                   int32_t* skipped) {
+               const auto result = cpu::adamw(params, param, grad, m, v);
+               *grad_norm = result.grad_norm;
+               *skipped = result.skipped ? 1 : 0;
+             };
+             call(CpuViews{}, entry, args);
            },
+       .cuda = METAL_LORA_ON_CUDA(call, adamw),
        .metal =
            [params](const Arrays& in, mx::StreamOrDevice) {
              const auto factors = metal::adamw_factors(params);

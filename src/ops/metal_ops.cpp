@@ -5,6 +5,7 @@
 #include "metal_lora/error.h"
 #include "src/launch/backend.h"
 #include "src/launch/metal.h"
+#include "src/ops/entries.h"
 
 namespace mx = mlx::core;
 
@@ -12,6 +13,14 @@ namespace metal_lora::ops {
 
 mx::StreamOrDevice stream() {
   return backend_stream(active_backend());
+}
+
+mx::array kernel_array(const mx::array& a) {
+  if (!runs_metal_kernels(active_backend()) && a.is_available() && a.flags().row_contiguous)
+    return a;
+  auto settled = mx::contiguous(a, false, stream());
+  if (!runs_metal_kernels(active_backend())) settled.eval();
+  return settled;
 }
 
 }  // namespace metal_lora::ops

@@ -15,6 +15,7 @@
 #include "kernels/metal/plans.h"
 #include "metal_lora/ops.h"
 #include "src/launch/backend.h"
+#include "src/launch/device_memory.h"
 #include "src/launch/launch.h"
 
 namespace metal_lora::ops::metal_ops {
@@ -39,10 +40,10 @@ void describe_weight(Shape& shape, const WeightParams& weight) {
 void run_plans(
     const std::vector<metal::Plan>& plans, NamedArrays& arrays, const NamedOutputs& outputs);
 
-/// Values that a Metal kernel cannot refuse, for checking before it runs: those of an int32 or f32
-/// row-contiguous array that is at hand on a Metal backend. Empty for one that is still to be
-/// computed (there the kernel does what its op says of bad values) and on the CPU, whose kernels
-/// check.
+/// Values that a GPU's kernel cannot refuse, for checking before it runs: those of an int32 or f32
+/// row-contiguous array that is at hand, and in memory that the host reads. Empty for one that is
+/// still to be computed (there the kernel does what its op says of bad values) and on the CPU,
+/// whose kernels check.
 template <class T>
 std::vector<T> values_at_hand(const mlx::core::array& a);
 
@@ -52,8 +53,8 @@ auto planned(const char* op, Planner planner, const Shape& shape) -> decltype(pl
 
 template <class T>
 std::vector<T> values_at_hand(const mlx::core::array& a) {
-  if (!runs_metal_kernels(active_backend()) || !a.is_available()) return {};
-  if (!a.flags().row_contiguous) return {};
+  if (active_backend() == Backend::cpu || !a.is_available()) return {};
+  if (!a.flags().row_contiguous || !on_host(a)) return {};
   return {a.data<T>(), a.data<T>() + a.size()};
 }
 

@@ -13,8 +13,12 @@
 #include "metal_lora/ops.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/entries.h"
 #include "src/ops/metal_ops.h"
-#include "src/ops/weight_view.h"
+
+#ifdef METAL_LORA_CUDA
+#include "kernels/cuda/lora_quantized.h"
+#endif
 
 namespace mx = mlx::core;
 
@@ -77,6 +81,23 @@ void quantize_cpu(const WeightParams& p, DType dtype, const KernelArgs& args) {
   });
 }
 
+#ifdef METAL_LORA_CUDA
+CudaFunction quantize_cuda(const WeightParams& p, DType dtype) {
+  return [p, dtype](const cuda::Context& context, const KernelArgs& args) {
+    if (p.format == WeightFormat::nf4) {
+      auto* absmax = static_cast<float*>(args.out[1]);
+      cuda::quantize_nf4(context, p, dtype, args.in[0], args.out[0], absmax);
+    } else {
+      cuda::quantize_affine(context, p, dtype, args.in[0], args.out[0], args.out[1], args.out[2]);
+    }
+  };
+}
+#else
+CudaFunction quantize_cuda(const WeightParams&, DType) {
+  return {};
+}
+#endif
+
 WeightParams quantized_params(
     const char* op, const mx::array& w, WeightFormat format, int group_size) {
   check_shape(op, "w", w, {-1, -1});
@@ -101,6 +122,7 @@ Arrays launch_quantize(const char* op, const mx::array& w, const WeightParams& p
   Launch quantize{.kernel = op, .inputs = {w}, .outputs = {q, groups}};
   if (p.format != WeightFormat::nf4) quantize.outputs.push_back(groups);
   quantize.cpu = [p, dtype](const KernelArgs& args) { quantize_cpu(p, dtype, args); };
+  quantize.cuda = quantize_cuda(p, dtype);
   quantize.metal = [=](const Arrays& in, mx::StreamOrDevice) {
     metal::QuantizeShape shape;
     shape.n = p.n;
@@ -190,6 +212,10 @@ mx::array dequantize(const Weight& weight, mx::Dtype dtype) {
   const DType to = to_kernel(dtype);
   Launch dense{.kernel = kOp, .outputs = {{{weight.out_features(), weight.in_features()}, dtype}}};
   dense.cpu = [weight, to](const KernelArgs& args) { dequantize_cpu(weight, to, args); };
+  const auto call = [weight, to](auto views, auto entry, const KernelArgs& args) {
+    entry(views.weight(weight), to, args.out[0]);
+  };
+  dense.cuda = METAL_LORA_ON_CUDA(call, dequantize);
   dense.metal = [weight, to](const Arrays&, mx::StreamOrDevice s) {
     return dequantize_metal(kOp, weight, to, s);
   };

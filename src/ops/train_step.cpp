@@ -132,7 +132,7 @@ bool has_train_step() {
 TrainPlan::~TrainPlan() = default;
 
 std::pair<mx::array, mx::array> train_step(
-    const std::shared_ptr<TrainPlan>& plan,
+    [[maybe_unused]] const std::shared_ptr<TrainPlan>& plan,
     const mx::array& parameters,
     const mx::array& tokens,
     const Segments& segments,

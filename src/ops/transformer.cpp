@@ -8,7 +8,12 @@
 #include "metal_lora/ops.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/entries.h"
 #include "src/ops/mlx_ops.h"
+
+#ifdef METAL_LORA_CUDA
+#include "kernels/cuda/transformer_kernels.h"
+#endif
 
 namespace mx = mlx::core;
 
@@ -35,20 +40,18 @@ Arrays norm_backward(
     const mx::array& dy,
     const mx::array* dh,
     bool needs_weight) {
+  const auto call = [p, has_dh = dh != nullptr, needs_weight](
+                        auto, auto entry, const KernelArgs& args) {
+    const void* dh = has_dh ? args.in[3] : nullptr;
+    auto* dweight = needs_weight ? static_cast<float*>(args.out[1]) : nullptr;
+    entry(p, args.in[0], args.in[1], args.in[2], dh, args.out[0], dweight);
+  };
   Launch back{
       .kernel = "add_rms_norm_backward",
       .inputs = {h, weight, dy},
       .outputs = {{h.shape(), h.dtype()}},
-      .cpu = [p, has_dh = dh != nullptr, needs_weight](const KernelArgs& args) {
-        cpu::add_rms_norm_backward(
-            p,
-            args.in[0],
-            args.in[1],
-            args.in[2],
-            has_dh ? args.in[3] : nullptr,
-            args.out[0],
-            needs_weight ? static_cast<float*>(args.out[1]) : nullptr);
-      }};
+      .cpu = on_cpu(call, cpu::add_rms_norm_backward),
+      .cuda = METAL_LORA_ON_CUDA(call, add_rms_norm_backward)};
   if (dh != nullptr) back.inputs.push_back(*dh);
   if (needs_weight) back.outputs.push_back({weight.shape(), mx::float32});
   return launch(std::move(back));
@@ -65,14 +68,15 @@ mx::array rope_launch(const mx::array& x, const mx::array& table, bool inverse) 
   p.head_dim = static_cast<uint32_t>(x.shape(2));
   p.dtype = to_kernel(x.dtype());
   p.inverse = inverse;
+  const auto call = [p](auto, auto entry, const KernelArgs& args) {
+    entry(p, args.in[0], static_cast<const float*>(args.in[1]), args.out[0]);
+  };
   return launch(
       {.kernel = "rope",
        .inputs = {x, table},
        .outputs = {{x.shape(), x.dtype()}},
-       .cpu =
-           [p](const KernelArgs& args) {
-             cpu::rope(p, args.in[0], static_cast<const float*>(args.in[1]), args.out[0]);
-           },
+       .cpu = on_cpu(call, cpu::rope),
+       .cuda = METAL_LORA_ON_CUDA(call, rope),
        .mlx = [](const Arrays& in,
                  mx::StreamOrDevice s) { return Arrays{with_mlx::rope(in[0], in[1], s)}; },
        .vjp =
@@ -99,14 +103,15 @@ mx::array rope_launch(const mx::array& x, const mx::array& table, bool inverse) 
 
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps) {
   const NormParams p = checked_norm("rms_norm", x, weight, eps);
+  const auto call = [p](auto, auto entry, const KernelArgs& args) {
+    entry(p, args.in[0], nullptr, args.in[1], nullptr, args.out[0]);
+  };
   return launch(
       {.kernel = "rms_norm",
        .inputs = {x, weight},
        .outputs = {{x.shape(), x.dtype()}},
-       .cpu =
-           [p](const KernelArgs& args) {
-             cpu::add_rms_norm_forward(p, args.in[0], nullptr, args.in[1], nullptr, args.out[0]);
-           },
+       .cpu = on_cpu(call, cpu::add_rms_norm_forward),
+       .cuda = METAL_LORA_ON_CUDA(call, add_rms_norm_forward),
        .mlx =
            [eps](const Arrays& in, mx::StreamOrDevice s) {
              return Arrays{with_mlx::rms_norm(in[0], in[1], eps, s)};
@@ -132,15 +137,15 @@ std::pair<mx::array, mx::array> add_rms_norm(
   const NormParams p = checked_norm(kOp, x, weight, eps);
   if (residual.shape() != x.shape()) refuse(kOp, "residual", shape_text(x), shape_text(residual));
   check_dtype(kOp, "residual", residual, x.dtype());
+  const auto call = [p](auto, auto entry, const KernelArgs& args) {
+    entry(p, args.in[0], args.in[1], args.in[2], args.out[0], args.out[1]);
+  };
   auto outputs = launch(
       {.kernel = kOp,
        .inputs = {x, residual, weight},
        .outputs = {{x.shape(), x.dtype()}, {x.shape(), x.dtype()}},
-       .cpu =
-           [p](const KernelArgs& args) {
-             cpu::add_rms_norm_forward(
-                 p, args.in[0], args.in[1], args.in[2], args.out[0], args.out[1]);
-           },
+       .cpu = on_cpu(call, cpu::add_rms_norm_forward),
+       .cuda = METAL_LORA_ON_CUDA(call, add_rms_norm_forward),
        .mlx =
            [eps](const Arrays& in, mx::StreamOrDevice s) {
              auto h = mx::add(in[0], in[1], s);
@@ -174,24 +179,24 @@ mx::array rope_table(const mx::array& positions, const mx::array& inv_freq, floa
   check_shape(kOp, "inv_freq", inv_freq, {-1});
   check_dtype(kOp, "inv_freq", inv_freq, mx::float32);
   const int tokens = positions.shape(0), head_dim = 2 * inv_freq.shape(0);
+  const auto call = [=](auto, auto entry, const KernelArgs& args) {
+    entry(
+        static_cast<uint32_t>(tokens),
+        static_cast<uint32_t>(head_dim),
+        static_cast<const int32_t*>(args.in[0]),
+        static_cast<const float*>(args.in[1]),
+        factor,
+        static_cast<float*>(args.out[0]));
+  };
   return launch(
       {.kernel = kOp,
        .inputs = {positions, inv_freq},
        .outputs = {{{tokens, head_dim}, mx::float32}},
-       .cpu =
-           [=](const KernelArgs& args) {
-             cpu::rope_table(
-                 static_cast<uint32_t>(tokens),
-                 static_cast<uint32_t>(head_dim),
-                 static_cast<const int32_t*>(args.in[0]),
-                 static_cast<const float*>(args.in[1]),
-                 factor,
-                 static_cast<float*>(args.out[0]));
-           },
-       .mlx =
-           [factor](const Arrays& in, mx::StreamOrDevice s) {
-             return Arrays{with_mlx::rope_table(in[0], in[1], factor, s)};
-           }})[0];
+       .cpu = on_cpu(call, cpu::rope_table),
+       .cuda = METAL_LORA_ON_CUDA(call, rope_table),
+       .mlx = [factor](const Arrays& in, mx::StreamOrDevice s) {
+         return Arrays{with_mlx::rope_table(in[0], in[1], factor, s)};
+       }})[0];
 }
 
 mx::array rope(const mx::array& x, const mx::array& table) {
@@ -209,14 +214,15 @@ mx::array swiglu(const mx::array& gate, const mx::array& up) {
   check_dtype(kOp, "up", up, gate.dtype());
   const size_t count = gate.size();
   const DType dtype = to_kernel(gate.dtype());
+  const auto call = [=](auto, auto entry, const KernelArgs& args) {
+    entry(count, dtype, args.in[0], args.in[1], args.out[0]);
+  };
   return launch(
       {.kernel = kOp,
        .inputs = {gate, up},
        .outputs = {{gate.shape(), gate.dtype()}},
-       .cpu =
-           [=](const KernelArgs& args) {
-             cpu::swiglu_forward(count, dtype, args.in[0], args.in[1], args.out[0]);
-           },
+       .cpu = on_cpu(call, cpu::swiglu_forward),
+       .cuda = METAL_LORA_ON_CUDA(call, swiglu_forward),
        .mlx = [](const Arrays& in,
                  mx::StreamOrDevice s) { return Arrays{with_mlx::swiglu(in[0], in[1], s)}; },
        .vjp =
@@ -224,16 +230,17 @@ mx::array swiglu(const mx::array& gate, const mx::array& up) {
                const Arrays& cotangents,
                const std::vector<int>& argnums,
                const Arrays&) {
+             const auto call = [=](auto, auto entry, const KernelArgs& args) {
+               entry(count, dtype, args.in[0], args.in[1], args.in[2], args.out[0], args.out[1]);
+             };
              auto grads = launch(
                  {.kernel = "swiglu_backward",
                   .inputs = {primals[0], primals[1], cotangents[0]},
                   .outputs =
                       {{primals[0].shape(), primals[0].dtype()},
                        {primals[1].shape(), primals[1].dtype()}},
-                  .cpu = [=](const KernelArgs& args) {
-                    cpu::swiglu_backward(
-                        count, dtype, args.in[0], args.in[1], args.in[2], args.out[0], args.out[1]);
-                  }});
+                  .cpu = on_cpu(call, cpu::swiglu_backward),
+                  .cuda = METAL_LORA_ON_CUDA(call, swiglu_backward)});
              Arrays result;
              for (int i : argnums) result.push_back(grads[i]);
              return result;

@@ -9,7 +9,12 @@
 #include "metal_lora/ops.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
+#include "src/ops/entries.h"
 #include "src/ops/metal_ops.h"
+
+#ifdef METAL_LORA_CUDA
+#include "kernels/cuda/transformer_kernels.h"
+#endif
 
 namespace mx = mlx::core;
 
@@ -47,8 +52,8 @@ Verification verify_tokens(
     check_dtype(kOp, "draft_probs", *draft_probs, mx::float32);
     verify.inputs.push_back(*draft_probs);
   }
-  verify.cpu = [p](const KernelArgs& args) {
-    cpu::verify_tokens(
+  const auto call = [p](auto, auto entry, const KernelArgs& args) {
+    entry(
         p,
         args.in[0],
         static_cast<const int32_t*>(args.in[1]),
@@ -56,6 +61,8 @@ Verification verify_tokens(
         static_cast<int32_t*>(args.out[0]),
         static_cast<int32_t*>(args.out[1]));
   };
+  verify.cpu = on_cpu(call, cpu::verify_tokens);
+  verify.cuda = METAL_LORA_ON_CUDA(call, verify_tokens);
   verify.metal = [p](const Arrays& in, mx::StreamOrDevice) {
     metal::VerifyShape shape;
     shape.batch = p.batch;
