@@ -2,11 +2,12 @@
 // SPDX-License-Identifier: MIT
 //
 // RMS norm with the addition before it. Every array moves once: a row stays in the registers of a
-// warp (up to 4096 16-bit values) or of a block (up to 16,384), so that the second pass reads
-// nothing. Rows that are longer or do not start on 16 bytes are read twice.
+// block (up to 16,384 16-bit values), so that the second pass reads nothing. Rows that are longer
+// or do not start on 16 bytes are read twice.
 //
-// Ladder ([4096, 2048] bf16, H100): a block a row 18 µs (1.86 TB/s of 2.4); a warp a row, eight
-// loads in flight a lane: see bench/results.
+// Ladder ([4096, 2048] bf16, H100, copy 2.44 TB/s): a warp a row, eight loads in flight a lane:
+// forward 18.7 µs, backward with dh 42 µs; a block a row: 18.2 µs (1.84 TB/s) and 32 µs (2.1 TB/s,
+// 86 %). The forward's next 10 %: two rows a block, so that one loads while the other is reduced.
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/transformer_kernels.h"
@@ -16,30 +17,28 @@ namespace {
 
 constexpr int kBlock = 256;
 
-/// Sums over the kThreads threads of a row, in a fixed order, known to all of them.
-template <int kThreads, int kCount>
+/// Sums over the block, in a fixed order, known to all threads.
+template <int kCount>
 __device__ __forceinline__ void row_sums(float (&v)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) v[i] = warp_sum(v[i]);
-  if constexpr (kThreads == kBlock) {
-    __shared__ float parts[kCount][kBlock / 32];
-    if (threadIdx.x % 32 == 0) {
+  __shared__ float parts[kCount][kBlock / 32];
+  if (threadIdx.x % 32 == 0) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) parts[i][threadIdx.x / 32] = v[i];
-    }
-    __syncthreads();
+    for (int i = 0; i < kCount; ++i) parts[i][threadIdx.x / 32] = v[i];
+  }
+  __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      v[i] = 0.0f;
+  for (int i = 0; i < kCount; ++i) {
+    v[i] = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kBlock / 32; ++w) v[i] += parts[i][w];
-    }
+    for (int w = 0; w < kBlock / 32; ++w) v[i] += parts[i][w];
   }
 }
 
 template <typename T, typename W>
 struct Forward {
-  uint32_t rows, dims;
+  uint32_t dims;
   float eps;
   const T* x;
   const T* residual;
@@ -54,27 +53,25 @@ __device__ __forceinline__ T summed(T x, T residual) {
   return from_float<T>(to_float(x) + to_float(residual));
 }
 
-/// kThreads threads a row, kChunks vectors of 16 bytes each.
-template <typename T, typename W, int kThreads, int kChunks>
+/// A block a row, kChunks vectors of 16 bytes a thread.
+template <typename T, typename W, int kChunks>
 __global__ void __launch_bounds__(kBlock) forward_rows(const Forward<T, W> a) {
   allow_dependents();
   wait_for_previous();
   constexpr int kV = Vec16<T>::kCount;
-  const uint32_t row = blockIdx.x * (kBlock / kThreads) + threadIdx.x / kThreads;
-  if (row >= a.rows) return;  // whole warps, or the whole block
+  const uint32_t row = blockIdx.x;
   const size_t at = size_t{row} * a.dims;
-  const uint32_t lane = threadIdx.x % kThreads;
   Vec16<T> v[kChunks];
   float sums[1] = {0.0f};
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const uint32_t i = (c * kThreads + lane) * kV;
+    const uint32_t i = (c * kBlock + threadIdx.x) * kV;
     if (i < a.dims) v[c] = load16(a.x + at + i);
   }
   if (a.residual != nullptr) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      const uint32_t i = (c * kThreads + lane) * kV;
+      const uint32_t i = (c * kBlock + threadIdx.x) * kV;
       if (i >= a.dims) continue;
       const Vec16<T> r = load16(a.residual + at + i);
 #pragma unroll
@@ -83,17 +80,17 @@ __global__ void __launch_bounds__(kBlock) forward_rows(const Forward<T, W> a) {
   }
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const uint32_t i = (c * kThreads + lane) * kV;
+    const uint32_t i = (c * kBlock + threadIdx.x) * kV;
     if (i >= a.dims) continue;
     if (a.h != nullptr) store16(a.h + at + i, v[c]);
 #pragma unroll
     for (int j = 0; j < kV; ++j) sums[0] += to_float(v[c].v[j]) * to_float(v[c].v[j]);
   }
-  row_sums<kThreads>(sums);
+  row_sums(sums);
   const float scale = rsqrtf(sums[0] / static_cast<float>(a.dims) + a.eps);
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const uint32_t i = (c * kThreads + lane) * kV;
+    const uint32_t i = (c * kBlock + threadIdx.x) * kV;
     if (i >= a.dims) continue;
     Vec16<T> out;
 #pragma unroll
@@ -116,7 +113,7 @@ __global__ void __launch_bounds__(kBlock) forward_any(const Forward<T, W> a) {
   };
   float sums[1] = {0.0f};
   for (uint32_t i = threadIdx.x; i < a.dims; i += kBlock) sums[0] += value(i) * value(i);
-  row_sums<kBlock>(sums);
+  row_sums(sums);
   const float scale = rsqrtf(sums[0] / static_cast<float>(a.dims) + a.eps);
   for (uint32_t i = threadIdx.x; i < a.dims; i += kBlock) {
     const float v = value(i);
@@ -127,7 +124,7 @@ __global__ void __launch_bounds__(kBlock) forward_any(const Forward<T, W> a) {
 
 template <typename T, typename W>
 struct Backward {
-  uint32_t rows, dims;
+  uint32_t dims;
   float eps;
   const T* h;
   const W* weight;
@@ -139,27 +136,25 @@ struct Backward {
 
 /// dx = dh + s·w·dy − h·s³·mean(w·dy·h), s = 1/sqrt(mean(h²) + eps). A thread reads all of its part
 /// of a row before it writes: dx may be dy or dh.
-template <typename T, typename W, int kThreads, int kChunks>
+template <typename T, typename W, int kChunks>
 __global__ void __launch_bounds__(kBlock) backward_rows(const Backward<T, W> a) {
   allow_dependents();
   wait_for_previous();
   constexpr int kV = Vec16<T>::kCount;
-  const uint32_t row = blockIdx.x * (kBlock / kThreads) + threadIdx.x / kThreads;
-  if (row >= a.rows) return;
+  const uint32_t row = blockIdx.x;
   const size_t at = size_t{row} * a.dims;
-  const uint32_t lane = threadIdx.x % kThreads;
   Vec16<T> h[kChunks], g[kChunks];
   float sums[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const uint32_t i = (c * kThreads + lane) * kV;
+    const uint32_t i = (c * kBlock + threadIdx.x) * kV;
     if (i >= a.dims) continue;
     h[c] = load16(a.h + at + i);
     g[c] = load16(a.dy + at + i);
   }
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const uint32_t i = (c * kThreads + lane) * kV;
+    const uint32_t i = (c * kBlock + threadIdx.x) * kV;
     if (i >= a.dims) continue;
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
@@ -168,13 +163,13 @@ __global__ void __launch_bounds__(kBlock) backward_rows(const Backward<T, W> a) 
       sums[1] += v * to_float(g[c].v[j]) * to_float(a.weight[i + j]);
     }
   }
-  row_sums<kThreads>(sums);
+  row_sums(sums);
   const float scale = rsqrtf(sums[0] / static_cast<float>(a.dims) + a.eps);
   const float pull = scale * scale * scale * (sums[1] / static_cast<float>(a.dims));
-  if (a.scale != nullptr && lane == 0) a.scale[row] = scale;
+  if (a.scale != nullptr && threadIdx.x == 0) a.scale[row] = scale;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
-    const uint32_t i = (c * kThreads + lane) * kV;
+    const uint32_t i = (c * kBlock + threadIdx.x) * kV;
     if (i >= a.dims) continue;
     Vec16<T> beside{}, out;
     if (a.dh != nullptr) beside = load16(a.dh + at + i);
@@ -200,7 +195,7 @@ __global__ void __launch_bounds__(kBlock) backward_any(const Backward<T, W> a) {
     sums[0] += v * v;
     sums[1] += v * to_float(a.dy[at + i]) * to_float(a.weight[i]);
   }
-  row_sums<kBlock>(sums);
+  row_sums(sums);
   const float scale = rsqrtf(sums[0] / static_cast<float>(a.dims) + a.eps);
   const float pull = scale * scale * scale * (sums[1] / static_cast<float>(a.dims));
   if (a.scale != nullptr && threadIdx.x == 0) a.scale[blockIdx.x] = scale;
@@ -241,28 +236,23 @@ __global__ void __launch_bounds__(kBlock)
 
 // ---- host ----
 
-enum class Form { warp, block, any };
-
 bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-constexpr int kWarpChunks = 8, kBlockChunks = 8;
+constexpr int kMaxChunks = 8;
 
+/// Vectors of 16 bytes that a thread holds: 1, 2, 4 or 8; 0 where rows cannot be held.
 template <typename T>
-Form form_of(uint32_t rows, uint32_t dims, std::initializer_list<const void*> pointers) {
+int chunks_of(uint32_t dims, std::initializer_list<const void*> pointers) {
   constexpr uint32_t kV = Vec16<T>::kCount;
-  if (dims % kV != 0 || dims > kBlock * kBlockChunks * kV) return Form::any;
+  if (dims % kV != 0 || dims > kBlock * kMaxChunks * kV) return 0;
   for (const void* p : pointers) {
-    if (!aligned(p)) return Form::any;
+    if (!aligned(p)) return 0;
   }
-  // Few rows: a block each is quicker than a warp.
-  return dims <= 32 * kWarpChunks * kV && rows > 256 ? Form::warp : Form::block;
-}
-
-unsigned blocks_of(Form form, uint32_t rows) {
-  constexpr uint32_t kRows = kBlock / 32;
-  return form == Form::warp ? (rows + kRows - 1) / kRows : rows;
+  int chunks = 1;
+  while (dims > static_cast<uint32_t>(chunks) * kBlock * kV) chunks *= 2;
+  return chunks;
 }
 
 template <typename F>
@@ -289,7 +279,6 @@ void add_rms_norm_forward(
     using T = decltype(t);
     using W = decltype(w);
     const Forward<T, W> a{
-        p.rows,
         p.dims,
         p.eps,
         static_cast<const T*>(x),
@@ -297,11 +286,13 @@ void add_rms_norm_forward(
         static_cast<const W*>(weight),
         static_cast<T*>(h),
         static_cast<T*>(y)};
-    const Form form = form_of<T>(p.rows, p.dims, {x, residual, h, y});
-    const auto kernel = form == Form::warp    ? forward_rows<T, W, 32, kWarpChunks>
-                        : form == Form::block ? forward_rows<T, W, kBlock, kBlockChunks>
-                                              : forward_any<T, W>;
-    launch_pdl(kernel, dim3(blocks_of(form, p.rows)), dim3(kBlock), 0, context.stream, a);
+    const int chunks = chunks_of<T>(p.dims, {x, residual, h, y});
+    const auto kernel = chunks == 0   ? forward_any<T, W>
+                        : chunks == 1 ? forward_rows<T, W, 1>
+                        : chunks == 2 ? forward_rows<T, W, 2>
+                        : chunks == 4 ? forward_rows<T, W, 4>
+                                      : forward_rows<T, W, 8>;
+    launch_pdl(kernel, dim3(p.rows), dim3(kBlock), 0, context.stream, a);
   });
 }
 
@@ -337,7 +328,6 @@ void add_rms_norm_backward(
       }
     }
     const Backward<T, W> a{
-        p.rows,
         p.dims,
         p.eps,
         static_cast<const T*>(h),
@@ -346,18 +336,20 @@ void add_rms_norm_backward(
         static_cast<const T*>(dh),
         static_cast<T*>(dx),
         scale};
-    const Form form = form_of<T>(p.rows, p.dims, {h, dy, dh, dx});
-    const auto kernel = form == Form::warp    ? backward_rows<T, W, 32, kWarpChunks>
-                        : form == Form::block ? backward_rows<T, W, kBlock, kBlockChunks>
-                                              : backward_any<T, W>;
-    launch_pdl(kernel, dim3(blocks_of(form, p.rows)), dim3(kBlock), 0, context.stream, a);
+    const int chunks = chunks_of<T>(p.dims, {h, dy, dh, dx});
+    const auto kernel = chunks == 0   ? backward_any<T, W>
+                        : chunks == 1 ? backward_rows<T, W, 1>
+                        : chunks == 2 ? backward_rows<T, W, 2>
+                        : chunks == 4 ? backward_rows<T, W, 4>
+                                      : backward_rows<T, W, 8>;
+    launch_pdl(kernel, dim3(p.rows), dim3(kBlock), 0, context.stream, a);
     if (dweight == nullptr) return;
-    const uint32_t chunks = (p.rows + kRowsPerChunk - 1) / kRowsPerChunk;
+    const uint32_t row_chunks = (p.rows + kRowsPerChunk - 1) / kRowsPerChunk;
     auto* partial =
-        static_cast<float*>(context.scratch->take(size_t{chunks} * p.dims * sizeof(float)));
+        static_cast<float*>(context.scratch->take(size_t{row_chunks} * p.dims * sizeof(float)));
     launch_pdl(
         weight_partials<T>,
-        dim3(tiles(p.dims), chunks),
+        dim3(tiles(p.dims), row_chunks),
         dim3(kBlock),
         0,
         context.stream,
@@ -373,7 +365,7 @@ void add_rms_norm_backward(
         dim3(kBlock),
         0,
         context.stream,
-        chunks,
+        row_chunks,
         p.dims,
         partial,
         dweight);

@@ -3,6 +3,10 @@
 //
 // Rotary embedding in NeoX order: [a, b] -> [a·cos - b·sin, b·cos + a·sin]. 16 bytes a thread from
 // each half of a head where they align; bandwidth-bound on x.
+//
+// Ladder (q and k of 4096 tokens, 40 heads of 64, bf16, H100; 42 MB): flat over all parts, with
+// 64-bit divisions and the table read by each thread 40 µs; a token a block 18 µs (2.3 TB/s, 95 %
+// of a copy).
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/transformer_kernels.h"
@@ -42,6 +46,7 @@ struct Heads {
   const float* cos_sin;
 };
 
+/// A token a block, whose row of cosines and sines stays in the nearest cache.
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kBlock) rotate_kernel(const Heads<T> a) {
   allow_dependents();
@@ -49,28 +54,28 @@ __global__ void __launch_bounds__(kBlock) rotate_kernel(const Heads<T> a) {
   struct alignas(kWidth * sizeof(T)) Part {
     T v[kWidth];
   };
-  const uint32_t parts = a.half / kWidth, heads = a.heads[0] + a.heads[1];
-  const size_t at = blockIdx.x * size_t{kBlock} + threadIdx.x;
-  const auto part = static_cast<uint32_t>(at % parts);
-  const auto head = static_cast<uint32_t>(at / parts % heads);
-  const size_t token = at / (size_t{parts} * heads);
-  if (token >= a.tokens) return;
-  const int which = head < a.heads[0] ? 0 : 1;
-  const size_t offset = token * a.stride[which] +
-                        size_t{head - (which == 0 ? 0 : a.heads[0])} * 2 * a.half + part * kWidth;
-  const Part low = *reinterpret_cast<const Part*>(a.from[which] + offset);
-  const Part high = *reinterpret_cast<const Part*>(a.from[which] + offset + a.half);
-  const float* cosines = a.cos_sin + token * 2 * a.half + part * kWidth;
-  Part out_low, out_high;
+  const uint32_t parts = a.half / kWidth, count = (a.heads[0] + a.heads[1]) * parts;
+  const size_t token = blockIdx.x;
+  const float* row = a.cos_sin + token * 2 * a.half;
+  for (uint32_t at = threadIdx.x; at < count; at += kBlock) {
+    const uint32_t part = at % parts, head = at / parts;
+    const int which = head < a.heads[0] ? 0 : 1;
+    const size_t offset = token * a.stride[which] +
+                          size_t{head - (which == 0 ? 0 : a.heads[0])} * 2 * a.half + part * kWidth;
+    const Part low = *reinterpret_cast<const Part*>(a.from[which] + offset);
+    const Part high = *reinterpret_cast<const Part*>(a.from[which] + offset + a.half);
+    Part out_low, out_high;
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) {
-    const float c = cosines[j], s = a.sign * cosines[a.half + j];
-    const float x = to_float(low.v[j]), y = to_float(high.v[j]);
-    out_low.v[j] = from_float<T>(x * c - y * s);
-    out_high.v[j] = from_float<T>(y * c + x * s);
+    for (int j = 0; j < kWidth; ++j) {
+      const uint32_t i = part * kWidth + j;
+      const float c = row[i], s = a.sign * row[a.half + i];
+      const float x = to_float(low.v[j]), y = to_float(high.v[j]);
+      out_low.v[j] = from_float<T>(x * c - y * s);
+      out_high.v[j] = from_float<T>(y * c + x * s);
+    }
+    *reinterpret_cast<Part*>(a.to[which] + offset) = out_low;
+    *reinterpret_cast<Part*>(a.to[which] + offset + a.half) = out_high;
   }
-  *reinterpret_cast<Part*>(a.to[which] + offset) = out_low;
-  *reinterpret_cast<Part*>(a.to[which] + offset + a.half) = out_high;
 }
 
 template <typename T>
@@ -84,10 +89,9 @@ void rotate(const Context& context, const Heads<T>& a) {
     wide = wide && a.stride[i] % kWide == 0 && reinterpret_cast<uintptr_t>(a.from[i]) % 16 == 0 &&
            reinterpret_cast<uintptr_t>(a.to[i]) % 16 == 0;
   }
-  const size_t threads = size_t{a.tokens} * heads * (a.half / (wide ? kWide : 1));
   launch_pdl(
       wide ? rotate_kernel<T, kWide> : rotate_kernel<T, 1>,
-      dim3(static_cast<unsigned>((threads + kBlock - 1) / kBlock)),
+      dim3(a.tokens),
       dim3(kBlock),
       0,
       context.stream,
