@@ -4,7 +4,8 @@
 // Attention of a few queries over a long cache: its keys are split over the blocks ("flash
 // decoding") and, within a block, over warps that stream their own tiles; the queries of all heads
 // that share a kv head are the rows of one product. How many keys a block takes follows from the
-// position alone, so that a position's sums always have the same order.
+// position alone, so that a position's sums always have the same order. The last block to finish adds
+// the partial sums up.
 #include <algorithm>
 
 #include "kernels/cuda/attention_forward.cuh"
@@ -109,7 +110,11 @@ struct Partials {
 /// The block's warps together, in their order, into its partial sums.
 template <int kDim>
 __device__ __forceinline__ void merge_warps(
-    float* memory, const float (&o)[1][kDim / 8][4], const RowState<1>& state, Partials to) {
+    float* memory,
+    const float (&o)[1][kDim / 8][4],
+    const RowState<1>& state,
+    Partials to,
+    int rows) {
   constexpr int kPitch = kDim + 4;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float2* states = reinterpret_cast<float2*>(memory);  // [warp, row]
@@ -128,7 +133,7 @@ __device__ __forceinline__ void merge_warps(
     }
   }
   __syncthreads();
-  for (int at = threadIdx.x; at < kRows * kDim; at += kThreads) {
+  for (int at = threadIdx.x; at < rows * kDim; at += kThreads) {
     const int row = at / kDim, column = at % kDim;
     float top = -INFINITY, sum = 0.0f, total = 0.0f;
 #pragma unroll
@@ -145,8 +150,94 @@ __device__ __forceinline__ void merge_warps(
   }
 }
 
+/// Some columns of a row, summed over some keys.
+struct Sum {
+  float top = -INFINITY, sum = 0.0f;
+  float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+
+  /// Adds a part whose maximum is at most `top`.
+  __device__ __forceinline__ void add(float2 state, float4 x) {
+    const float fade = state.x == -INFINITY ? state.y : exp2_fast(state.x - top);
+    sum = fmaf(state.y, fade, sum);  // y: 0, or NaN where there was one
+    total.x = fmaf(x.x, fade, total.x), total.y = fmaf(x.y, fade, total.y);
+    total.z = fmaf(x.z, fade, total.z), total.w = fmaf(x.w, fade, total.w);
+  }
+};
+
+/// The splits' partial sums of one block of rows together, in their order: groups of threads take
+/// runs of splits, whose sums then follow each other.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads) decode_kernel(const Arguments a, Partials partials) {
+__device__ __forceinline__ void combine(
+    const Arguments& a, const Partials& from, int row_block, int kv_head, int count, float* memory) {
+  constexpr int kVectors = kDim / 4;  // of a row
+  const int group = a.p.q_heads / a.p.kv_heads, thread = threadIdx.x;
+  const int rows = min(static_cast<int>(a.p.q_tokens) * group - row_block * kRows, kRows);
+  const int slots = rows * kVectors, groups = max(kThreads / slots, 1);
+  const auto sum_run = [&](int slot, int begin, int end) {
+    const float2* states = from.state + slot / kVectors;
+    const float4* sums = reinterpret_cast<const float4*>(from.sums) + slot;
+    Sum sum;
+#pragma unroll 8
+    for (int s = begin; s < end; ++s) sum.top = fmaxf(sum.top, __ldcg(states + s * kRows).x);
+#pragma unroll 8
+    for (int s = begin; s < end; ++s) {
+      sum.add(__ldcg(states + s * kRows), __ldcg(sums + static_cast<size_t>(s) * kRows * kVectors));
+    }
+    return sum;
+  };
+  const auto finish = [&](int slot, const Sum& sum) {
+    const int flat = row_block * kRows + slot / kVectors, i = flat / group;
+    const int head = kv_head * group + flat % group, column = slot % kVectors * 4;
+    const float inverse = sum.sum == 0.0f ? 0.0f : 1.0f / sum.sum;
+    if (column < static_cast<int>(a.p.head_dim)) {
+      *reinterpret_cast<uint2*>(
+          static_cast<T*>(a.out) + i * a.p.o_stride + static_cast<size_t>(head) * a.p.head_dim +
+          column) =
+          make_uint2(
+              mma::pack2<T>(sum.total.x * inverse, sum.total.y * inverse),
+              mma::pack2<T>(sum.total.z * inverse, sum.total.w * inverse));
+    }
+    if (a.logsumexp != nullptr && column == 0) {
+      a.logsumexp[static_cast<size_t>(head) * a.p.q_tokens + i] = sum.sum == 0.0f
+          ? -INFINITY
+          : (sum.top + __log2f(sum.sum)) * (1.0f / kLog2e);
+    }
+  };
+  if (groups == 1) {
+    for (int slot = thread; slot < slots; slot += kThreads) finish(slot, sum_run(slot, 0, count));
+    return;
+  }
+  float4* totals = reinterpret_cast<float4*>(memory);  // [kThreads]
+  float2* states = reinterpret_cast<float2*>(totals + kThreads);
+  const int run = (count + groups - 1) / groups, part = thread / slots;
+  if (part < groups) {
+    const Sum sum = sum_run(thread % slots, part * run, min((part + 1) * run, count));
+    totals[thread] = sum.total;
+    states[thread] = make_float2(sum.top, sum.sum);
+  }
+  __syncthreads();
+  if (thread < slots) {
+    Sum sum;
+    for (int g = 0; g < groups; ++g) sum.top = fmaxf(sum.top, states[g * slots + thread].x);
+    for (int g = 0; g < groups; ++g) {
+      sum.add(states[g * slots + thread], totals[g * slots + thread]);
+    }
+    finish(thread, sum);
+  }
+}
+__device__ __forceinline__ int splits_used(const Split& s) {
+  return max((s.last - s.first + s.chunk) / s.chunk, 1);
+}
+__device__ __forceinline__ Partials partials_of(
+    const Arguments& a, const Partials& all, int row_block, int kv_head, int splits, int dim) {
+  const size_t at =
+      (static_cast<size_t>(row_block) * a.p.kv_heads + kv_head) * splits * kRows;
+  return {all.state + at, all.sums + at * dim};
+}
+
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kThreads)
+    decode_kernel(const Arguments a, Partials partials, uint32_t* counters) {
   using Tile = Tile<kDim>;
   extern __shared__ __align__(1024) uint8_t memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -216,45 +307,45 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const Arguments a, Par
   mma::copies_wait<0>();
 #pragma unroll
   for (int half = 0; half < 2; ++half) state.top[0][half] *= scale;
-  const size_t at =
-      ((static_cast<size_t>(row_block) * a.p.kv_heads + kv_head) * gridDim.x + blockIdx.x) * kRows;
-  partials.state += at;
-  partials.sums += at * kDim;
-  merge_warps<kDim>(reinterpret_cast<float*>(memory), o, state, partials);
+  const Partials parts = partials_of(a, partials, row_block, kv_head, gridDim.x, kDim);
+  const Partials mine = {
+      parts.state + blockIdx.x * kRows,
+      parts.sums + static_cast<size_t>(blockIdx.x) * kRows * kDim};
+  merge_warps<kDim>(
+      reinterpret_cast<float*>(memory), o, state, mine, min(rows - row_block * kRows, kRows));
+  if (counters == nullptr) return;
+  // Whoever comes last adds up.
+  __shared__ bool last;
+  const int used = splits_used(split);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t* counter = counters + row_block * a.p.kv_heads + kv_head;
+    last = atomicAdd(counter, 1u) == static_cast<uint32_t>(used) - 1;
+    if (last) *counter = 0;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  combine<T, kDim>(
+      a, parts, row_block, kv_head, used, reinterpret_cast<float*>(memory));
 }
 
-/// One block a row: the splits' partial sums together, in their order.
+/// Where there are no counters: a second launch.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kDim)
+__global__ void __launch_bounds__(kThreads)
     combine_kernel(const Arguments a, Partials partials, int splits) {
+  __shared__ __align__(16) float memory[kThreads * 6];
   begin_dependent();
-  const int group = a.p.q_heads / a.p.kv_heads, kv_head = blockIdx.y;
-  const int row_block = blockIdx.x / kRows, row = blockIdx.x % kRows;
-  const int i = blockIdx.x / group, head = kv_head * group + blockIdx.x % group;
+  const int kv_head = blockIdx.x, row_block = blockIdx.y;
   const Split split = split_keys<kDim>(a, offset_of(a), row_block, splits);
-  const int count = max((split.last - split.first + split.chunk) / split.chunk, 1);
-  const size_t at =
-      (static_cast<size_t>(row_block) * a.p.kv_heads + kv_head) * splits * kRows + row;
-  const float2* states = partials.state + at;
-  const float* sums = partials.sums + at * kDim + threadIdx.x;
-  float top = -INFINITY, sum = 0.0f, total = 0.0f;
-  for (int s = 0; s < count; ++s) top = fmaxf(top, states[s * kRows].x);
-#pragma unroll 8
-  for (int s = 0; s < count; ++s) {
-    const float2 part = states[s * kRows];
-    const float fade = part.x == -INFINITY ? part.y : exp2_fast(part.x - top);
-    sum = fmaf(part.y, fade, sum);
-    total = fmaf(sums[static_cast<size_t>(s) * kRows * kDim], fade, total);
-  }
-  if (threadIdx.x < a.p.head_dim) {
-    static_cast<T*>(a.out)
-        [i * a.p.o_stride + static_cast<size_t>(head) * a.p.head_dim + threadIdx.x] =
-            from_float<T>(sum == 0.0f ? 0.0f : total / sum);
-  }
-  if (a.logsumexp != nullptr && threadIdx.x == 0) {
-    a.logsumexp[static_cast<size_t>(head) * a.p.q_tokens + i] =
-        sum == 0.0f ? -INFINITY : (top + __log2f(sum)) * (1.0f / kLog2e);
-  }
+  combine<T, kDim>(
+      a,
+      partials_of(a, partials, row_block, kv_head, splits, kDim),
+      row_block,
+      kv_head,
+      splits_used(split),
+      memory);
 }
 
 template <typename T, int kDim>
@@ -270,6 +361,8 @@ void run(const Context& context, const Arguments& a) {
   Partials partials;
   partials.state = static_cast<float2*>(context.scratch->take(slots * sizeof(float2)));
   partials.sums = static_cast<float*>(context.scratch->take(slots * kDim * sizeof(float)));
+  const bool counted =
+      context.counters != nullptr && row_blocks * a.p.kv_heads <= METAL_LORA_CUDA_COUNTERS;
   launch(
       context,
       "attention_forward decode",
@@ -278,13 +371,15 @@ void run(const Context& context, const Arguments& a) {
       kThreads,
       Tile<kDim>::kSharedBytes,
       a,
-      partials);
+      partials,
+      counted ? context.counters : nullptr);
+  if (counted) return;
   launch(
       context,
       "attention_forward combine",
       combine_kernel<T, kDim>,
-      dim3(rows, a.p.kv_heads),
-      kDim,
+      dim3(a.p.kv_heads, row_blocks),
+      kThreads,
       0,
       a,
       partials,
