@@ -42,6 +42,14 @@ namespace ops {
 /// built there too, or a step exported for a GPU would leave it.
 mlx::core::StreamOrDevice stream();
 
+/// Memory of the GPU that the active backend works in.
+struct DeviceMemory {
+  size_t total_bytes = 0;
+  size_t peak_bytes = 0;  ///< the most in use so far: weights, activations, scratch
+};
+/// Nothing where the model lies in the process's own memory (CPU, Metal).
+std::optional<DeviceMemory> device_memory();
+
 /// y = x·Wᵀ + bias + scale·(drop(x)·Aᵀ)·Bᵀ for each linear; all share x [tokens, in] (q, k, v;
 /// gate, up), which is read and converted once. Returns [tokens, out] in x's dtype for each.
 /// Differentiable in x, A, B. dA, dB have A's dtype.

@@ -133,7 +133,7 @@ struct TrainReport {
   double learning_rate = 0.0;
   double tokens_per_second = 0.0;  ///< tokens of samples, prompts included
   int64_t trained_tokens = 0;      ///< tokens in the loss since the start
-  uint64_t peak_memory_bytes = 0;  ///< highest resident set of the process
+  uint64_t peak_memory_bytes = 0;  ///< highest resident set of the process, or use of the GPU's own memory
   double grad_norm = 0.0;          ///< of the last step, before clipping
   double eta_seconds = 0.0;
   int64_t skipped_steps = 0;  ///< by the guard against non-finite values, since the start

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "kernels/nf4.h"
+#include "metal_lora/ops.h"
 #include "metal_lora/train.h"
 
 namespace metal_lora {
@@ -150,10 +151,13 @@ MemoryEstimate estimate_memory(
 }
 
 uint64_t peak_memory_bytes() {
+  if (const auto device = ops::device_memory()) return device->peak_bytes;
   return proc_field("/proc/self/status", "VmHWM");
 }
 
 uint64_t memory_limit_bytes() {
+  // The driver, MLX's own kernels and their libraries take the rest.
+  if (const auto device = ops::device_memory()) return device->total_bytes / 100 * 94;
   const uint64_t available = proc_field("/proc/meminfo", "MemAvailable");
   const uint64_t room = std::min(available == 0 ? kNoLimit : available, control_group_room());
   if (room == kNoLimit) return 0;
