@@ -5,7 +5,7 @@
 // forward + backward; then what it is made of (the portable products, in bf16 and f32). Weights
 // rotate so that L2 does not hold them. One line a case: microseconds, TFLOP/s, ratio.
 //
-//   lora_linear_bench [products|linears|dropout]...    (default: all). Link with -lcublas.
+//   lora_linear_bench [products|parts|linears|dropout]...    (default: all). Link with -lcublas.
 #include <cublas_v2.h>
 
 #include <cmath>
@@ -79,13 +79,57 @@ class Cublas {
   void* workspace_ = nullptr;
 };
 
+/// Median microseconds of each of several calls, whose graphs are replayed in turns: clocks that
+/// fall under load then fall for all of them.
+std::vector<float> compare_us(
+    bench::Device& device, const std::vector<std::function<void()>>& calls, int launches = 20) {
+  const auto stream = device.context.stream;
+  std::vector<cudaGraphExec_t> graphs(calls.size());
+  for (size_t c = 0; c < calls.size(); ++c) {
+    device.memory.reset();
+    calls[c]();
+    mlc::check(cudaStreamSynchronize(stream), "first call");
+    cudaGraph_t graph;
+    mlc::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+    for (int i = 0; i < launches; ++i) {
+      device.memory.reset();
+      calls[c]();
+    }
+    mlc::check(cudaStreamEndCapture(stream, &graph), "capture");
+    mlc::check(cudaGraphInstantiate(&graphs[c], graph, 0), "cudaGraphInstantiate");
+    cudaGraphDestroy(graph);
+  }
+  cudaEvent_t begin, end;
+  cudaEventCreate(&begin);
+  cudaEventCreate(&end);
+  std::vector<std::vector<float>> us(calls.size());
+  for (int r = 0; r < 9; ++r) {
+    for (size_t c = 0; c < calls.size(); ++c) {
+      cudaEventRecord(begin, stream);
+      mlc::check(cudaGraphLaunch(graphs[c], stream), "cudaGraphLaunch");
+      cudaEventRecord(end, stream);
+      mlc::check(cudaEventSynchronize(end), "replay");
+      float ms = 0.0f;
+      cudaEventElapsedTime(&ms, begin, end);
+      if (r >= 2) us[c].push_back(ms * 1e3f / launches);
+    }
+  }
+  std::vector<float> medians;
+  for (auto& list : us) medians.push_back(bench::median(list));
+  for (auto graph : graphs) cudaGraphExecDestroy(graph);
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  return medians;
+}
+
 double tflops(double m, double n, double k, double us) {
   return 2.0 * m * n * k / us * 1e-6;
 }
 
 /// One product alone, gemm_generic and gemm against cuBLAS's.
 template <typename T>
-void bench_product(DType dtype, bool right_is_kn, uint32_t m, uint32_t n, uint32_t k) {
+void bench_product(
+    DType dtype, bool right_is_kn, uint32_t m, uint32_t n, uint32_t k, int machines = 1) {
   bench::Device device;
   Cublas cublas(device.context.stream);
   const auto copies = std::max<size_t>(
@@ -107,19 +151,17 @@ void bench_product(DType dtype, bool right_is_kn, uint32_t m, uint32_t n, uint32
   problem.out_stride = n;
   const auto ours = [&](bool generic) {
     problem.pair[0] = {left, k, next(), right_is_kn ? n : k, k};
-    generic ? mlc::gemm_generic(device.context, group) : mlc::gemm(device.context, group);
+    mlc::Context context = device.context;
+    context.multiprocessors *= machines;  // as if there were more: a smaller tile
+    generic ? mlc::gemm_generic(context, group) : mlc::gemm(device.context, group);
   };
   const auto type = dtype == DType::f32 ? CUDA_R_32F : CUDA_R_16BF;
-  const int launches = 20;
-  const float base = bench::graph_us(
+  const auto us = compare_us(
       device,
-      [&](int) { cublas.product(right_is_kn, type, m, n, k, left, next(), out); },
-      launches,
-      7);
-  const float generic = bench::graph_us(
-      device, [&](int) { ours(true); }, launches, 7);
-  const float best = bench::graph_us(
-      device, [&](int) { ours(false); }, launches, 7);
+      {[&] { cublas.product(right_is_kn, type, m, n, k, left, next(), out); },
+       [&] { ours(true); },
+       [&] { ours(false); }});
+  const float base = us[0], generic = us[1], best = us[2];
   std::printf(
       "product %s %s m %5u n %5u k %5u: cublas %8.2f us %6.1f TF/s; generic %8.2f us %6.1f TF/s "
       "%.3f of cublas; gemm %8.2f us %6.1f TF/s %.3f\n",
@@ -160,11 +202,6 @@ void bench_linear(uint32_t k, uint32_t n, std::vector<uint32_t> ranks, float dro
       cublas.product(false, CUDA_R_16BF, m, n, k, x, w, y);
       if (backward) cublas.product(true, CUDA_R_16BF, m, k, n, dy, w, dx);
     };
-    const int launches = m > 1000 ? 20 : 40;
-    const float base_us = bench::graph_us(
-        device, [&](int) { base(false); }, launches, 7);
-    const float base_both = bench::graph_us(
-        device, [&](int) { base(true); }, launches, 7);
     for (uint32_t rank : ranks) {
       auto lora = device.lora(std::max(rank, 1u), n, k);
       lora.params.rank = rank;
@@ -172,7 +209,7 @@ void bench_linear(uint32_t k, uint32_t n, std::vector<uint32_t> ranks, float dro
       auto* u = device.normal<float>(size_t{m} * rank + 1, 1.0f);
       auto* da = device.normal<float>(size_t{rank} * k + 1, 1.0f);
       auto* db = device.normal<float>(size_t{rank} * n + 1, 1.0f);
-      const auto branch = [&](bool train) {
+      const auto run = [&](bool train) {
         mlc::LoraBranch b;
         b.weight = next();
         b.lora = lora;
@@ -182,25 +219,13 @@ void bench_linear(uint32_t k, uint32_t n, std::vector<uint32_t> ranks, float dro
         b.u_saved = u;
         b.da = da;
         b.db = db;
-        return b;
+        mlc::lora_linear_forward(device.context, m, k, DType::bf16, x, &b, 1);
+        if (train) mlc::lora_linear_backward(device.context, m, k, DType::bf16, x, &b, 1, dx);
       };
-      const float forward = bench::graph_us(
+      const auto us = compare_us(
           device,
-          [&](int) {
-            const auto b = branch(false);
-            mlc::lora_linear_forward(device.context, m, k, DType::bf16, x, &b, 1);
-          },
-          launches,
-          7);
-      const float both = bench::graph_us(
-          device,
-          [&](int) {
-            const auto b = branch(true);
-            mlc::lora_linear_forward(device.context, m, k, DType::bf16, x, &b, 1);
-            mlc::lora_linear_backward(device.context, m, k, DType::bf16, x, &b, 1, dx);
-          },
-          launches,
-          7);
+          {[&] { base(false); }, [&] { run(false); }, [&] { base(true); }, [&] { run(true); }});
+      const float base_us = us[0], forward = us[1], base_both = us[2], both = us[3];
       std::printf(
           "linear k %5u n %5u m %4u rank %2u%s: forward %8.2f us, base %8.2f us, ratio %.3f; "
           "forward + backward %8.2f us, base %8.2f us, ratio %.3f\n",
@@ -220,6 +245,110 @@ void bench_linear(uint32_t k, uint32_t n, std::vector<uint32_t> ranks, float dro
   }
 }
 
+/// What a linear is made of, each part on its own.
+void bench_parts(uint32_t k, uint32_t n, uint32_t rank, uint32_t m) {
+  bench::Device device;
+  Cublas cublas(device.context.stream);
+  const auto& context = device.context;
+  const auto copies = std::max<size_t>(2, static_cast<size_t>(kRotationBytes / (2.0 * n * k)));
+  auto* weights = device.normal<mlc::bf16>(copies * n * k, 0.01f);
+  auto* x = device.normal<mlc::bf16>(size_t{m} * k, 1.0f);
+  auto* dy = device.normal<mlc::bf16>(size_t{m} * n, 1.0f);
+  auto* y = device.normal<mlc::bf16>(size_t{m} * n, 1.0f);
+  auto* dx = device.normal<mlc::bf16>(size_t{m} * k, 1.0f);
+  auto* low = device.normal<mlc::bf16>(size_t{m} * rank, 1.0f);
+  auto* plain = device.normal<float>(size_t{m} * rank, 1.0f);
+  auto* da = device.normal<float>(size_t{rank} * k, 1.0f);
+  auto* db = device.normal<float>(size_t{rank} * n, 1.0f);
+  const auto lora = device.lora(rank, n, k);
+  size_t at = 0;
+  const auto next = [&] { return weights + (++at % copies) * n * k; };
+  const auto product = [&](bool backward, int pairs, bool ready) {
+    mlc::GemmGroup group;
+    group.m = m;
+    group.right_is_kn = backward;
+    group.pair0_ready = ready;
+    group.problems = 1;
+    auto& p = group.problem[0];
+    p.n = backward ? k : n;
+    p.pairs = pairs;
+    p.pair[0] = backward ? mlc::GemmPair{dy, n, next(), k, n} : mlc::GemmPair{x, k, next(), k, k};
+    p.pair[1] = backward ? mlc::GemmPair{low, rank, lora.a, k, rank}
+                         : mlc::GemmPair{low, rank, lora.b, rank, rank};
+    p.out = backward ? dx : y;
+    p.out_stride = p.n;
+    mlc::gemm(context, group);
+  };
+  const auto shrink = [&](bool backward) {
+    mlc::ShrinkCall call;
+    call.m = m;
+    call.k = backward ? n : k;
+    call.right_is_kn = backward;
+    call.x = backward ? dy : x;
+    call.x_stride = call.k;
+    call.parts = 1;
+    call.part[0].right = backward ? lora.b : lora.a;
+    call.part[0].rank = rank;
+    call.part[0].plain = plain;
+    call.out = low;
+    call.out_stride = rank;
+    mlc::lora_shrink(context, call);
+  };
+  const auto grads = [&](bool wide) {
+    mlc::AdapterGrad g[2];
+    for (auto& one : g) {
+      one.small = wide ? static_cast<void*>(plain) : low;
+      one.small_dtype = wide ? DType::f32 : DType::bf16;
+      one.small_stride = one.rank = rank;
+    }
+    g[0].large = x;
+    g[0].large_stride = g[0].columns = k;
+    g[0].grad = da;
+    g[1].large = dy;
+    g[1].large_stride = g[1].columns = n;
+    g[1].grad = db;
+    g[1].transposed = true;
+    mlc::lora_grad(context, m, DType::bf16, g, 2);
+  };
+  const auto us = compare_us(
+      device,
+      {[&] { cublas.product(false, CUDA_R_16BF, m, n, k, x, next(), y); },
+       [&] { product(false, 1, false); },
+       [&] { product(false, 2, false); },
+       [&] { shrink(false); },
+       [&] { shrink(false), product(false, 2, false); },
+       [&] { shrink(false), product(false, 2, true); },
+       [&] { cublas.product(true, CUDA_R_16BF, m, k, n, dy, next(), dx); },
+       [&] { product(true, 1, false); },
+       [&] { product(true, 2, false); },
+       [&] { shrink(true); },
+       [&] { grads(true); },
+       [&] { grads(false); },
+       [&] { shrink(true), product(true, 2, false), grads(true); },
+       [&] { shrink(true), grads(true), product(true, 2, false); },
+       [&] { shrink(true), product(true, 2, true), grads(true); }});
+  const char* names[] = {
+      "cublas",
+      "gemm, 1 pair",
+      "gemm, 2 pairs",
+      "shrink",
+      "shrink, gemm",
+      "shrink, gemm ready",
+      "backward: cublas",
+      "gemm, 1 pair",
+      "gemm, 2 pairs",
+      "shrink",
+      "grads of f32",
+      "grads of bf16",
+      "shrink, gemm, grads",
+      "shrink, grads, gemm",
+      "shrink, gemm ready, grads"};
+  std::printf("parts k %u n %u m %u rank %u, us:", k, n, m, rank);
+  for (size_t i = 0; i < us.size(); ++i) std::printf(" | %s %.2f", names[i], us[i]);
+  std::printf("\n");
+  std::fflush(stdout);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -235,11 +364,17 @@ int main(int argc, char** argv) {
       bench_product<mlc::bf16>(DType::bf16, true, 4096, 4096, 4096);
       bench_product<mlc::bf16>(DType::bf16, false, 4096, 11008, 4096);
       bench_product<mlc::bf16>(DType::bf16, false, 512, 4096, 4096);
+      bench_product<mlc::bf16>(DType::bf16, false, 512, 4096, 4096, 2);
       bench_product<mlc::bf16>(DType::bf16, false, 64, 4096, 4096);
       bench_product<mlc::bf16>(DType::bf16, false, 4095, 4095, 4095);
       bench_product<float>(DType::f32, false, 4096, 4096, 4096);
       bench_product<float>(DType::f32, true, 4096, 4096, 4096);
       bench_product<float>(DType::f32, false, 512, 4096, 4096);
+      bench_product<float>(DType::f32, false, 512, 4096, 4096, 2);
+    }
+    if (wants("parts")) {
+      for (uint32_t m : {64u, 512u, 4096u}) bench_parts(4096, 4096, 16, m);
+      bench_parts(4096, 11008, 16, 4096);
     }
     if (wants("linears")) {
       bench_linear(4096, 4096, {0, 8, 16, 64}, 0.0f);

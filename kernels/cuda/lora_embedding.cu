@@ -166,6 +166,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__global__ void zero_kernel(float* to, size_t count) {
+  for (size_t i = blockIdx.x * size_t{kThreads} + threadIdx.x; i < count;
+       i += size_t{gridDim.x} * kThreads) {
+    to[i] = 0.0f;
+  }
+}
+
+unsigned blocks_for(size_t count) {
+  return static_cast<unsigned>(std::min<size_t>((count + kThreads - 1) / kThreads, 4096));
+}
+
 /// u [tokens, rank] = A[:, ids]ᵀ
 __global__ void gather_kernel(
     uint32_t tokens,
@@ -255,9 +266,12 @@ void table_gradient(
     const void* dy,
     float* da) {
   const uint32_t rank = lora.params.rank;
-  const size_t bytes = size_t{rank} * table.n * sizeof(float);
-  if (bytes > 0) check(cudaMemsetAsync(da, 0, bytes, context.stream), "lora_embedding");
-  if (tokens == 0 || table.n == 0) return;
+  const size_t count = size_t{rank} * table.n;
+  if (count == 0) return;
+  // A kernel, since a graph with a memory node in it cannot be updated.
+  zero_kernel<<<blocks_for(count), kThreads, 0, context.stream>>>(da, count);
+  check_launch("lora_embedding_backward");
+  if (tokens == 0) return;
   ShrinkCall call;
   call.m = tokens;
   call.k = table.k;
@@ -329,12 +343,8 @@ void lora_embedding_backward(
   if (!db) return;
   auto* u = static_cast<float*>(context.scratch->take(size_t{tokens} * rank * sizeof(float)));
   if (tokens > 0) {
-    const size_t blocks = (size_t{tokens} * rank + kThreads - 1) / kThreads;
-    gather_kernel<<<
-        static_cast<unsigned>(std::min<size_t>(blocks, 4096)),
-        kThreads,
-        0,
-        context.stream>>>(tokens, rank, table.n, lora.params.dtype, ids, lora.a, u);
+    gather_kernel<<<blocks_for(size_t{tokens} * rank), kThreads, 0, context.stream>>>(
+        tokens, rank, table.n, lora.params.dtype, ids, lora.a, u);
     check_launch("lora_embedding_backward");
   }
   AdapterGrad grad;
