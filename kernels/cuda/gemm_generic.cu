@@ -11,6 +11,7 @@
 #include <string>
 
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/gemm_stage.h"
 #include "kernels/cuda/gemm_tiles.cuh"
 #include "kernels/cuda/mma.cuh"
 
@@ -424,7 +425,27 @@ void gemm(const Context& context, const GemmGroup& group) {
   check_group(group);
   if (is_empty(group)) return;
   if (can_gemm_sm90(context, group)) return gemm_sm90(context, group);
-  gemm_generic(context, group);
+  const StagePlan plan = plan_staging(context, group);
+  if (!plan.pairs && !plan.result) return gemm_generic(context, group);
+  Staging staging = make_staging(context, group, plan);
+  staging.group.pair0_ready = false;  // the copies are new
+  copy_staged(context, staging.in);
+  can_gemm_sm90(context, staging.group) ? gemm_sm90(context, staging.group)
+                                        : gemm_generic(context, staging.group);
+  copy_staged(context, staging.out);
+}
+
+int gemm_dispatches(const Context& context, const GemmGroup& group) {
+  if (is_empty(group)) return 0;
+  if (can_gemm_sm90(context, group)) return 1;
+  // Nothing is copied: the addresses need only be aligned.
+  struct NoMemory final : Scratch {
+    void* take(size_t) override { return reinterpret_cast<void*>(256); }
+  } none;
+  Context dry = context;
+  dry.scratch = &none;
+  const Staging staging = make_staging(dry, group, plan_staging(dry, group));
+  return 1 + (staging.in.jobs > 0) + (staging.out.jobs > 0);
 }
 
 }  // namespace metal_lora::cuda

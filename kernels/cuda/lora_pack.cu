@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace metal_lora::cuda {
 namespace {
@@ -24,6 +25,8 @@ __device__ __forceinline__ float load_any(const void* p, DType dtype, size_t i) 
 /// grid (blocks, jobs)
 template <typename T>
 __global__ void pack_kernel(const __grid_constant__ PackCall call) {
+  allow_dependents();
+  wait_for_previous();
   const PackJob& job = call.job[blockIdx.y];
   const size_t count = size_t{job.rows} * job.to_stride;
   for (size_t i = blockIdx.x * size_t{kThreads} + threadIdx.x; i < count;
@@ -70,6 +73,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     masked_kernel(const __grid_constant__ MaskedCall call, bool vectors) {
   __shared__ __align__(16) Operands operands;
+  allow_dependents();
+  wait_for_previous();
   const uint32_t tiles = (call.columns + kTile - 1) / kTile;
   const uint32_t row0 = blockIdx.x / tiles * kTile, column0 = blockIdx.x % tiles * kTile;
   const uint32_t row = threadIdx.x / 16 * 4, column = threadIdx.x % 16 * 4;
@@ -140,10 +145,14 @@ void pack_matrices(const Context& context, const PackCall& call, DType dtype) {
       static_cast<unsigned>(std::min<size_t>((largest + 4 * kThreads - 1) / (4 * kThreads), 512));
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    pack_kernel<T>
-        <<<dim3(blocks, static_cast<unsigned>(call.jobs)), kThreads, 0, context.stream>>>(call);
+    launch_pdl(
+        pack_kernel<T>,
+        dim3(blocks, static_cast<unsigned>(call.jobs)),
+        kThreads,
+        0,
+        context.stream,
+        call);
   });
-  check_launch("pack_matrices");
 }
 
 void add_masked(const Context& context, const MaskedCall& call) {
@@ -153,9 +162,8 @@ void add_masked(const Context& context, const MaskedCall& call) {
                        reinterpret_cast<uintptr_t>(call.base) % 16 == 0;
   with_dtype(call.dtype, [&](auto zero) {
     using T = decltype(zero);
-    masked_kernel<T><<<tiles, kThreads, 0, context.stream>>>(call, vectors);
+    launch_pdl(masked_kernel<T>, tiles, kThreads, 0, context.stream, call, vectors);
   });
-  check_launch("add_masked");
 }
 
 }  // namespace metal_lora::cuda

@@ -12,6 +12,8 @@
 // generic: the same composition for f32 (FFMA), and for rows that are no multiples of 16 bytes.
 #include "kernels/cuda/lora_plan.h"
 
+#include "kernels/cuda/gemm_stage.h"
+
 namespace metal_lora::cuda {
 namespace {
 
@@ -36,6 +38,30 @@ bool streams(DType dtype, const WeightView& w) {
   return p.scales_dtype == DType::f32 || p.k % (2 * p.group_size) == 0;
 }
 
+/// The product that lora_kernels.cpp makes of one branch; what it copies first is aligned.
+GemmGroup product_of(uint32_t m, DType dtype, const LoraBranch& branch) {
+  const void* aligned = reinterpret_cast<const void*>(256);
+  const uint32_t k = branch.weight.params.k, rank = branch.lora.params.rank;
+  const size_t columns = padded_rank(dtype, rank);
+  GemmGroup group;
+  group.m = m;
+  group.dtype = group.out_dtype = dtype;
+  group.problems = 1;
+  GemmProblem& problem = group.problem[0];
+  problem.n = branch.weight.params.n;
+  const bool copied = needs_dense_copy(dtype, branch.weight);
+  problem.pair[problem.pairs++] = {aligned, k, copied ? aligned : branch.weight.data, k, k};
+  if (rank > 0) {
+    const void* b = needs_packed_b(dtype, branch.lora) ? aligned : branch.lora.b;
+    problem.pair[problem.pairs++] = {aligned, columns, b, columns, rank};
+  }
+  problem.out = branch.y;
+  problem.out_stride = problem.residual_stride = problem.n;
+  problem.bias = branch.bias;
+  problem.residual = branch.residual;
+  return group;
+}
+
 const char* reason(const Context& context, DType dtype, const LinearPlan& plan) {
   using Form = LinearPlan::Form;
   if (plan.form == Form::vector) {
@@ -44,7 +70,7 @@ const char* reason(const Context& context, DType dtype, const LinearPlan& plan) 
   if (plan.form == Form::generic) {
     return dtype == DType::f32
                ? "f32: full-precision products on the FFMA units"
-               : "rows are no multiples of 16 bytes: copies of one element or a few";
+               : "rows are no multiples of 16 bytes: copied first where the product is large";
   }
   if (plan.dequantize_first) {
     return "many tokens: copying W out to 16 bits once costs less than decoding it in every tile";
@@ -88,7 +114,8 @@ LinearPlan plan_linear(const Context& context, uint32_t m, DType dtype, const Lo
     plan.dequantize_first = needs_dense_copy(dtype, branch.weight);
     const bool packs = needs_packed_b(dtype, branch.lora) ||
                        needs_packed_a(dtype, branch.lora, branch.weight.params.k);
-    plan.dispatches = 1 + (adapted ? 1 : 0) + (packs ? 1 : 0) + (plan.dequantize_first ? 1 : 0);
+    plan.dispatches = gemm_dispatches(context, product_of(m, dtype, branch)) + (adapted ? 1 : 0) +
+                      (packs ? 1 : 0) + (plan.dequantize_first ? 1 : 0);
   }
   plan.why = reason(context, dtype, plan);
   return plan;

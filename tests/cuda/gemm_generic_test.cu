@@ -26,6 +26,7 @@ struct GemmCase {
   uint32_t padding = 0;  ///< elements between rows
   uint32_t offset = 0;   ///< elements before the first
   bool large_tile = false;
+  bool dispatched = false;  ///< gemm(), not gemm_generic()
 };
 
 std::string describe(const GemmCase& c) {
@@ -93,8 +94,11 @@ void check(const GemmCase& c) {
     problem.residual = residuals.back().data();
     problem.residual_stride = residuals.back().stride;
   }
-  cuda::gemm_generic(context, group);
-  device.finish();
+  const auto run = [&] {
+    c.dispatched ? cuda::gemm(context, group) : cuda::gemm_generic(context, group);
+    device.finish();
+  };
+  run();
   size_t k_sum = 0;
   for (uint32_t k : c.k) k_sum += k;
   for (int i = 0; i < group.problems; ++i) {
@@ -135,8 +139,7 @@ void check(const GemmCase& c) {
       }
     }
     // Again, alone in its bits.
-    cuda::gemm_generic(context, group);
-    device.finish();
+    run();
     ASSERT_EQ(outs[i].download<unsigned char>(), first);
   }
 }
@@ -173,6 +176,24 @@ TEST(GemmGeneric, TakesEveryAlignment) {
           check({70, {72, 16}, {40, 16}, d, kn, false, true, padding, offset});
           if (HasFatalFailure()) return;
         }
+      }
+    }
+  }
+}
+
+/// gemm() copies what is not aligned where the product is large; whatever it does, the result is
+/// the product's.
+TEST(Gemm, StagesWhatIsNotAligned) {
+  METAL_LORA_NEEDS_GPU();
+  for (DType d : {DType::bf16, DType::f16, DType::f32}) {
+    for (bool kn : {false, true}) {
+      for (bool out_f32 : {false, true}) {
+        check({131, {129, 201}, {135, 16}, d, kn, out_f32, true, 0, 0, false, true});
+        check({128, {136}, {131}, d, kn, out_f32, false, 5, 3, false, true});
+        check({130, {133}, {2056}, d, kn, out_f32, true, 0, 0, false, true});
+        check({130, {128, 130, 144}, {128, 8}, d, kn, out_f32, true, 0, 0, false, true});
+        check({20, {133}, {64}, d, kn, out_f32, true, 0, 0, false, true});
+        if (HasFatalFailure()) return;
       }
     }
   }
