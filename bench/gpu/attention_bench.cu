@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: MIT
 //
 // Attention of a training step (packed segments, forward and backward) and of a decode step over
-// long caches. attention_torch.py times PyTorch's on the same shapes.
+// long caches. Argument: train or decode (none: both). attention_torch.py times PyTorch's on the same shapes.
 #include <cstring>
 
 #include "bench/gpu/bench.cuh"
@@ -106,15 +106,15 @@ void copy_base(Device& device) {
 }
 
 int run(int argc, char** argv) {
-  const bool only_train = argc > 1 && std::strcmp(argv[1], "train") == 0;
-  {
+  const auto wants = [&](const char* part) { return argc < 2 || std::strcmp(argv[1], part) == 0; };
+  if (wants("train")) {
     Device device;
     std::printf("%s\n", device.name.c_str());
     train(device, {4, 1024, 32, 8, 64});
-    if (only_train) return 0;
     train(device, {1, 4096, 32, 8, 64});
     train(device, {4, 1024, 32, 8, 128});
   }
+  if (!wants("decode")) return 0;
   for (const uint32_t head_dim : {64u, 128u}) {
     for (const uint32_t keys : {1024u, 8192u, 32768u}) {
       Device device;

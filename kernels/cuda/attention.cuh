@@ -139,6 +139,12 @@ __device__ __forceinline__ void pack_left(
   r[3] = mma::pack2<T>(b[2], b[3]);
 }
 
+/// -r, pairs of 16-bit numbers of either type.
+__device__ __forceinline__ void negate(uint32_t (&r)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) r[i] ^= 0x80008000u;
+}
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

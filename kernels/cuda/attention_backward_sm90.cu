@@ -15,6 +15,7 @@ namespace {
 constexpr int kThreads = 256, kStages = 4, kAhead = 2, kDim = 64;
 constexpr int kTileBytes = kTileRows * kDim * 2;
 constexpr int kInfoBytes = kTileRows * 12, kStageBytes = 2 * kTileBytes + 1024;
+constexpr uint32_t kStage = kStageBytes / 16, kTile = kTileBytes / 16;  // of descriptors
 constexpr int kBarriers = 4 * kTileBytes + kStages * kStageBytes;
 constexpr size_t kSharedBytes = kBarriers + 8 * (2 * kStages + 1) + 1024;  // and alignment
 
@@ -104,14 +105,15 @@ __device__ __forceinline__ void keys_block(
   load_fragments(v, b.own + (2 * b.group + 1) * kTileBytes, b.warp);
   const float scale = a.p.scale * kLog2e;
 
+  const uint32_t stages_address = descriptor_address(b.stages);
   // Scores and dP of a step.
   const auto begin_step = [&](int step) {
-    const uint32_t q_tile = b.stages + step % kStages * kStageBytes;
+    const uint32_t q_tile = stages_address + step % kStages * kStage;
     sm90::barrier_wait(b.full + 8 * (step % kStages), step / kStages & 1);
     sm90::wgmma_fence();
     wgmma_rows<T, kDim>(s, k, q_tile);
     sm90::wgmma_commit();
-    wgmma_rows<T, kDim>(dp, v, q_tile + kTileBytes);
+    wgmma_rows<T, kDim>(dp, v, q_tile + kTile);
     sm90::wgmma_commit();
   };
   sums_fence(dv);  // their zeros are there before the first products start
@@ -119,8 +121,8 @@ __device__ __forceinline__ void keys_block(
   if (steps > 0) begin_step(0);
   for (int step = 0; step < steps; ++step) {
     const int block = first_block + step % per_head, stage = step % kStages;
-    const uint32_t q_tile = b.stages + stage * kStageBytes;
-    const uint8_t* infos = b.memory + (q_tile - b.own) + 2 * kTileBytes;
+    const uint32_t q_tile = stages_address + stage * kStage;
+    const uint8_t* infos = b.memory + 6 * kTileBytes + stage * kStageBytes;
     const int2 range = a.block_first[block];
     const bool partly = mine + kTileRows - 1 > offset + block * kTileRows || mine < range.y ||
         (block + 1) * kTileRows > tokens;
@@ -169,7 +171,7 @@ __device__ __forceinline__ void keys_block(
     }
     pack<T>(ds, dp);
     sm90::wgmma_fence();
-    wgmma_columns<T, kDim>(dv, p, q_tile + kTileBytes);
+    wgmma_columns<T, kDim>(dv, p, q_tile + kTile);
     wgmma_columns<T, kDim>(dk, ds, q_tile);
     sm90::wgmma_commit();
     if (step + 1 < steps) begin_step(step + 1);
@@ -242,13 +244,14 @@ __device__ __forceinline__ void queries_block(
   load_fragments(q, b.own + 2 * b.group * kTileBytes, b.warp);
   load_fragments(g, b.own + (2 * b.group + 1) * kTileBytes, b.warp);
   const float scale = a.p.scale * kLog2e;
+  const uint32_t stages_address = descriptor_address(b.stages);
   const auto begin_step = [&](int step) {
-    const uint32_t k_tile = b.stages + step % kStages * kStageBytes;
+    const uint32_t k_tile = stages_address + step % kStages * kStage;
     sm90::barrier_wait(b.full + 8 * (step % kStages), step / kStages & 1);
     sm90::wgmma_fence();
     wgmma_rows<T, kDim>(s, q, k_tile);
     sm90::wgmma_commit();
-    wgmma_rows<T, kDim>(dp, g, k_tile + kTileBytes);
+    wgmma_rows<T, kDim>(dp, g, k_tile + kTile);
     sm90::wgmma_commit();
   };
   sums_fence(dq);
@@ -283,7 +286,7 @@ __device__ __forceinline__ void queries_block(
     }
     pack<T>(ds, dp);
     sm90::wgmma_fence();
-    wgmma_columns<T, kDim>(dq, ds, b.stages + stage * kStageBytes);
+    wgmma_columns<T, kDim>(dq, ds, stages_address + stage * kStage);
     sm90::wgmma_commit();
     if (step + 1 < steps) begin_step(step + 1);
     sm90::wgmma_wait<2>();

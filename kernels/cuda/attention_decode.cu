@@ -66,7 +66,6 @@ __device__ __forceinline__ void add_tile(
     RowState<1>& state,
     uint32_t keys,
     int key,
-    float sign,
     float scale) {
   constexpr int kKeys = Tile<kDim>::kKeys;
   const uint32_t values = keys + Tile<kDim>::kBytes;
@@ -80,11 +79,6 @@ __device__ __forceinline__ void add_tile(
       mma::multiply<T>(s[0][n], q[d / 16], right[0], right[1]);
       mma::multiply<T>(s[0][n + 1], q[d / 16], right[2], right[3]);
     }
-  }
-#pragma unroll
-  for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) s[0][n][c] *= sign;
   }
   soften<true>(s, o, state, key, scale);
 #pragma unroll
@@ -170,6 +164,7 @@ template <typename T, int kDim>
 __device__ __forceinline__ void combine(
     const Arguments& a, const Partials& from, int row_block, int kv_head, int count, float* memory) {
   constexpr int kVectors = kDim / 4;  // of a row
+  constexpr int kBatch = 8;           // of splits, loaded together
   const int group = a.p.q_heads / a.p.kv_heads, thread = threadIdx.x;
   const int rows = min(static_cast<int>(a.p.q_tokens) * group - row_block * kRows, kRows);
   const int slots = rows * kVectors, groups = max(kThreads / slots, 1);
@@ -177,11 +172,26 @@ __device__ __forceinline__ void combine(
     const float2* states = from.state + slot / kVectors;
     const float4* sums = reinterpret_cast<const float4*>(from.sums) + slot;
     Sum sum;
-#pragma unroll 8
-    for (int s = begin; s < end; ++s) sum.top = fmaxf(sum.top, __ldcg(states + s * kRows).x);
-#pragma unroll 8
-    for (int s = begin; s < end; ++s) {
-      sum.add(__ldcg(states + s * kRows), __ldcg(sums + static_cast<size_t>(s) * kRows * kVectors));
+    for (int s = begin; s < end; s += kBatch) {
+      float2 state[kBatch];
+      float4 part[kBatch];
+      float top = sum.top;
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int at = min(s + b, end - 1);
+        state[b] = __ldcg(states + at * kRows);
+        part[b] = __ldcg(sums + static_cast<size_t>(at) * kRows * kVectors);
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) top = fmaxf(top, state[b].x);
+      const float2 before = make_float2(sum.top, sum.sum);
+      const float4 total = sum.total;
+      sum = {top, 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
+      sum.add(before, total);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (s + b < end) sum.add(state[b], part[b]);
+      }
     }
     return sum;
   };
@@ -288,7 +298,10 @@ __global__ void __launch_bounds__(kThreads)
     state.first[0][half] = first_key(a, offset, i);
     state.last[0][half] = min(last_key(a, offset, i), end - 1);
   }
-  const float sign = a.p.scale < 0.0f ? -1.0f : 1.0f;
+  if (a.p.scale < 0.0f) {
+#pragma unroll
+    for (int d = 0; d < kDim / 16; ++d) negate(q[d]);
+  }
   const float scale = fmaxf(fabsf(a.p.scale), 1e-30f) * kLog2e;
   float o[1][kDim / 8][4] = {};
   for (int step = 0; begin + (step * kWarps + warp) * Tile::kKeys < end; ++step) {
@@ -301,7 +314,6 @@ __global__ void __launch_bounds__(kThreads)
         state,
         tiles + step % kStages * 2 * Tile::kBytes,
         begin + (step * kWarps + warp) * Tile::kKeys,
-        sign,
         scale);
   }
   mma::copies_wait<0>();

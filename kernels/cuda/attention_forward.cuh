@@ -16,7 +16,12 @@ struct RowState {
   int first[kRows][2], last[kRows][2];
 };
 
-/// From scores to probabilities; the sums so far are scaled to the new maximum.
+/// How far scores may rise above the maximum that sums are scaled to, in powers of 2, before the
+/// sums are scaled again: past a row's first tiles they hardly ever are. (Probabilities of up to
+/// 2^8 lose nothing in f32 sums, and as little when rounded as those up to 1.)
+inline constexpr float kSlack = 8.0f;
+
+/// From scores to probabilities, relative to a maximum up to kSlack too small.
 template <bool kMask, int kRows, int kBlocks, int kOut>
 __device__ __forceinline__ void soften(
     float (&s)[kRows][kBlocks][4],
@@ -27,9 +32,12 @@ __device__ __forceinline__ void soften(
   const int column = key + 2 * (static_cast<int>(threadIdx.x) % 4);
 #pragma unroll
   for (int m = 0; m < kRows; ++m) {
+    float fade[2];
+    bool grew[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float top = state.top[m][half];
+      float& top = state.top[m][half];
+      float tops[2] = {top, top};
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
@@ -39,29 +47,31 @@ __device__ __forceinline__ void soften(
             const int j = column + 8 * n + c;
             if (j < state.first[m][half] || j > state.last[m][half]) x = -INFINITY;
           }
-          top = fmaxf(top, x);
+          tops[c] = fmaxf(tops[c], x);
         }
       }
-      top = quad_max(top);
+      const float highest = quad_max(fmaxf(tops[0], tops[1]));
+      grew[half] = (highest - top) * scale > kSlack;  // from -infinity too
+      fade[half] = grew[half] ? exp2_fast((top - highest) * scale) : 1.0f;
+      top = grew[half] ? highest : top;
       const float base = top == -INFINITY ? 0.0f : top * scale;
-      const float fade = exp2_fast(state.top[m][half] * scale - base);
-      state.top[m][half] = top;
-      float sum = 0.0f;
+      float sums[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& x = s[m][n][2 * half + c];
           x = exp2_fast(x * scale - base);
-          sum += x;
+          sums[c] += x;
         }
       }
-      state.sum[m][half] = state.sum[m][half] * fade + sum;
+      state.sum[m][half] = state.sum[m][half] * fade[half] + (sums[0] + sums[1]);
+    }
+    if (!__any_sync(0xffffffffu, grew[0] || grew[1])) continue;
 #pragma unroll
-      for (int n = 0; n < kOut; ++n) {
-        o[m][n][2 * half] *= fade;
-        o[m][n][2 * half + 1] *= fade;
-      }
+    for (int n = 0; n < kOut; ++n) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) o[m][n][c] *= fade[c / 2];
     }
   }
 }

@@ -88,7 +88,6 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 2 : 1)
     state.first[0][half] = first_key(a, offset, i);
     state.last[0][half] = last_key(a, offset, i);
   }
-  const bool negative = a.p.scale < 0.0f;
   const float scale = fmaxf(fabsf(a.p.scale), 1e-30f) * kLog2e;
   uint8_t* my_queries = memory + group * S::kTileBytes;
   uint32_t q[kDim / 16][4];
@@ -97,29 +96,24 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 2 : 1)
   for (int d = 0; d < kDim / 16; ++d) {
     load_left<64>(
         q[d], queries + group * S::kTileBytes + d / 4 * kColumnBlockBytes, warp * 16, d % 4 * 16);
+    if (a.p.scale < 0.0f) negate(q[d]);
   }
 
+  const uint32_t keys_address = descriptor_address(stages);
+  constexpr uint32_t kStage = S::kStageBytes / 16, kTile = S::kTileBytes / 16;
   float s[1][8][4];
   if (tiles > 0) {
     sm90::barrier_wait(full, 0);
     sm90::wgmma_fence();
-    wgmma_rows<T, kDim>(s[0], q, stages);
+    wgmma_rows<T, kDim>(s[0], q, keys_address);
     sm90::wgmma_commit();
   }
   for (int t = 0; t < tiles; ++t) {
     const int key = first_tile + t * kTileRows;
-    const uint32_t values = stages + t % kStages * S::kStageBytes + S::kTileBytes;
     produce(t + kAhead);
     __syncwarp();
     sm90::wgmma_wait<0>();
     sums_fence(s[0]);
-    if (negative) {
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) s[0][n][c] = -s[0][n][c];
-      }
-    }
     // A tile that every row of the warpgroup sees wholly needs no mask.
     if (key + kTileRows - 1 > min(offset + row, last) || key < firsts.y) {
       soften<true>(s, o, state, key, scale);
@@ -130,13 +124,13 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 2 : 1)
 #pragma unroll
     for (int n = 0; n < 4; ++n) pack_left<T>(p[n], s[0][2 * n], s[0][2 * n + 1]);
     sm90::wgmma_fence();
-    wgmma_columns<T, kDim>(o[0], p, values);
+    wgmma_columns<T, kDim>(o[0], p, keys_address + t % kStages * kStage + kTile);
     sm90::wgmma_commit();
     if (t + 1 < tiles) {
       const int next = (t + 1) % kStages;
       sm90::barrier_wait(full + 8 * next, (t + 1) / kStages & 1);
       sm90::wgmma_fence();
-      wgmma_rows<T, kDim>(s[0], q, stages + next * S::kStageBytes);
+      wgmma_rows<T, kDim>(s[0], q, keys_address + next * kStage);
       sm90::wgmma_commit();
       sm90::wgmma_wait<1>();
     } else {

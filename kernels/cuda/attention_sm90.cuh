@@ -89,24 +89,33 @@ __device__ __forceinline__ void copy_tile(
     sm90::tensor_load(tile + c * kColumnBlockBytes, map, barrier, head * kDim + 64 * c, row);
   }
 }
+/// A tile's address in the unit that wgmma's descriptors hold: so a step to another tile or part
+/// of one is a single addition.
+__device__ __forceinline__ uint32_t descriptor_address(uint32_t tile) {
+  return tile >> 4;
+}
+__device__ __forceinline__ uint64_t tile_descriptor(uint32_t low) {
+  constexpr uint64_t kStride = uint64_t{1024 >> 4} << 32, kSwizzle128 = 1ull << 62;
+  return low | kStride | kSwizzle128;
+}
 /// sums [64, 64] = left · (rows of the tile)^T.
 template <typename T, int kDim>
 __device__ __forceinline__ void wgmma_rows(
-    float (&sums)[8][4], const uint32_t (&left)[kDim / 16][4], uint32_t tile) {
+    float (&sums)[8][4], const uint32_t (&left)[kDim / 16][4], uint32_t tile_address) {
 #pragma unroll
   for (int d = 0; d < kDim / 16; ++d) {
-    const uint32_t at = tile + d / 4 * kColumnBlockBytes + d % 4 * 32;
-    wgmma_registers<T, 0>(sums, left[d], sm90::wgmma_descriptor(at, 16), d > 0);
+    const uint32_t at = tile_address + (d / 4 * kColumnBlockBytes + d % 4 * 32) / 16;
+    wgmma_registers<T, 0>(sums, left[d], tile_descriptor(at), d > 0);
   }
 }
 /// sums [64, kDim] += left [64, 64] · the tile.
 template <typename T, int kDim>
 __device__ __forceinline__ void wgmma_columns(
-    float (&sums)[kDim / 8][4], const uint32_t (&left)[4][4], uint32_t tile) {
+    float (&sums)[kDim / 8][4], const uint32_t (&left)[4][4], uint32_t tile_address) {
+  constexpr uint32_t kLeading = kColumnBlockBytes / 16 << 16;
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
-    wgmma_registers<T, 1>(
-        sums, left[n], sm90::wgmma_descriptor(tile + n * 2048, kColumnBlockBytes), 1);
+    wgmma_registers<T, 1>(sums, left[n], tile_descriptor(tile_address + kLeading + n * 128), 1);
   }
 }
 

@@ -214,8 +214,9 @@ TEST(CudaAttention, EmptyInputsAndUnseenKeys) {
     for (const double x : decode(dtype, r.dk)) EXPECT_EQ(x, 0);
     for (const double x : decode(dtype, r.dv)) EXPECT_EQ(x, 0);
     // Queries whose segment lies beyond them see no key: zeros out, zeros back.
-    for (const uint32_t n : {3u, 20u, 150u}) {
-      const Problem blind({n, n, 1, 1, 32, 0, 0, std::vector<int32_t>(n, 640)}, dtype, 1);
+    for (const uint32_t n : {3u, 20u, 150u, 151u}) {
+      const uint32_t head_dim = n % 2 == 0 ? 32 : 64;
+      const Problem blind({n, n, 2, 1, head_dim, 0, 0, std::vector<int32_t>(n, 640)}, dtype, 1);
       const Results b = blind.run(true);
       for (const double x : decode(dtype, b.out)) EXPECT_EQ(x, 0);
       for (const double x : decode(DType::f32, b.lse)) EXPECT_EQ(x, -INFINITY);
@@ -229,8 +230,8 @@ TEST(CudaAttention, EmptyInputsAndUnseenKeys) {
 TEST(CudaAttention, NotANumberReachesTheResult) {
   METAL_LORA_NEEDS_GPU();
   for (const DType dtype : host::kDTypes) {
-    for (const uint32_t n : {4u, 40u}) {
-      Problem r({n, n, 1, 1, 32, 0, 0, {}}, dtype, 2);
+    for (const uint32_t n : {4u, 40u, 140u}) {
+      Problem r({n, n, 3, 1, n == 40 ? 32u : 64u, 0, 0, {}}, dtype, 2);
       std::fill(r.k.begin() + 2 * size_of(dtype), r.k.begin() + 3 * size_of(dtype), 0xff);
       const Results got = r.run(true);
       EXPECT_TRUE(std::isnan(decode(dtype, got.out).back()));
