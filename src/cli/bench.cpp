@@ -12,6 +12,9 @@
 #include <mlx/ops.h>
 #include <unistd.h>
 
+#ifdef METAL_LORA_CUDA
+#include "kernels/cuda/lora_kernels.h"
+#endif
 #include "kernels/metal/plans.h"
 #include "metal_lora/error.h"
 #include "metal_lora/train.h"
@@ -164,6 +167,33 @@ std::vector<std::string> metal_forms(
   }
 }
 
+/// The same on an H100, by the CUDA kernels; empty in a build without them.
+std::string cuda_form(uint32_t tokens, WeightFormat format, uint32_t n, uint32_t k, int rank) {
+#ifdef METAL_LORA_CUDA
+  cuda::LoraBranch branch;
+  branch.weight.params.n = n;
+  branch.weight.params.k = k;
+  branch.weight.params.format = format;
+  branch.weight.params.group_size = 64;
+  branch.weight.params.scales_dtype = DType::f16;
+  branch.lora.params.rank = static_cast<uint32_t>(rank);
+  branch.lora.params.dtype = DType::bf16;
+  const auto plan = cuda::plan_linear(cuda::Context{}, tokens, DType::bf16, branch);
+  constexpr const char* kForms[] = {"vector", "skinny", "tiled", "generic"};
+  return fmt::format(
+      "{}{}, {} dispatch{}: {}",
+      kForms[static_cast<size_t>(plan.form)],
+      plan.dequantize_first ? " over a 16-bit copy of W" : "",
+      plan.dispatches,
+      plan.dispatches == 1 ? "" : "es",
+      plan.why);
+#else
+  static_cast<void>(tokens), static_cast<void>(format), static_cast<void>(n);
+  static_cast<void>(k), static_cast<void>(rank);
+  return "";
+#endif
+}
+
 void explain_forms(Console& console, const BenchFlags& options) {
   auto rows = nlohmann::ordered_json::array();
   static constexpr const char* kFormats[] = {"f32", "f16", "bf16", "int4", "int8", "nf4"};
@@ -171,8 +201,9 @@ void explain_forms(Console& console, const BenchFlags& options) {
   const auto add = [&](uint32_t tokens, const std::string& format, uint32_t n, uint32_t k) {
     const std::string form = kernel_form(tokens, format, n, k);
     const auto at = std::find(std::begin(kFormats), std::end(kFormats), format);
-    const auto metal =
-        metal_forms(tokens, static_cast<WeightFormat>(at - std::begin(kFormats)), n, k, rank);
+    const auto weight_format = static_cast<WeightFormat>(at - std::begin(kFormats));
+    const auto metal = metal_forms(tokens, weight_format, n, k, rank);
+    const auto cuda = cuda_form(tokens, weight_format, n, k, rank);
     rows.push_back(
         {{"tokens", tokens},
          {"out", n},
@@ -180,10 +211,12 @@ void explain_forms(Console& console, const BenchFlags& options) {
          {"weight", format},
          {"form", form},
          {"metal_rank", rank},
-         {"metal", metal}});
+         {"metal", metal},
+         {"cuda", cuda}});
     console.line(fmt::format("M={:<5} {:>6} x {:<6} {}", tokens, n, k, form));
     for (const auto& text : metal)
       console.line(fmt::format("{:24}Metal, rank {}: {}", "", rank, text));
+    if (!cuda.empty()) console.line(fmt::format("{:24}CUDA, rank {}: {}", "", rank, cuda));
   };
   if (options.model.model.empty()) {
     for (const char* format : {"f32", "bf16", "int4", "int8", "nf4"}) {
