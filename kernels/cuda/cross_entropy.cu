@@ -6,8 +6,11 @@
 // Logits stay f32, as the CPU twin's: rounded to bf16 they would be off by up to 2^-9 of their
 // size, 0.03 for a logit of 16, a few percent of that token's gradient.
 //
-// Ladder (1024 rows of 49,152, H100): a row read twice from memory 213 µs; a row held in shared
-// memory and read once: see bench/results. Beside it stand the products: 322 + 305 µs.
+// Ladder (1024 rows of 49,152, H100): a row read twice from memory 213 µs; a row held in the shared
+// memory of one block, whose phases nothing overlaps, 189 µs; of a cluster of four blocks: see
+// bench/results. 302 MB, 124 µs at the speed of a copy. Beside it stand the products: 317 + 315 µs.
+#include <cooperative_groups.h>
+
 #include <algorithm>
 
 #include "kernels/cuda/device.cuh"
@@ -19,10 +22,12 @@
 namespace metal_lora::cuda {
 namespace {
 
-constexpr int kBlock = 1024;
+constexpr int kBlock = 512;
 constexpr size_t kLogitsBytes = size_t{256} << 20;
-constexpr size_t kRowBytes = 200 * 1024;  ///< of shared memory that hold a row (Hopper: 227 KiB)
-constexpr uint32_t kRowMultiple = 128;    ///< rows of a tile of the products
+constexpr uint32_t kRowMultiple = 128;  ///< rows of a tile of the products
+/// Blocks that hold a row together (Hopper), by its length: 56 KiB a block leave room for four.
+constexpr uint32_t kHeldPerBlock = 14336;
+constexpr uint32_t kClusters[] = {1, 4, 8};
 
 /// The maximum and Σ exp(v − maximum) so far.
 struct Softmax {
@@ -63,76 +68,128 @@ struct Rows {
 
 constexpr uint32_t kWidth = 4;  ///< neighbours that a thread takes
 
-/// Copies a row into shared memory; returns the largest of the thread's part.
-__device__ __forceinline__ float hold_row(const float* row, uint32_t vocab, float* held) {
-  float largest = -INFINITY;
-  if (vocab % kWidth == 0) {
+/// f(i) for the starts of a thread's groups of neighbours in [begin, end).
+template <typename F>
+__device__ __forceinline__ void for_each_group(uint32_t begin, uint32_t end, F&& f) {
 #pragma unroll 4
-    for (uint32_t i = threadIdx.x * kWidth; i < vocab; i += kBlock * kWidth) {
-      const float4 v = *reinterpret_cast<const float4*>(row + i);
-      *reinterpret_cast<float4*>(held + i) = v;
-      largest = fmaxf(fmaxf(largest, fmaxf(v.x, v.y)), fmaxf(v.z, v.w));
-    }
-    return largest;
-  }
-  for (uint32_t i = threadIdx.x * kWidth; i < vocab; i += kBlock * kWidth) {
-    for (uint32_t j = i; j < min(i + kWidth, vocab); ++j) {
-      held[j] = row[j];
-      largest = fmaxf(largest, held[j]);
-    }
-  }
-  return largest;
+  for (uint32_t i = begin + threadIdx.x * kWidth; i < end; i += kBlock * kWidth) f(i);
 }
 
-/// One row a block. kHeld: the row lies in shared memory meanwhile, else it is read twice. The
-/// gradient weight·(softmax − onehot) takes the row's place as T, from its first byte on (kHeld),
-/// or goes to `apart` [rows, vocab].
-template <typename T, bool kHeld>
-__global__ void __launch_bounds__(kBlock) rows_kernel(const Rows a, T* apart) {
-  extern __shared__ float held[];
-  wait_for_previous();
-  float* row = a.logits + size_t{blockIdx.x} * a.vocab;
-  T* out = kHeld ? reinterpret_cast<T*>(row) : apart + size_t{blockIdx.x} * a.vocab;
-  const float weight = a.weights[blockIdx.x];
-  if (weight == 0.0f) {  // whatever the row holds
-    if (threadIdx.x == 0) a.losses[blockIdx.x] = 0.0f;
-    if (!a.gradient) return;
-    for (uint32_t i = threadIdx.x; i < a.vocab; i += kBlock) out[i] = from_float<T>(0.0f);
-    return;
-  }
-  Softmax own = {-INFINITY, 0.0f};
-  if constexpr (kHeld) {
-    own.largest = hold_row(row, a.vocab, held);
-    for (uint32_t i = threadIdx.x * kWidth; i < a.vocab; i += kBlock * kWidth) {
-#pragma unroll
-      for (uint32_t j = 0; j < kWidth; ++j) {
-        if (i + j < a.vocab && own.largest != -INFINITY)
-          own.sum += __expf(held[i + j] - own.largest);
-      }
-    }
-  } else {
-    for (uint32_t i = threadIdx.x; i < a.vocab; i += kBlock) own = merged(own, {row[i], 1.0f});
-  }
-  const auto target = static_cast<uint32_t>(a.targets[blockIdx.x]);
-  const float target_logit = row[target];  // before anybody overwrites it: see the barrier below
-  const Softmax all = block_softmax(own);
-  const float logsumexp = all.largest + logf(all.sum);
-  if (threadIdx.x == 0) a.losses[blockIdx.x] = logsumexp - target_logit;
-  if (!a.gradient) return;
-  const bool whole = a.vocab % kWidth == 0;
-  for (uint32_t i = threadIdx.x * kWidth; i < a.vocab; i += kBlock * kWidth) {
+/// weight·(softmax − onehot) of [begin, end), from the logits that `at` gives.
+template <typename T, typename At>
+__device__ void write_gradient(
+    T* out,
+    uint32_t begin,
+    uint32_t end,
+    bool whole,
+    float weight,
+    float logsumexp,
+    uint32_t target,
+    At&& at) {
+  for_each_group(begin, end, [&](uint32_t i) {
     struct alignas(kWidth * sizeof(T)) Part {
       T v[kWidth];
     } part;
 #pragma unroll
     for (uint32_t j = 0; j < kWidth; ++j) {
-      if (i + j >= a.vocab) continue;
-      const float p = __expf((kHeld ? held[i + j] : row[i + j]) - logsumexp);
+      if (i + j >= end) continue;
+      // A weight of 0 makes 0 of whatever the row holds.
+      const float p = weight == 0.0f ? 0.0f : __expf(at(i + j) - logsumexp);
       part.v[j] = from_float<T>(weight * (p - (i + j == target ? 1.0f : 0.0f)));
       if (!whole) out[i + j] = part.v[j];
     }
     if (whole) *reinterpret_cast<Part*>(out + i) = part;
+  });
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define METAL_LORA_HAS_CLUSTERS 1
+#endif
+
+/// A row for each cluster of kBlocks blocks, which hold it in shared memory meanwhile: read once.
+/// The gradient takes the row's place as T, from its first byte on.
+template <typename T, int kBlocks>
+__global__ void __launch_bounds__(kBlock) held_kernel(const Rows a) {
+#ifdef METAL_LORA_HAS_CLUSTERS
+  namespace cg = cooperative_groups;
+  extern __shared__ float held[];
+  __shared__ Softmax own_part;
+  wait_for_previous();
+  const auto cluster = cg::this_cluster();
+  const uint32_t token = blockIdx.x / kBlocks, rank = blockIdx.x % kBlocks;
+  const uint32_t per_block = (a.vocab + kBlocks * kWidth - 1) / (kBlocks * kWidth) * kWidth;
+  const uint32_t begin = min(a.vocab, rank * per_block), end = min(a.vocab, begin + per_block);
+  const bool whole = a.vocab % kWidth == 0;
+  const float* row = a.logits + size_t{token} * a.vocab;
+  const float weight = a.weights[token];
+  const auto target = static_cast<uint32_t>(a.targets[token]);
+  Softmax own = {-INFINITY, 0.0f};
+  for_each_group(begin, end, [&](uint32_t i) {
+    if (whole) {
+      const float4 v = *reinterpret_cast<const float4*>(row + i);
+      *reinterpret_cast<float4*>(held + (i - begin)) = v;
+      own.largest = fmaxf(fmaxf(own.largest, fmaxf(v.x, v.y)), fmaxf(v.z, v.w));
+      return;
+    }
+    for (uint32_t j = i; j < min(i + kWidth, end); ++j) {
+      held[j - begin] = row[j];
+      own.largest = fmaxf(own.largest, row[j]);
+    }
+  });
+  for_each_group(begin, end, [&](uint32_t i) {
+    for (uint32_t j = i; j < min(i + kWidth, end); ++j) {
+      if (own.largest != -INFINITY) own.sum += __expf(held[j - begin] - own.largest);
+    }
+  });
+  own = block_softmax(own);
+  if (threadIdx.x == 0) own_part = own;
+  cluster.sync();  // everybody has read the row, too
+  Softmax all = *cluster.map_shared_rank(&own_part, 0);
+  for (int i = 1; i < kBlocks; ++i) all = merged(all, *cluster.map_shared_rank(&own_part, i));
+  const float logsumexp = all.largest + logf(all.sum);
+  if (threadIdx.x == 0 && weight == 0.0f && rank == 0) a.losses[token] = 0.0f;
+  if (threadIdx.x == 0 && weight != 0.0f && target >= begin && target < end) {
+    a.losses[token] = logsumexp - held[target - begin];
   }
+  if (a.gradient) {
+    write_gradient(
+        reinterpret_cast<T*>(a.logits + size_t{token} * a.vocab),
+        begin,
+        end,
+        whole,
+        weight,
+        logsumexp,
+        target,
+        [&](uint32_t i) { return held[i - begin]; });
+  }
+  cluster.sync();  // no block leaves while another reads its part
+#endif
+}
+
+/// A row a block, read twice; the gradient goes to `apart` [rows, vocab].
+template <typename T>
+__global__ void __launch_bounds__(kBlock) twice_kernel(const Rows a, T* apart) {
+  wait_for_previous();
+  const float* row = a.logits + size_t{blockIdx.x} * a.vocab;
+  const float weight = a.weights[blockIdx.x];
+  const auto target = static_cast<uint32_t>(a.targets[blockIdx.x]);
+  Softmax own = {-INFINITY, 0.0f};
+  for (uint32_t i = threadIdx.x; i < a.vocab; i += kBlock) own = merged(own, {row[i], 1.0f});
+  const Softmax all = block_softmax(own);
+  const float logsumexp = all.largest + logf(all.sum);
+  if (threadIdx.x == 0) {
+    a.losses[blockIdx.x] = weight == 0.0f ? 0.0f : logsumexp - row[target];
+  }
+  if (!a.gradient) return;
+  write_gradient(
+      apart + size_t{blockIdx.x} * a.vocab,
+      0,
+      a.vocab,
+      a.vocab % kWidth == 0,
+      weight,
+      logsumexp,
+      target,
+      [&](uint32_t i) { return row[i]; });
 }
 
 /// Σ weights·losses in f64, in a fixed order; one block.
@@ -179,19 +236,55 @@ GemmGroup product(uint32_t m, uint32_t n, DType dtype, DType out_dtype, bool rig
   return g;
 }
 
-template <typename T>
-void run_rows(const Context& context, const Rows& rows, uint32_t count, bool held, T* apart) {
-  const size_t row_bytes = rows.vocab * sizeof(float);
-  if (!held) {
-    launch_pdl(rows_kernel<T, false>, dim3(count), dim3(kBlock), 0, context.stream, rows, apart);
-    return;
+/// Blocks that hold a row of the vocabulary together; 0: none do.
+uint32_t cluster_of(const Context& context, uint32_t vocab) {
+  if (context.capability < 90) return 0;
+  for (uint32_t blocks : kClusters) {
+    if (vocab <= blocks * kHeldPerBlock) return blocks;
   }
+  return 0;
+}
+
+template <typename T, int kBlocks>
+void run_held(const Context& context, const Rows& rows, uint32_t count) {
+  const size_t bytes =
+      ((rows.vocab + kBlocks * kWidth - 1) / (kBlocks * kWidth)) * kWidth * sizeof(float);
+  const auto kernel = held_kernel<T, kBlocks>;
   check(
       cudaFuncSetAttribute(
-          rows_kernel<T, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, kRowBytes),
+          kernel,
+          cudaFuncAttributeMaxDynamicSharedMemorySize,
+          static_cast<int>(kHeldPerBlock * sizeof(float))),
       "cross_entropy");
-  launch_pdl(
-      rows_kernel<T, true>, dim3(count), dim3(kBlock), row_bytes, context.stream, rows, apart);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(count * kBlocks);
+  config.blockDim = dim3(kBlock);
+  config.dynamicSmemBytes = bytes;
+  config.stream = context.stream;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = kBlocks;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  check(cudaLaunchKernelEx(&config, kernel, rows), "cross_entropy");
+}
+
+template <typename T>
+void run_rows(
+    const Context& context, const Rows& rows, uint32_t count, uint32_t cluster, T* apart) {
+  switch (cluster) {
+    case 1:
+      return run_held<T, 1>(context, rows, count);
+    case 4:
+      return run_held<T, 4>(context, rows, count);
+    case 8:
+      return run_held<T, 8>(context, rows, count);
+    default:
+      launch_pdl(twice_kernel<T>, dim3(count), dim3(kBlock), 0, context.stream, rows, apart);
+  }
 }
 
 }  // namespace
@@ -217,7 +310,8 @@ void linear_cross_entropy(
     if (rows > kRowMultiple) rows = (rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
     auto* logits = static_cast<float*>(
         context.scratch->take(size_t{std::min(rows, p.tokens)} * p.vocab * sizeof(float)));
-    const bool held = p.vocab * sizeof(float) <= kRowBytes && context.capability >= 90;
+    const uint32_t cluster = cluster_of(context, p.vocab);
+    const bool held = cluster != 0;
     const size_t element = bytes_of(p.dtype);
     void* apart = held || dx == nullptr
                       ? nullptr
@@ -233,7 +327,7 @@ void linear_cross_entropy(
       const Rows block{
           logits, p.vocab, targets + first, weights + first, losses + first, dx != nullptr};
       with_dtype(p.dtype, [&](auto t) {
-        run_rows(context, block, count, held, static_cast<decltype(t)*>(apart));
+        run_rows(context, block, count, cluster, static_cast<decltype(t)*>(apart));
       });
       if (dx == nullptr) continue;
       GemmGroup backward = product(count, p.dims, p.dtype, p.dtype, true);
