@@ -7,12 +7,16 @@
 #include <memory>
 
 #include <fmt/format.h>
+#include <mlx/backend/metal/metal.h>
+#include <mlx/version.h>
 
 #include "kernels/cpu/isa.h"
 #include "metal_lora/adapter.h"
 #include "metal_lora/error.h"
 #include "src/cli/commands.h"
 #include "src/cli/version.h"
+#include "src/launch/backend.h"
+#include "src/launch/mlx_cuda.h"
 
 namespace metal_lora::cli {
 namespace {
@@ -87,7 +91,7 @@ void print_summary(Console& console, const nlohmann::ordered_json& json) {
     if ((value.is_string() || value.is_object()) && value.empty()) continue;
     std::string text = value.is_string() ? value.get<std::string>() : value.dump();
     if (item.key() == "bytes") text += fmt::format(" ({})", format_bytes(value.get<double>()));
-    console.line(fmt::format("{:<13} {}", item.key(), text));
+    console.line(fmt::format("{:<18} {}", item.key(), text));
   }
   if (!json.contains("tensor_list")) return;
   for (const auto& tensor : json["tensor_list"]) {
@@ -99,7 +103,7 @@ void print_summary(Console& console, const nlohmann::ordered_json& json) {
   }
 }
 
-void inspect_devices(Console& console) {
+nlohmann::ordered_json cpu_device() {
   nlohmann::ordered_json device = {{"kind", "cpu"}};
   device.update(build_and_machine());
   auto sets = nlohmann::ordered_json::array();
@@ -112,8 +116,46 @@ void inspect_devices(Console& console) {
     if (cpu::isa_supported(isa)) sets.push_back(cpu::isa_name(isa));
   }
   device["isa_supported"] = sets;
-  console.emit({{"devices", {device}}});
-  if (!console.json) print_summary(console, device);
+  return device;
+}
+
+nlohmann::ordered_json gpu_device(const mlx_cuda::Gpu& gpu) {
+  return {
+      {"kind", "cuda"},
+      {"name", gpu.name},
+      {"compute_capability", fmt::format("{}.{}", gpu.capability / 10, gpu.capability % 10)},
+      {"multiprocessors", gpu.multiprocessors},
+      {"memory_bytes", gpu.memory_bytes}};
+}
+
+/// What runs the kernels here, and what else this build could use.
+nlohmann::ordered_json backends() {
+  const auto& cuda = mlx_cuda::availability();
+  const auto architectures = mlx_cuda::kernel_architectures();
+  const char* flavour = mlx_cuda::mlx_has_cuda()           ? "cuda"
+                        : mlx::core::metal::is_available() ? "metal"
+                                                           : "cpu";
+  return {
+      {"backend", backend_name(active_backend())},
+      {"mlx_version", mlx::core::version()},
+      {"mlx_flavour", flavour},
+      {"cuda_kernels", architectures.empty() ? "none in this build" : architectures},
+      {"cuda", cuda.available ? "available" : cuda.why},
+      {"cuda_hint", cuda.hint}};
+}
+
+void inspect_devices(Console& console) {
+  auto json = backends();
+  json["devices"] = {cpu_device()};
+  for (const auto& gpu : mlx_cuda::gpus()) json["devices"].push_back(gpu_device(gpu));
+  console.emit(json);
+  if (console.json) return;
+  for (const auto& device : json["devices"]) {
+    print_summary(console, device);
+    console.line("");
+  }
+  json.erase("devices");
+  print_summary(console, json);
 }
 
 void run_inspect(Console& console, const InspectFlags& options) {

@@ -151,6 +151,7 @@ class Pool {
       std::lock_guard lock(mutex_);
       start();
     }
+    WhileCapturing allowed;  // a launch may be the first to need its weight
     cuda::check(cudaMemcpyAsync(to, from, bytes, kind, stream_), "cudaMemcpyAsync");
     cuda::check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
   }

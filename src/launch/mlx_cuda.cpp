@@ -171,16 +171,38 @@ struct Node final : cuda::Scratch {
   void* take(size_t bytes) override { return taken.emplace_back(allocate_device(bytes)).get(); }
 };
 
-/// MLX's CaptureContext: what is launched while it lives becomes a child graph.
+/// MLX's CaptureContext: what is launched while it lives becomes a child graph, if finish() says
+/// so. After an error the capture is ended here and thrown away: MLX's destructor would throw.
 class Capture {
  public:
-  explicit Capture(Encoder& encoder) { mlx_symbols().begin_capture(storage_, encoder); }
-  ~Capture() { mlx_symbols().end_capture(storage_); }
+  explicit Capture(Encoder& encoder) : stream_(encoder.stream()) {
+    mlx_symbols().begin_capture(storage_, encoder);
+  }
+  ~Capture() {
+    if (finished_) return;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cudaStreamIsCapturing(stream_, &status);
+    cudaGraph_t graph = nullptr;
+    if (status != cudaStreamCaptureStatusNone) cudaStreamEndCapture(stream_, &graph);
+    if (graph != nullptr) cudaGraphDestroy(graph);
+    cudaGetLastError();
+  }
   Capture(const Capture&) = delete;
   Capture& operator=(const Capture&) = delete;
-  void discard() { reinterpret_cast<Encoder::CaptureContext*>(storage_)->discard = true; }
+
+  void finish() {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    cuda::check(cudaStreamIsCapturing(stream_, &status), "cudaStreamIsCapturing");
+    if (status == cudaStreamCaptureStatusInvalidated) {
+      throw cuda::CudaError("[cuda] a call that a capture does not allow");
+    }
+    finished_ = true;
+    mlx_symbols().end_capture(storage_);
+  }
 
  private:
+  cudaStream_t stream_;
+  bool finished_ = false;
   alignas(Encoder::CaptureContext) std::byte storage_[sizeof(Encoder::CaptureContext)];
 };
 
@@ -360,12 +382,8 @@ void evaluate(
       for (const auto& input : inputs) mlx.set_input_array(&encoder, input);
       for (const auto& output : outputs) mlx.set_output_array(&encoder, output);
       Capture capture(encoder);
-      try {
-        arguments.run(context, *launch);
-      } catch (...) {
-        capture.discard();
-        throw;
-      }
+      arguments.run(context, *launch);
+      capture.finish();
     }
   } catch (...) {
     rethrow(launch->kernel);
