@@ -112,7 +112,7 @@ template <typename T, int kBlocks>
 __global__ void __launch_bounds__(kBlock) held_kernel(const Rows a) {
 #ifdef METAL_LORA_HAS_CLUSTERS
   namespace cg = cooperative_groups;
-  extern __shared__ float held[];
+  extern __shared__ __align__(16) float held[];
   __shared__ Softmax own_part;
   wait_for_previous();
   const auto cluster = cg::this_cluster();

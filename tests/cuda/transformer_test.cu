@@ -352,7 +352,9 @@ TEST(CudaLoss, EqualsF64) {
     check_loss(device, dtype, 7, 24, 33);
     check_loss(device, dtype, 40, 64, 1024);
     check_loss(device, dtype, 1, 8, 1);
-    check_loss(device, dtype, 3, 8, 60000);  // rows too long for shared memory
+    check_loss(device, dtype, 5, 8, 20000);  // rows that clusters of four and eight blocks hold
+    check_loss(device, dtype, 3, 8, 60000);
+    check_loss(device, dtype, 2, 8, 130000);  // rows that none holds
   }
 }
 
