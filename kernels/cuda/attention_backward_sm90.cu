@@ -1,9 +1,8 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// Flash attention backward on wgmma (sm_90a), head_dim 64: the sums of attention_backward.cu with
-// two warpgroups a block. Left operands lie in registers throughout, the copy engine brings the
-// right ones. Blocks for dK and dV own 128 keys, blocks for dQ 64 queries of two heads that share
+// Flash attention backward on wgmma (sm_90a), head_dim 64 and 128: the sums of attention_backward.cu with
+// two warpgroups a block. The copy engine brings right operands; left ones lie in registers. Blocks for dK and dV own 128 keys, blocks for dQ 64 queries of two heads that share
 // keys, or 128 of one. The second products of a step and the first of the next are under way
 // together.
 #include "kernels/cuda/attention_sm90.cuh"
@@ -12,12 +11,17 @@
 namespace metal_lora::cuda::attention {
 namespace {
 
-constexpr int kThreads = 256, kStages = 4, kAhead = 2, kDim = 64;
-constexpr int kTileBytes = kTileRows * kDim * 2;
-constexpr int kInfoBytes = kTileRows * 12, kStageBytes = 2 * kTileBytes + 1024;
-constexpr uint32_t kStage = kStageBytes / 16, kTile = kTileBytes / 16;  // of descriptors
-constexpr int kBarriers = 4 * kTileBytes + kStages * kStageBytes;
-constexpr size_t kSharedBytes = kBarriers + 8 * (2 * kStages + 1) + 1024;  // and alignment
+constexpr int kThreads = 256, kStages = 4, kAhead = 2;
+constexpr int kInfoBytes = kTileRows * 12;
+
+template <int kDim>
+struct Shared {
+  static constexpr int kTileBytes = kTileRows * kDim * 2;
+  static constexpr int kStageBytes = 2 * kTileBytes + 1024;
+  static constexpr uint32_t kStage = kStageBytes / 16, kTile = kTileBytes / 16;  // of descriptors
+  static constexpr int kBarriers = 4 * kTileBytes + kStages * kStageBytes;
+  static constexpr size_t kBytes = kBarriers + 8 * (2 * kStages + 1) + 1024;  // and alignment
+};
 
 struct Maps {
   CUtensorMap q, k, v, dout;
@@ -42,11 +46,30 @@ struct Block {
   uint32_t own, stages, full, empty, own_full;  ///< own: four tiles that stay
   int group, warp, lane;
 };
-__device__ __forceinline__ void load_fragments(
-    uint32_t (&r)[kDim / 16][4], uint32_t tile, int warp) {
+/// A tile that stays, as a left operand: in registers if they suffice, and at its address else.
+template <int kDim>
+struct Left;
+template <>
+struct Left<64> {
+  uint32_t r[4][4];
+  __device__ __forceinline__ Left(uint32_t tile, int warp) {
 #pragma unroll
-  for (int d = 0; d < kDim / 16; ++d) load_left<64>(r[d], tile, warp * 16, d * 16);
-}
+    for (int d = 0; d < 4; ++d) load_left<64>(r[d], tile, warp * 16, d * 16);
+  }
+  template <typename T>
+  __device__ __forceinline__ void multiply(float (&sums)[8][4], uint32_t tile_address) const {
+    wgmma_rows<T, 64>(sums, r, tile_address);
+  }
+};
+template <>
+struct Left<128> {
+  uint32_t address;
+  __device__ __forceinline__ Left(uint32_t tile, int) : address(descriptor_address(tile)) {}
+  template <typename T>
+  __device__ __forceinline__ void multiply(float (&sums)[8][4], uint32_t tile_address) const {
+    wgmma_rows<T, 128>(sums, address, tile_address);
+  }
+};
 template <typename T>
 __device__ __forceinline__ void pack(uint32_t (&r)[4][4], const float (&sums)[8][4]) {
 #pragma unroll
@@ -54,9 +77,11 @@ __device__ __forceinline__ void pack(uint32_t (&r)[4][4], const float (&sums)[8]
 }
 
 /// dK and dV of 64 keys a warpgroup. Rows of the products are keys.
-template <typename T>
+template <typename T, int kDim>
 __device__ __forceinline__ void keys_block(
     const Maps& maps, const Arguments& a, const Block& b, int begin, int kv_head) {
+  using S = Shared<kDim>;
+  constexpr int kTileBytes = S::kTileBytes, kStageBytes = S::kStageBytes;
   const int tokens = a.p.q_tokens, keys = a.p.kv_tokens, offset = a.p.kv_offset;
   const int heads = a.p.q_heads / a.p.kv_heads, mine = begin + b.group * kTileRows;
   const int key_end = min(begin + 2 * kTileRows, keys);
@@ -98,36 +123,42 @@ __device__ __forceinline__ void keys_block(
   }
   for (int step = 0; step < kAhead; ++step) produce(step);
 
-  float dk[8][4] = {}, dv[8][4] = {}, s[8][4], dp[8][4];
-  uint32_t k[4][4], v[4][4];
+  float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {}, s[8][4], dp[8][4];
   sm90::barrier_wait(b.own_full, 0);
-  load_fragments(k, b.own + 2 * b.group * kTileBytes, b.warp);
-  load_fragments(v, b.own + (2 * b.group + 1) * kTileBytes, b.warp);
+  const Left<kDim> k(b.own + 2 * b.group * kTileBytes, b.warp);
+  const Left<kDim> v(b.own + (2 * b.group + 1) * kTileBytes, b.warp);
   const float scale = a.p.scale * kLog2e;
 
   const uint32_t stages_address = descriptor_address(b.stages);
-  // Scores and dP of a step.
-  const auto begin_step = [&](int step) {
-    const uint32_t q_tile = stages_address + step % kStages * kStage;
+  const auto begin_scores = [&](int step) {
     sm90::barrier_wait(b.full + 8 * (step % kStages), step / kStages & 1);
     sm90::wgmma_fence();
-    wgmma_rows<T, kDim>(s, k, q_tile);
-    sm90::wgmma_commit();
-    wgmma_rows<T, kDim>(dp, v, q_tile + kTile);
+    k.template multiply<T>(s, stages_address + step % kStages * S::kStage);
     sm90::wgmma_commit();
   };
+  const auto begin_dp = [&](int step) {
+    sm90::wgmma_fence();
+    v.template multiply<T>(dp, stages_address + step % kStages * S::kStage + S::kTile);
+    sm90::wgmma_commit();
+  };
+  // Where the sums leave registers for it, dP starts as early as the scores.
+  constexpr bool kEarly = kDim == 64;
   sums_fence(dv);  // their zeros are there before the first products start
   sums_fence(dk);
-  if (steps > 0) begin_step(0);
+  if (steps > 0) {
+    begin_scores(0);
+    if (kEarly) begin_dp(0);
+  }
   for (int step = 0; step < steps; ++step) {
     const int block = first_block + step % per_head, stage = step % kStages;
-    const uint32_t q_tile = stages_address + stage * kStage;
+    const uint32_t q_tile = stages_address + stage * S::kStage;
     const uint8_t* infos = b.memory + 6 * kTileBytes + stage * kStageBytes;
     const int2 range = a.block_first[block];
     const bool partly = mine + kTileRows - 1 > offset + block * kTileRows || mine < range.y ||
         (block + 1) * kTileRows > tokens;
     produce(step + kAhead);
     __syncwarp();
+    if (!kEarly) begin_dp(step);
     sm90::wgmma_wait<0>();
     sums_fence(s);
     sums_fence(dp);
@@ -171,16 +202,20 @@ __device__ __forceinline__ void keys_block(
     }
     pack<T>(ds, dp);
     sm90::wgmma_fence();
-    wgmma_columns<T, kDim>(dv, p, q_tile + kTile);
+    wgmma_columns<T, kDim>(dv, p, q_tile + S::kTile);
     wgmma_columns<T, kDim>(dk, ds, q_tile);
     sm90::wgmma_commit();
-    if (step + 1 < steps) begin_step(step + 1);
-    sm90::wgmma_wait<2>();  // after the last step nobody waits for the stage
+    if (step + 1 < steps) {
+      begin_scores(step + 1);
+      if (kEarly) begin_dp(step + 1);
+    }
+    sm90::wgmma_wait<kEarly ? 2 : 1>();  // after the last step nobody waits for the stage
     if (b.lane == 0) barrier_arrive(b.empty + 8 * stage);
   }
   sm90::wgmma_wait<0>();
   sums_fence(dv);
   sums_fence(dk);
+  sm90::named_barrier(1 + b.group, 128);  // its tiles are read no more
   const float scales[2] = {a.p.scale, a.p.scale}, ones[2] = {1.0f, 1.0f};
   uint8_t* tile = b.memory + 2 * b.group * kTileBytes;
   const size_t column = static_cast<size_t>(kv_head) * kDim;
@@ -191,9 +226,11 @@ __device__ __forceinline__ void keys_block(
 }
 
 /// dQ of 64 queries of one head a warpgroup.
-template <typename T>
+template <typename T, int kDim>
 __device__ __forceinline__ void queries_block(
     const Maps& maps, const Arguments& a, const Block& b, int begin, int unit, bool paired) {
+  using S = Shared<kDim>;
+  constexpr int kTileBytes = S::kTileBytes, kStageBytes = S::kStageBytes;
   const int tokens = a.p.q_tokens, offset = a.p.kv_offset;
   const int head = paired ? 2 * unit + b.group : unit;
   const int row = paired ? begin : begin + b.group * kTileRows;
@@ -238,20 +275,19 @@ __device__ __forceinline__ void queries_block(
       first[half] = a.row_first[i + 8 * half];
     }
   }
-  float dq[8][4] = {}, s[8][4], dp[8][4];
-  uint32_t q[4][4], g[4][4];
+  float dq[kDim / 8][4] = {}, s[8][4], dp[8][4];
   sm90::barrier_wait(b.own_full, 0);
-  load_fragments(q, b.own + 2 * b.group * kTileBytes, b.warp);
-  load_fragments(g, b.own + (2 * b.group + 1) * kTileBytes, b.warp);
+  const Left<kDim> q(b.own + 2 * b.group * kTileBytes, b.warp);
+  const Left<kDim> g(b.own + (2 * b.group + 1) * kTileBytes, b.warp);
   const float scale = a.p.scale * kLog2e;
   const uint32_t stages_address = descriptor_address(b.stages);
   const auto begin_step = [&](int step) {
-    const uint32_t k_tile = stages_address + step % kStages * kStage;
+    const uint32_t k_tile = stages_address + step % kStages * S::kStage;
     sm90::barrier_wait(b.full + 8 * (step % kStages), step / kStages & 1);
     sm90::wgmma_fence();
-    wgmma_rows<T, kDim>(s, q, k_tile);
+    q.template multiply<T>(s, k_tile);
     sm90::wgmma_commit();
-    wgmma_rows<T, kDim>(dp, g, k_tile + kTile);
+    g.template multiply<T>(dp, k_tile + S::kTile);
     sm90::wgmma_commit();
   };
   sums_fence(dq);
@@ -286,7 +322,7 @@ __device__ __forceinline__ void queries_block(
     }
     pack<T>(ds, dp);
     sm90::wgmma_fence();
-    wgmma_columns<T, kDim>(dq, ds, stages_address + stage * kStage);
+    wgmma_columns<T, kDim>(dq, ds, stages_address + stage * S::kStage);
     sm90::wgmma_commit();
     if (step + 1 < steps) begin_step(step + 1);
     sm90::wgmma_wait<2>();
@@ -294,6 +330,7 @@ __device__ __forceinline__ void queries_block(
   }
   sm90::wgmma_wait<0>();
   sums_fence(dq);
+  sm90::named_barrier(1 + b.group, 128);
   const float scales[2] = {a.p.scale, a.p.scale};
   store_tile<T, kDim>(
       static_cast<T*>(a.dq) + static_cast<size_t>(head) * kDim, a.p.q_stride,
@@ -301,16 +338,17 @@ __device__ __forceinline__ void queries_block(
 }
 #endif
 
-template <typename T>
+template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(const __grid_constant__ Maps maps, const Arguments a, bool paired) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using S = Shared<kDim>;
   extern __shared__ uint8_t raw[];
   Block b;
   b.memory = raw + (1024 - mma::shared_address(raw) % 1024) % 1024;
   b.own = mma::shared_address(b.memory);
-  b.stages = b.own + 4 * kTileBytes;
-  b.full = b.own + kBarriers;
+  b.stages = b.own + 4 * S::kTileBytes;
+  b.full = b.own + S::kBarriers;
   b.empty = b.full + 8 * kStages;
   b.own_full = b.empty + 8 * kStages;
   b.group = threadIdx.x / 128;
@@ -330,13 +368,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int for_keys = (a.p.kv_tokens + 2 * kTileRows - 1) / (2 * kTileRows) * kv_heads;
   const int block = blockIdx.x;
   if (block < for_keys) {
-    keys_block<T>(maps, a, b, block / kv_heads * 2 * kTileRows, block % kv_heads);
+    keys_block<T, kDim>(maps, a, b, block / kv_heads * 2 * kTileRows, block % kv_heads);
   } else {
     const int rows = paired ? kTileRows : 2 * kTileRows;
     const int units = paired ? a.p.q_heads / 2 : a.p.q_heads;
     const int from_end = (block - for_keys) / units;
     const int blocks = (a.p.q_tokens + rows - 1) / rows;
-    queries_block<T>(
+    queries_block<T, kDim>(
         maps, a, b, (blocks - 1 - from_end) * rows, (block - for_keys) % units, paired);
   }
 #else
@@ -344,7 +382,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-template <typename T>
+template <typename T, int kDim>
 void run(const Context& context, const Arguments& a) {
   const AttentionParams& p = a.p;
   const bool paired = p.q_heads / p.kv_heads % 2 == 0;
@@ -360,8 +398,8 @@ void run(const Context& context, const Arguments& a) {
       (p.kv_tokens + 2 * kTileRows - 1) / (2 * kTileRows) * p.kv_heads +
       (p.q_tokens + rows - 1) / rows * (paired ? p.q_heads / 2 : p.q_heads));
   launch(
-      context, "attention_backward", backward_kernel<T>, grid, kThreads, kSharedBytes, maps, a,
-      paired);
+      context, "attention_backward", backward_kernel<T, kDim>, grid, kThreads,
+      Shared<kDim>::kBytes, maps, a, paired);
 }
 
 }  // namespace
@@ -369,10 +407,14 @@ void run(const Context& context, const Arguments& a) {
 bool backward_sm90(const Context& context, const Arguments& a) {
   const AttentionParams& p = a.p;
   // As forward_sm90's.
-  const bool takes = context.capability == 90 && p.head_dim == kDim && p.q_tokens > 0 &&
+  const bool takes = context.capability == 90 && (p.head_dim == 64 || p.head_dim == 128) && p.q_tokens > 0 &&
       p.kv_tokens > 0 && p.kv_tokens <= p.kv_offset + p.q_tokens;
   if (!takes) return false;
-  p.dtype == DType::bf16 ? run<bf16>(context, a) : run<f16>(context, a);
+  const auto run_type = [&](auto type) {
+    using T = decltype(type);
+    p.head_dim == 64 ? run<T, 64>(context, a) : run<T, 128>(context, a);
+  };
+  p.dtype == DType::bf16 ? run_type(bf16{}) : run_type(f16{});
   return true;
 }
 

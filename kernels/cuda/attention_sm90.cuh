@@ -62,6 +62,24 @@ __device__ __forceinline__ void wgmma_registers(
     }
   }
 }
+#define METAL_LORA_WGMMA_SHARED(type)                                                       \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                            \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                  \
+               " {" METAL_LORA_LIST32 "}, %32, %33, add, 1, 1, 0, 0;\n}"                    \
+               : METAL_LORA_F16(0), METAL_LORA_F16(4)                                       \
+               : "l"(left), "l"(right), "r"(accumulate))
+
+/// d [64, 64] (+)= left [64, 16] · right^T, both in shared memory.
+template <typename T>
+__device__ __forceinline__ void wgmma_shared(
+    float (&d)[8][4], uint64_t left, uint64_t right, int accumulate) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    METAL_LORA_WGMMA_SHARED("bf16");
+  } else {
+    METAL_LORA_WGMMA_SHARED("f16");
+  }
+}
+#undef METAL_LORA_WGMMA_SHARED
 #undef METAL_LORA_WGMMA_REGISTERS
 #undef METAL_LORA_LIST64
 #undef METAL_LORA_LIST32
@@ -106,6 +124,17 @@ __device__ __forceinline__ void wgmma_rows(
   for (int d = 0; d < kDim / 16; ++d) {
     const uint32_t at = tile_address + (d / 4 * kColumnBlockBytes + d % 4 * 32) / 16;
     wgmma_registers<T, 0>(sums, left[d], tile_descriptor(at), d > 0);
+  }
+}
+/// The same with a left operand that stays in its tile.
+template <typename T, int kDim>
+__device__ __forceinline__ void wgmma_rows(
+    float (&sums)[8][4], uint32_t left_address, uint32_t tile_address) {
+#pragma unroll
+  for (int d = 0; d < kDim / 16; ++d) {
+    const uint32_t step = (d / 4 * kColumnBlockBytes + d % 4 * 32) / 16;
+    wgmma_shared<T>(
+        sums, tile_descriptor(left_address + step), tile_descriptor(tile_address + step), d > 0);
   }
 }
 /// sums [64, kDim] += left [64, 64] · the tile.
