@@ -8,8 +8,8 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstring>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
@@ -18,10 +18,6 @@
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/lora_kernels.h"
 #include "kernels/cuda/lora_quantized.h"
-
-#ifdef METAL_LORA_SHRINK_TRIAL
-extern int trial_row_warps_log2, trial_splits, trial_grad_splits;
-#endif
 
 namespace metal_lora::cuda {
 namespace {
@@ -151,7 +147,8 @@ int copies_for(size_t bytes) {
   return static_cast<int>(std::min<size_t>(kLaunches, (size_t{200} << 20) / bytes + 2));
 }
 
-void bench_shrink(uint32_t m, uint32_t k, std::vector<uint32_t> ranks, bool kn, float drop, bool cold) {
+void bench_shrink(
+    uint32_t m, uint32_t k, std::vector<uint32_t> ranks, bool kn, float drop, bool cold) {
   const size_t x_bytes = size_t{m} * k * 2;
   const int copies = cold ? copies_for(x_bytes) : 1;
   uint32_t columns = 0;
@@ -188,19 +185,6 @@ void bench_shrink(uint32_t m, uint32_t k, std::vector<uint32_t> ranks, bool kn, 
       drop > 0 ? " dropout" : "",
       cold ? "" : " (x in L2)");
   print(name, time_us(launch), base, double(x_bytes));
-#ifdef METAL_LORA_SHRINK_TRIAL
-  if (drop == 0 && std::getenv("TRIALS")) {
-    for (int log2 = 0; log2 <= 2; ++log2) {
-      for (int splits = 1; splits <= 8; splits *= 2) {
-        trial_row_warps_log2 = log2;
-        trial_splits = splits;
-        std::printf("   rows %d splits %d: %.2f us\n", 32 << log2, splits, time_us(launch));
-      }
-    }
-    trial_row_warps_log2 = -1;
-    trial_splits = 0;
-  }
-#endif
 }
 
 struct GradShape {
@@ -208,7 +192,12 @@ struct GradShape {
   bool transposed;
   int shares;
 };
-void bench_grad(const char* label, uint32_t m, std::vector<GradShape> shapes, DType small_dtype, float drop = 0) {
+void bench_grad(
+    const char* label,
+    uint32_t m,
+    std::vector<GradShape> shapes,
+    DType small_dtype,
+    float drop = 0) {
   std::vector<AdapterGrad> grads;
   std::vector<std::unique_ptr<Memory>> held;
   size_t bytes = 0;
@@ -243,25 +232,22 @@ void bench_grad(const char* label, uint32_t m, std::vector<GradShape> shapes, DT
   const double base = read_us(large, bytes, copies, sink);
   char name[128];
   std::snprintf(
-      name, sizeof(name), "grad m %u %s%s%s", m, label, small_dtype == DType::f32 ? " f32" : " bf16",
+      name,
+      sizeof(name),
+      "grad m %u %s%s%s",
+      m,
+      label,
+      small_dtype == DType::f32 ? " f32" : " bf16",
       drop > 0 ? " dropout" : "");
   print(name, time_us(launch), base, double(bytes));
-#ifdef METAL_LORA_SHRINK_TRIAL
-  if (std::getenv("TRIALS")) {
-    for (int splits = 1; splits <= 8; splits *= 2) {
-      trial_grad_splits = splits;
-      std::printf("   splits %d: %.2f us\n", splits, time_us(launch));
-    }
-    trial_grad_splits = 0;
-  }
-#endif
 }
 
 void bench_formats(uint32_t n, uint32_t k) {
   const size_t values = size_t{n} * k, dense = values * 2;
   const int copies = copies_for(dense);
   Memory w(dense * copies), out(dense * copies), codes(values * copies, ~0u, 0);
-  Memory scales(values / 32 * 4, 0x007fffffu, 0x3f000000u), biases(values / 32 * 4 + 4096, 0x007fffffu, 0x3f000000u);
+  Memory scales(values / 32 * 4, 0x007fffffu, 0x3f000000u),
+      biases(values / 32 * 4 + 4096, 0x007fffffu, 0x3f000000u);
   char name[128];
   const double copy = copy_us(w, out, dense, copies), per_byte = copy / (2.0 * dense);
   print("copy of bf16 [n, k]", copy, copy, 2.0 * dense);
@@ -271,7 +257,8 @@ void bench_formats(uint32_t n, uint32_t k) {
     const size_t packed = p.format == WeightFormat::int8 ? values : values / 2;
     const double moved =
         dense + packed + (p.double_quant ? values / 64.0 : values * 4.0 / p.group_size) +
-        (p.format == WeightFormat::nf4 ? 0 : values * 2.0 / p.group_size - values * 2.0 / p.group_size);
+        (p.format == WeightFormat::nf4 ? 0
+                                       : values * 2.0 / p.group_size - values * 2.0 / p.group_size);
     const double us = time_us([&](int i) {
       char* q = codes.data + (i % copies) * packed;
       char* d = (quantize ? w : out).data + (i % copies) * dense;
@@ -283,7 +270,8 @@ void bench_formats(uint32_t n, uint32_t k) {
         quantize_affine(context, p, DType::bf16, d, q, scales.data, biases.data);
       }
     });
-    std::snprintf(name, sizeof(name), "%s %s n %u k %u", quantize ? "quantize" : "dequantize", what, n, k);
+    std::snprintf(
+        name, sizeof(name), "%s %s n %u k %u", quantize ? "quantize" : "dequantize", what, n, k);
     print(name, us, moved * per_byte, moved);
   };
   WeightParams p;
@@ -323,8 +311,7 @@ int main(int argc, char** argv) {
   context.multiprocessors = properties.multiProcessorCount;
   context.capability = 10 * properties.major + properties.minor;
   std::printf("%s, %d multiprocessors\n", properties.name, properties.multiProcessorCount);
-  std::printf(
-      "empty kernel %.2f us\n", time_us([](int) { empty_kernel<<<1, 32, 0, stream>>>(); }));
+  std::printf("empty kernel %.2f us\n", time_us([](int) { empty_kernel<<<1, 32, 0, stream>>>(); }));
   if (wanted("shrink")) {
     bench_shrink(4096, 4096, {16, 16, 16}, false, 0, true);
     bench_shrink(4096, 4096, {16, 16, 16}, false, 0, false);
@@ -352,11 +339,20 @@ int main(int argc, char** argv) {
       bench_grad(
           "layer (q k v o gate up down), 4096 and 11008, rank 16",
           4096,
-          {{16, 4096, false, -1}, {16, 4096, false, 0},  {16, 4096, false, 0},
-           {16, 4096, true, -1},  {16, 4096, true, -1},  {16, 4096, true, -1},
-           {16, 4096, false, -1}, {16, 4096, true, -1},  {16, 4096, false, -1},
-           {16, 4096, false, 8},  {16, 11008, true, -1}, {16, 11008, true, -1},
-           {16, 11008, false, -1}, {16, 4096, true, -1}},
+          {{16, 4096, false, -1},
+           {16, 4096, false, 0},
+           {16, 4096, false, 0},
+           {16, 4096, true, -1},
+           {16, 4096, true, -1},
+           {16, 4096, true, -1},
+           {16, 4096, false, -1},
+           {16, 4096, true, -1},
+           {16, 4096, false, -1},
+           {16, 4096, false, 8},
+           {16, 11008, true, -1},
+           {16, 11008, true, -1},
+           {16, 11008, false, -1},
+           {16, 4096, true, -1}},
           small);
     }
     bench_grad("dA rank 16, 4096 columns", 4096, {{16, 4096, false, -1}}, DType::f32, 0.1f);

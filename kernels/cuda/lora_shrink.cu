@@ -6,126 +6,24 @@
 // warps multiplies 32 rows by 64 columns over its own part of every stage, so that an element of x
 // leaves shared memory once; warps that share rows are added up in shared memory, and the blocks
 // of a cluster that share k through each other's: one launch, a fixed order, no scratch.
-//   ladder (H100, bf16, m = k = 4096, 48 columns): not measured
+//   Hopper takes lora_shrink_sm90.cu where operands are aligned; this form takes the rest, dropout
+//   and older devices.
+//   ladder (H100, bf16, m = k = 4096, 48 columns; reading x alone: 12.2 us)
+//     addresses worked out for each copy: 34.7 us; once: 21.0 us, 58 % of the read. A stage costs a
+//     warp a chain of 200 instructions, whatever the width; the copy engine takes them over.
+//     With dropout: 159 us, bound by 12 instructions of the mask per element and part, and by x
+//     being read for each part.
 #include <algorithm>
 #include <cmath>
 
-#include "kernels/cuda/lora_kernels.h"
-#include "kernels/cuda/skinny.cuh"
-
-#ifndef METAL_LORA_WI
-#define METAL_LORA_WI 32
-#endif
-#ifdef METAL_LORA_SHRINK_TRIAL
-int trial_row_warps_log2 = -1, trial_splits = 0;
-#endif
+#include "kernels/cuda/lora_shrink.cuh"
 
 namespace metal_lora::cuda {
 namespace {
 
-using namespace skinny;
+using namespace shrink;
 
-constexpr uint32_t kColumns = 64;   ///< of a warp
 constexpr uint32_t kWarpRows = 32;
-constexpr uint32_t kMaxParts = 4;
-
-struct Part {
-  const void* right = nullptr;
-  float* plain = nullptr;
-  float plain_factor = 1.0f, factor = 1.0f;  ///< both with dropout's 1/(1-p)
-  uint32_t rank = 0;
-  uint32_t first = 0;       ///< column of the tiles: a multiple of 8 (dropout: of 64)
-  uint32_t out_column = 0;  ///< Σ ranks before it
-  DropMask mask;
-  bool drop = false;
-};
-
-struct Args {
-  uint32_t m = 0, k = 0;
-  const void* x = nullptr;
-  size_t x_stride = 0;
-  DType x_dtype = DType::bf16, right_dtype = DType::bf16, out_dtype = DType::bf16;
-  bool right_is_kn = false, x_vectors = false, right_vectors = false;
-  uint32_t parts = 0;
-  Part part[kMaxParts];
-  void* out = nullptr;
-  size_t out_stride = 0;
-  uint32_t out_columns = 0;  ///< Σ ranks
-  // How the work is divided.
-  uint32_t columns = 0;  ///< of the tiles, parts padded
-  uint32_t chunks = 1;   ///< blocks side by side that share the columns
-  uint32_t row_warps_log2 = 0;
-  uint32_t splits = 1;  ///< of k: blocks of a cluster
-  uint32_t stages = 2;
-};
-
-/// Where a block stands: blocks of a cluster share rows and columns and split k.
-struct Place {
-  uint32_t split, column0, row0;
-};
-__device__ __forceinline__ Place place_of(const Args& args, uint32_t chunk_columns, uint32_t rows) {
-  const uint32_t tile = blockIdx.x / args.splits;
-  return {
-      blockIdx.x % args.splits,
-      tile % args.chunks * chunk_columns,
-      tile / args.chunks * rows};
-}
-
-/// The part of a column of the tiles; args.parts where it is padding.
-__device__ __forceinline__ uint32_t part_of(const Args& args, uint32_t column) {
-  for (uint32_t p = 0; p < args.parts; ++p) {
-    if (column >= args.part[p].first && column - args.part[p].first < args.part[p].rank) return p;
-  }
-  return args.parts;
-}
-
-/// Writes four neighbours of a row, columns of the tiles, to where they belong.
-__device__ __forceinline__ void put(const Args& args, uint32_t row, uint32_t column, float4 sum) {
-  const uint32_t p = part_of(args, column);
-  if (p == args.parts) return;
-  const Part& part = args.part[p];
-  const uint32_t r = column - part.first;
-  const float v[4] = {sum.x, sum.y, sum.z, sum.w};
-  if (part.plain) {
-    float* to = part.plain + size_t{row} * part.rank + r;
-    const float f = part.plain_factor;
-    if (part.rank % 4 == 0) {
-      *reinterpret_cast<float4*>(to) = make_float4(f * v[0], f * v[1], f * v[2], f * v[3]);
-    } else {
-      for (uint32_t i = 0; i < min(4u, part.rank - r); ++i) to[i] = f * v[i];
-    }
-  }
-  if (!args.out) return;
-  const size_t at = row * args.out_stride + part.out_column + r;
-#pragma unroll
-  for (uint32_t i = 0; i < 4; ++i) {
-    if (r + i < part.rank) store_from_float(args.out, args.out_dtype, at + i, part.factor * v[i]);
-  }
-}
-
-/// What reduce_tile needs: a quad's row and column of the tile.
-struct Quads {
-  uint32_t log2;  ///< of the quads of a row
-  uint32_t pitch, rows, width;
-  __device__ uint32_t row(uint32_t i) const { return i >> log2; }
-  __device__ uint32_t column(uint32_t i) const { return (i & ((1u << log2) - 1)) * 4; }
-  __device__ uint32_t count() const { return rows << log2; }
-  __device__ int place(uint32_t i) const {
-    return column(i) < width ? static_cast<int>(row(i) * pitch + column(i)) : -1;
-  }
-};
-
-/// Zeros beyond Σ ranks; the blocks of the first chunk and split.
-__device__ __forceinline__ void put_zeros(const Args& args, uint32_t row0, uint32_t rows) {
-  if (!args.out || args.out_stride <= args.out_columns) return;
-  const auto width = static_cast<uint32_t>(args.out_stride - args.out_columns);
-  const uint32_t end = min(args.m, row0 + rows) - row0;
-  for (uint32_t i = threadIdx.x; i < end * width; i += blockDim.x) {
-    const size_t row = row0 + i / width;
-    store_from_float(
-        args.out, args.out_dtype, row * args.out_stride + args.out_columns + i % width, 0.0f);
-  }
-}
 
 // ---- tensor cores ----
 
@@ -134,10 +32,10 @@ template <uint32_t kGroups>
 struct Shape {
   static constexpr uint32_t kWarps = kGroups == 4 ? 16 : 8;
   static constexpr uint32_t kThreads = 32 * kWarps;
-  static constexpr uint32_t kWidth = kColumns * kGroups;           ///< columns of a block
-  static constexpr uint32_t kRowWarps = kWarps / kGroups;          ///< over rows and k together
-  static constexpr uint32_t kWarpInner = kGroups == 1 ? METAL_LORA_WI : 64;   ///< of k, per warp and stage
-  static constexpr uint32_t kPitch = kWidth + 8;                   ///< of the partial sums, floats
+  static constexpr uint32_t kWidth = kColumns * kGroups;          ///< columns of a block
+  static constexpr uint32_t kRowWarps = kWarps / kGroups;         ///< over rows and k together
+  static constexpr uint32_t kWarpInner = kGroups == 1 ? 32 : 64;  ///< of k, per warp and stage
+  static constexpr uint32_t kPitch = kWidth + 8;                  ///< of the partial sums, floats
   static constexpr uint32_t kPartialBytes = kRowWarps * kWarpRows * kPitch * 4;
   static constexpr uint32_t kXBytes = kRowWarps * kWarpRows * kWarpInner * 2;  ///< of a stage
   static constexpr uint32_t kTableBytes = kWidth * 16;
@@ -182,7 +80,8 @@ __device__ __noinline__ void load_elements(
     uint32_t inner0) {
   using S = Shape<kGroups>;
   const uint32_t rows = S::rows(args.row_warps_log2);
-  const uint32_t inner_log2 = __ffs(S::inner(args.row_warps_log2)) - 1, per_row_log2 = inner_log2 - 3;
+  const uint32_t inner_log2 = __ffs(S::inner(args.row_warps_log2)) - 1,
+                 per_row_log2 = inner_log2 - 3;
   for (uint32_t id = threadIdx.x; id < rows << per_row_log2; id += S::kThreads) {
     const uint32_t r = id >> per_row_log2, c = id & ((1u << per_row_log2) - 1);
     const uint32_t row = row0 + r, inner = inner0 + c * 8;
@@ -293,7 +192,8 @@ class Loader {
 #pragma unroll 4
     for (uint32_t n = row_; n < width_; n += turn_rows_) {
       const ColumnSource source = table_[n];
-      mma::copy_async<16>(to + at, static_cast<const T*>(source.from) + inner, source.count ? bytes : 0);
+      mma::copy_async<16>(
+          to + at, static_cast<const T*>(source.from) + inner, source.count ? bytes : 0);
       at = (at ^ flip_) + (turn_rows_ << (inner_log2_ + 1));
     }
   }
@@ -386,8 +286,7 @@ struct Products {
       if constexpr (kDrop) {
 #pragma unroll
         for (uint32_t t = 0; t < 2; ++t) {
-          drop_fragment(
-              a[t], keys[2 * t], keys[2 * t + 1], inner0 + column + step * 16, mask);
+          drop_fragment(a[t], keys[2 * t], keys[2 * t + 1], inner0 + column + step * 16, mask);
         }
       }
 #pragma unroll
@@ -419,7 +318,7 @@ struct Products {
 };
 
 template <typename T, bool kKn, uint32_t kGroups, bool kDrop>
-__global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 && METAL_LORA_WI == 32 ? 2 : 1)
+__global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 ? 2 : 1)
     shrink_kernel(const __grid_constant__ Args args) {
   using S = Shape<kGroups>;
   extern __shared__ __align__(128) char memory[];
@@ -433,7 +332,8 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 && META
   loader.fill_table();
 
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t group = warp % kGroups, row_warp = (warp / kGroups) & ((1u << args.row_warps_log2) - 1);
+  const uint32_t group = warp % kGroups,
+                 row_warp = (warp / kGroups) & ((1u << args.row_warps_log2) - 1);
   const uint32_t inner_warp = (warp / kGroups) >> args.row_warps_log2;
   Products<T, kKn, kGroups, kDrop> products(inner, row_warp, inner_warp, group);
   const uint32_t columns_here = args.columns > place.column0 ? args.columns - place.column0 : 0;
@@ -488,7 +388,9 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 && META
     }
   }
   const Quads quads = {
-      kGroups == 1 ? 4 : kGroups == 2 ? 5 : 6,
+      kGroups == 1   ? 4
+      : kGroups == 2 ? 5
+                     : 6,
       S::kPitch,
       min(args.m - place.row0, rows),
       min(S::kWidth, columns_here)};
@@ -506,78 +408,7 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 && META
   if (place.split == 0 && place.column0 == 0) put_zeros(args, place.row0, rows);
 }
 
-// ---- f32, and storage types that do not go together ----
-
-__global__ void __launch_bounds__(kExactThreads) shrink_exact_kernel(const __grid_constant__ Args args) {
-  extern __shared__ __align__(128) char memory[];
-  allow_dependents();
-  auto& shared = *reinterpret_cast<ExactShared*>(memory);
-  const Place place = place_of(args, kExactTile, kExactTile);
-  ExactOperands o;
-  o.left = args.x;
-  o.left_dtype = args.x_dtype;
-  o.row_stride = args.x_stride;
-  o.inner_stride = 1;
-  o.row0 = place.row0;
-  o.rows = args.m;
-  const uint32_t steps = (args.k + kExactStep - 1) / kExactStep;
-  o.inner0 = place.split * steps / args.splits * kExactStep;
-  o.inner1 = min(args.k, (place.split + 1) * steps / args.splits * kExactStep);
-  o.right_dtype = args.right_dtype;
-  o.right_inner_is_contiguous = !args.right_is_kn;
-  o.tokens_are_rows = true;
-  for (uint32_t i = threadIdx.x; i < kExactTile; i += kExactThreads) {
-    const uint32_t column = place.column0 + i, p = part_of(args, column);
-    shared.column[i] = nullptr;
-    if (p == args.parts) continue;
-    const Part& part = args.part[p];
-    const uint32_t r = column - part.first;
-    const size_t size = args.right_dtype == DType::f32 ? 4 : 2;
-    shared.column[i] = static_cast<const char*>(part.right) +
-                       (args.right_is_kn ? r : size_t{r} * args.k) * size;
-    shared.stride[i] = args.right_is_kn ? part.rank : 1;
-  }
-  for (uint32_t p = 0; p < args.parts; ++p) {
-    if (!args.part[p].drop || args.part[p].first > place.column0) continue;
-    if (p + 1 < args.parts && args.part[p + 1].first <= place.column0) continue;
-    o.drop = true;
-    o.mask = args.part[p].mask;
-  }
-  wait_for_previous();
-  __syncthreads();
-  float sums[4][4];
-  exact_tile(o, shared, sums);
-  auto* partial = reinterpret_cast<float*>(memory);
-  const uint32_t row = threadIdx.x / 16 * 4, column = threadIdx.x % 16 * 4;
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    *reinterpret_cast<float4*>(partial + (row + r) * kExactPitch + column) =
-        make_float4(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
-  }
-  const Quads quads = {
-      4,
-      kExactPitch,
-      min(args.m - place.row0, kExactTile),
-      args.columns > place.column0 ? min(kExactTile, args.columns - place.column0) : 0};
-  reduce_tile(
-      partial,
-      1,
-      kExactTile * kExactPitch,
-      quads.count(),
-      args.splits,
-      place.split,
-      [&](uint32_t i) { return quads.place(i); },
-      [&](uint32_t i, float4 sum) {
-        put(args, place.row0 + quads.row(i), place.column0 + quads.column(i), sum);
-      });
-  if (place.split == 0 && place.column0 == 0) put_zeros(args, place.row0, kExactTile);
-}
-
 // ---- the host's side ----
-
-bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-constexpr uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
 /// Rows of a block and splits of k that should take the least time: what one multiprocessor reads
 /// at 60 GB/s … of all together at 5 TB/s from L2 and x at 3 TB/s from memory, in nanoseconds.
@@ -608,10 +439,6 @@ Division divide(
       best = {log2, splits};
     }
   }
-#ifdef METAL_LORA_SHRINK_TRIAL
-  if (trial_row_warps_log2 >= 0) best.row_warps_log2 = trial_row_warps_log2;
-  if (trial_splits > 0) best.splits = trial_splits;
-#endif
   return best;
 }
 
@@ -663,24 +490,9 @@ void launch_shrink(const Context& context, const Args& args, bool drop) {
   launch_shrink<T, kKn, 4, false>(context, args);
 }
 
-void launch_exact(const Context& context, Args args) {
-  args.chunks = std::max(1u, ceil_div(args.columns, kExactTile));
-  const uint32_t tiles = ceil_div(args.m, kExactTile) * args.chunks;
-  const uint32_t most = context.capability >= 90 ? 8 : 1;
-  while (args.splits < most && tiles * args.splits < 2u * context.multiprocessors) args.splits *= 2;
-  launch(
-      context,
-      shrink_exact_kernel,
-      tiles * args.splits,
-      kExactThreads,
-      sizeof(ExactShared),
-      args.splits,
-      args,
-      "lora_shrink");
-}
-
 Args make_args(const ShrinkCall& call, bool drop) {
   Args args;
+  args.drop = drop;
   args.m = call.m;
   args.k = call.k;
   args.x = call.x;
@@ -729,9 +541,10 @@ void lora_shrink(const Context& context, const ShrinkCall& call) {
         "[lora_shrink] out_stride must be at least " + std::to_string(args.out_columns) +
         " but is " + std::to_string(call.out_stride));
   }
-  const bool tensor_cores =
-      call.dtype != DType::f32 && (call.right_dtype == call.dtype || call.right_dtype == DType::f32);
-  if (!tensor_cores) return launch_exact(context, args);
+  const bool tensor_cores = call.dtype != DType::f32 &&
+                            (call.right_dtype == call.dtype || call.right_dtype == DType::f32);
+  if (!tensor_cores) return shrink_exact(context, args);
+  if (can_shrink_sm90(context, args)) return shrink_sm90(context, args);
   if (call.dtype == DType::bf16) {
     call.right_is_kn ? launch_shrink<bf16, true>(context, args, drop)
                      : launch_shrink<bf16, false>(context, args, drop);

@@ -8,16 +8,19 @@
 // cluster share the tokens and add up through each other's shared memory: one launch, a fixed
 // order, no scratch. A 32-bit `small` goes in as two 16-bit numbers, high and low, so that nothing
 // of it is lost that the sum could show (2⁻¹⁸ of a value).
-//   ladder (H100, bf16, m = 4096, 4096 columns, rank 16): not measured
+//   ladder (H100, bf16, m = 4096, rank 16; all 14 products of a layer of 4096 and 11008 columns,
+//   479 MB: reading them alone 174 us; one product of 4096 columns: 12.2 us)
+//     addresses worked out for each copy   layer 214.4 us, one 25.4; 32-bit small 297.0, 33.1
+//     ... once                             layer 189.1 (92 %), one 17.6 (69 %); 204.7, 21.3
+//     32-bit small split once a block      layer 200.2 (87 %), one 20.7
+//   One product alone is bound by the start and end of its few blocks (32 tiles, four to share the
+//   tokens of each); the next 10 % would take the copy engine, as in lora_shrink_sm90.cu. Rank 64
+//   from a 32-bit small: 38 us, twice the products and two stages instead of four.
 #include <algorithm>
 #include <cmath>
 
 #include "kernels/cuda/lora_kernels.h"
 #include "kernels/cuda/skinny.cuh"
-
-#ifdef METAL_LORA_SHRINK_TRIAL
-int trial_grad_splits = 0;
-#endif
 
 namespace metal_lora::cuda {
 namespace {
@@ -25,14 +28,13 @@ namespace {
 using namespace skinny;
 
 constexpr uint32_t kMaxGrads = 16;
-constexpr uint32_t kMaxParts = 4;     ///< products that share `large`
-constexpr uint32_t kRanks = 64;       ///< of a block, all parts together
-constexpr uint32_t kColumns = 128;    ///< of large, of a block
-constexpr uint32_t kTokens = 64;      ///< of a stage
+constexpr uint32_t kMaxParts = 4;   ///< products that share `large`
+constexpr uint32_t kRanks = 64;     ///< of a block, all parts together
+constexpr uint32_t kColumns = 128;  ///< of large, of a block
+constexpr uint32_t kTokens = 64;    ///< of a stage
 constexpr uint32_t kThreads = 256;
-constexpr uint32_t kWarpTokens = 32;  ///< of a stage: four warps over columns, two over tokens
-constexpr uint32_t kPitch = kColumns + 4;         ///< partial sums [ranks][columns]
-constexpr uint32_t kWidePitch = kRanks + 4;       ///< a 32-bit small in shared memory
+constexpr uint32_t kWarpTokens = 32;       ///< of a stage: four warps over columns, two over tokens
+constexpr uint32_t kPitch = kColumns + 4;  ///< partial sums [ranks][columns]
 constexpr uint32_t kPartialBytes = 2 * kRanks * kPitch * 4;
 constexpr uint32_t kLargeBytes = kTokens * kColumns * 2;
 
@@ -51,9 +53,9 @@ struct Group {
   const void* large = nullptr;
   size_t large_stride = 0;
   uint32_t columns = 0;
-  uint32_t ranks = 0;      ///< of the tiles, parts padded
-  uint32_t chunks = 1;     ///< of 64 ranks
-  uint32_t end_tile = 0;   ///< tiles of this group and all before it
+  uint32_t ranks = 0;     ///< of the tiles, parts padded
+  uint32_t chunks = 1;    ///< of 64 ranks
+  uint32_t end_tile = 0;  ///< tiles of this group and all before it
   uint16_t first_part = 0, parts = 0;
   bool large_vectors = false, small_vectors = false, drop = false;
   DType small_dtype = DType::f32;
@@ -62,6 +64,7 @@ struct Group {
 
 struct Args {
   uint32_t m = 0, splits = 1, stages = 2;
+  uint32_t pairs = 1;  ///< sixteens of ranks that shared memory is laid out for
   uint32_t groups = 0;
   DType large_dtype = DType::bf16;
   Group group[kMaxGrads];
@@ -83,11 +86,15 @@ __device__ __forceinline__ Place place_of(const Args& args, uint32_t width) {
   while (tile >= args.group[g].end_tile) before = args.group[g++].end_tile;
   const uint32_t chunks = args.group[g].chunks;
   return {
-      blockIdx.x % args.splits, g, (tile - before) / chunks * width, (tile - before) % chunks * kRanks};
+      blockIdx.x % args.splits,
+      g,
+      (tile - before) / chunks * width,
+      (tile - before) % chunks * kRanks};
 }
 
 /// The part of a group that a rank of its tiles belongs to, or null: padding.
-__device__ __forceinline__ const Part* part_of(const Args& args, const Group& group, uint32_t rank) {
+__device__ __forceinline__ const Part* part_of(
+    const Args& args, const Group& group, uint32_t rank) {
   for (uint32_t p = group.first_part; p < group.first_part + group.parts; ++p) {
     const Part& part = args.part[p];
     if (rank >= part.first && rank - part.first < part.rank) return &part;
@@ -151,11 +158,22 @@ __device__ __forceinline__ void finish(
 
 // ---- tensor cores ----
 
+/// Shared memory for `pairs` sixteens of ranks: stages of large [tokens][128], small and dropout's
+/// keys, then, of a 32-bit small, the high and low parts of one stage as the products read them.
+/// Rows of small: 16-bit 128 bytes, chunks exchanged; 32-bit and its parts padded by 16 bytes.
 template <typename Small>
-constexpr uint32_t kSmallBytes =
-    sizeof(Small) == 4 ? kTokens * kWidePitch * 4 : kTokens * kRanks * 2;
-template <typename Small>
-constexpr uint32_t kStageBytes = kLargeBytes + kSmallBytes<Small> + kTokens * 8;
+struct Layout {
+  static constexpr bool kWide = sizeof(Small) == 4;
+  uint32_t pairs;
+  __host__ __device__ uint32_t small_pitch() const { return kWide ? pairs * 64 + 16 : kRanks * 2; }
+  __host__ __device__ uint32_t keys() const { return kLargeBytes + kTokens * small_pitch(); }
+  __host__ __device__ uint32_t stage() const { return keys() + kTokens * 8; }
+  __host__ __device__ uint32_t part_pitch() const { return pairs * 32 + 16; }
+  __host__ __device__ uint32_t part() const { return kTokens * part_pitch(); }  ///< high or low
+  __host__ __device__ uint32_t bytes(uint32_t stages) const {
+    return stages * stage() + (kWide ? 2 * part() : 0);
+  }
+};
 
 /// A thread's chunks of a stage element by element, where they are not aligned.
 template <typename T>
@@ -167,7 +185,9 @@ __device__ __noinline__ void load_elements(
     uint32_t tokens,
     uint32_t first,
     uint32_t turn,
-    uint32_t count) {
+    uint32_t count,
+    bool wanted) {
+  if (!wanted) return;
   constexpr uint32_t kEach = Vec16<T>::kCount;
   for (uint32_t t = first; t < kTokens; t += turn, to += to_step, from += from_step) {
     Vec16<T> v;
@@ -181,18 +201,15 @@ __device__ __noinline__ void load_elements(
 
 /// The copies of a block, 16 bytes a thread and turn: a thread keeps its column and goes down the
 /// tokens, so that a stage costs a few instructions a copy. Stages are large [tokens][128], 16-byte
-/// chunks exchanged within 128 bytes against bank conflicts, then small [tokens][64]: the same if
-/// 16-bit, else f32 with a padded pitch; then dropout's keys.
+/// chunks exchanged within 128 bytes against bank conflicts; the rest as Layout says.
 template <typename Large, typename Small, bool kDrop>
 class Loader {
  public:
   static constexpr uint32_t kEach = 16 / sizeof(Small), kSmallPerToken = kRanks / kEach;
-  static constexpr uint32_t kTurn =
-      kThreads / kSmallPerToken * (sizeof(Small) == 4 ? kWidePitch * 4 : kRanks * 2);
   static constexpr uint32_t kLargeRows = kThreads / 16, kSmallRows = kThreads / kSmallPerToken;
 
   __device__ Loader(const Args& args, const Place& place)
-      : group_(args.group[place.group]), m_(args.m) {
+      : group_(args.group[place.group]), m_(args.m), layout_{args.pairs} {
     const uint32_t c = threadIdx.x % 16, t = threadIdx.x / 16, column = place.column0 + c * 8;
     large_count_ = column < group_.columns ? min(8u, group_.columns - column) : 0;
     large_ = static_cast<const Large*>(group_.large) + t * group_.large_stride +
@@ -210,15 +227,16 @@ class Loader {
       small_ = static_cast<const Small*>(part->small) + size_t{st} * small_stride_ +
                (rank - part->first);
     }
-    small_to_ = kLargeBytes + (sizeof(Small) == 4 ? (st * kWidePitch + sc * 4) * 4
-                                                  : st * (kRanks * 2) + ((sc ^ (st & 7)) << 4));
+    small_to_ = kLargeBytes + st * layout_.small_pitch() +
+                ((Layout<Small>::kWide ? sc : sc ^ (st & 7)) << 4);
   }
 
   __device__ __forceinline__ void load(char* stage, uint32_t token0) {
     if constexpr (kDrop) {
-      auto* keys = reinterpret_cast<DropKey*>(stage + kLargeBytes + kSmallBytes<Small>);
+      auto* keys = reinterpret_cast<DropKey*>(stage + layout_.keys());
       if (threadIdx.x < kTokens) keys[threadIdx.x] = drop_key(group_.mask, token0 + threadIdx.x);
     }
+    const uint32_t turn = kSmallRows * layout_.small_pitch();
     if (!group_.large_vectors || !group_.small_vectors) {
       load_elements<Large>(
           stage + large_to_,
@@ -228,16 +246,18 @@ class Loader {
           m_ - token0,
           threadIdx.x / 16,
           kLargeRows,
-          large_count_);
+          large_count_,
+          true);
       load_elements<Small>(
           stage + small_to_,
-          kTurn,
+          turn,
           small_ + size_t{token0} * small_stride_,
           size_t{kSmallRows} * small_stride_,
           m_ - token0,
           threadIdx.x / kSmallPerToken,
           kSmallRows,
-          small_count_);
+          small_count_,
+          small_wanted_);
       return;
     }
     const uint32_t to = shared_address(stage);
@@ -255,7 +275,8 @@ class Loader {
 #pragma unroll
     for (uint32_t i = 0; i < kTokens / kSmallRows; ++i) {
       const bool here = threadIdx.x / kSmallPerToken + i * kSmallRows < left;
-      mma::copy_async<16>(to + small_to_ + i * kTurn, small, here ? small_count_ * sizeof(Small) : 0);
+      mma::copy_async<16>(
+          to + small_to_ + i * turn, small, here ? small_count_ * sizeof(Small) : 0);
       small += size_t{kSmallRows} * small_stride_;
     }
   }
@@ -263,6 +284,7 @@ class Loader {
  private:
   const Group& group_;
   const uint32_t m_;
+  const Layout<Small> layout_;
   const Large* large_;
   const Small* small_;
   uint32_t large_count_ = 0, small_count_ = 0, small_stride_ = 0;
@@ -275,10 +297,30 @@ __device__ __forceinline__ uint32_t pack(bf16 low, bf16 high) {
 }
 
 /// Two f32 as a pair of bf16 and the pair of what that leaves.
-__device__ __forceinline__ void split_pair(float first, float second, uint32_t* high, uint32_t* low) {
+__device__ __forceinline__ void split_pair(
+    float first, float second, uint32_t* high, uint32_t* low) {
   const bf16 a = from_float<bf16>(first), b = from_float<bf16>(second);
   *high = pack(a, b);
   *low = pack(from_float<bf16>(first - to_float(a)), from_float<bf16>(second - to_float(b)));
+}
+
+/// A stage's small, 32-bit, to its high and low parts: a thread a quarter of a token's ranks.
+template <typename Small>
+__device__ __forceinline__ void split_stage(
+    const Layout<Small>& layout, const char* stage, char* high, uint32_t pairs) {
+  const uint32_t t = threadIdx.x / 4, part = threadIdx.x % 4;
+  const char* from = stage + kLargeBytes + t * layout.small_pitch() + part * 16;
+  char* to = high + t * layout.part_pitch() + part * 8;
+#pragma unroll
+  for (uint32_t i = 0; i < kRanks / 16; ++i) {
+    if (i >= pairs) break;
+    const float4 v = *reinterpret_cast<const float4*>(from + i * 64);
+    uint2 upper, lower;
+    split_pair(v.x, v.y, &upper.x, &lower.x);
+    split_pair(v.z, v.w, &upper.y, &lower.y);
+    *reinterpret_cast<uint2*>(to + i * 32) = upper;
+    *reinterpret_cast<uint2*>(to + layout.part() + i * 32) = lower;
+  }
 }
 
 /// Clears the dropped elements of a fragment of largeᵀ: rows are columns c and c + 8.
@@ -294,10 +336,13 @@ __device__ __forceinline__ void drop_fragment(
   }
 }
 
-/// One stage of one warp: 32 columns, kPairs sixteens of ranks, 32 tokens.
+/// One stage of one warp: 32 columns, kPairs sixteens of ranks, 32 tokens. small: the stage's, or
+/// its high and low parts.
 template <typename Large, typename Small, bool kDrop, uint32_t kPairs>
 __device__ __forceinline__ void add_stage(
+    const Layout<Small>& layout,
     const char* stage,
+    const char* small,
     uint32_t column_in_group,
     const DropMask& mask,
     float (&sums)[2][8][4]) {
@@ -306,7 +351,6 @@ __device__ __forceinline__ void add_stage(
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t column0 = warp % 4 * 32, token_warp = warp / 4 * kWarpTokens;
   const uint32_t large = shared_address(stage);
-  const char* small = stage + kLargeBytes;
 #pragma unroll
   for (uint32_t step = 0; step < kWarpTokens / 16; ++step) {
     const uint32_t t0 = token_warp + step * 16;
@@ -318,7 +362,7 @@ __device__ __forceinline__ void add_stage(
       mma::load_x4_across(a[i], large + t * (kColumns * 2) + ((c ^ (t & 7)) << 4));
       if constexpr (kDrop) {
         const auto* keys =
-            reinterpret_cast<const DropKey*>(small + kSmallBytes<Small>) + t0 + (lane & 3) * 2;
+            reinterpret_cast<const DropKey*>(stage + layout.keys()) + t0 + (lane & 3) * 2;
         drop_fragment(a[i], keys, column_in_group + i * 16 + lane / 4, mask);
       }
       if constexpr (kSplitLarge) {
@@ -338,13 +382,10 @@ __device__ __forceinline__ void add_stage(
         mma::load_x4_across(b, shared_address(small) + t * (kRanks * 2) + ((c ^ (t & 7)) << 4));
       } else {
         uint32_t b_low[4];
-        const auto* values = reinterpret_cast<const float*>(small) +
-                             (t0 + (lane & 3) * 2) * kWidePitch + pair * 16 + lane / 4;
-#pragma unroll
-        for (uint32_t j = 0; j < 4; ++j) {
-          const float* v = values + (j & 1) * 8 * kWidePitch + (j >> 1) * 8;
-          split_pair(v[0], v[kWidePitch], &b[j], &b_low[j]);
-        }
+        const uint32_t at = shared_address(small) + (t0 + (lane & 15)) * layout.part_pitch() +
+                            (pair * 2 + (lane >> 4)) * 16;
+        mma::load_x4_across(b, at);
+        mma::load_x4_across(b_low, at + layout.part());
 #pragma unroll
         for (uint32_t i = 0; i < 2; ++i) {
           mma::multiply<Operand>(sums[i][2 * pair], a[i], b_low[0], b_low[1]);
@@ -371,13 +412,14 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
   const Place place = place_of(args, kColumns);
   const Group& group = args.group[place.group];
   char* stages = memory;
+  const Layout<Small> layout{args.pairs};
   Loader<Large, Small, kDrop> loader(args, place);
   float sums[2][8][4] = {};
   const uint32_t steps = (args.m + kTokens - 1) / kTokens;
   const uint32_t first = place.split * steps / args.splits;
   const uint32_t count = (place.split + 1) * steps / args.splits - first;
   const auto load = [&](uint32_t stage, uint32_t step) {
-    loader.load(stages + stage * kStageBytes<Small>, (first + step) * kTokens);
+    loader.load(stages + stage * layout.stage(), (first + step) * kTokens);
   };
   wait_for_previous();
   __syncthreads();
@@ -393,20 +435,27 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
     __syncthreads();
     if (s + args.stages - 1 < count) load(next, s + args.stages - 1);
     mma::copies_commit();
-    const char* here = stages + stage * kStageBytes<Small>;
+    const char* here = stages + stage * layout.stage();
+    const char* small = here + kLargeBytes;
+    if constexpr (Layout<Small>::kWide) {
+      char* high = stages + args.stages * layout.stage();
+      split_stage(layout, here, high, pairs);
+      small = high;
+      __syncthreads();
+    }
     const uint32_t column = place.column0 + warp % 4 * 32;
     switch (pairs) {
       case 1:
-        add_stage<Large, Small, kDrop, 1>(here, column, group.mask, sums);
+        add_stage<Large, Small, kDrop, 1>(layout, here, small, column, group.mask, sums);
         break;
       case 2:
-        add_stage<Large, Small, kDrop, 2>(here, column, group.mask, sums);
+        add_stage<Large, Small, kDrop, 2>(layout, here, small, column, group.mask, sums);
         break;
       case 3:
-        add_stage<Large, Small, kDrop, 3>(here, column, group.mask, sums);
+        add_stage<Large, Small, kDrop, 3>(layout, here, small, column, group.mask, sums);
         break;
       default:
-        add_stage<Large, Small, kDrop, 4>(here, column, group.mask, sums);
+        add_stage<Large, Small, kDrop, 4>(layout, here, small, column, group.mask, sums);
     }
     next = stage;
     if (++stage == args.stages) stage = 0;
@@ -479,10 +528,18 @@ __global__ void __launch_bounds__(kExactThreads)
 static_assert(sizeof(Args) <= 4096, "kernel parameters");
 static_assert(kRanks == kExactTile);
 
-bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-constexpr uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
-uint32_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-uint32_t padded(uint32_t rank) { return ceil_div(rank, 8) * 8; }
+bool aligned16(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
+constexpr uint32_t ceil_div(uint32_t a, uint32_t b) {
+  return (a + b - 1) / b;
+}
+uint32_t size_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
+uint32_t padded(uint32_t rank) {
+  return ceil_div(rank, 8) * 8;
+}
 
 /// Which kernel a product takes; a launch is of one of them.
 struct Form {
@@ -559,9 +616,6 @@ uint32_t splits_for(const Context& context, uint32_t tiles, uint32_t steps) {
     least = time;
     best = splits;
   }
-#ifdef METAL_LORA_SHRINK_TRIAL
-  if (trial_grad_splits > 0) best = trial_grad_splits;
-#endif
   return best;
 }
 
@@ -569,10 +623,17 @@ template <typename Large, typename Small, bool kDrop>
 void launch_grads(const Context& context, Args& args) {
   const uint32_t tiles = count_tiles(args, kColumns);
   args.splits = splits_for(context, tiles, ceil_div(args.m, kTokens));
+  args.pairs = 1;
+  for (uint32_t g = 0; g < args.groups; ++g) {
+    args.pairs = std::max(args.pairs, ceil_div(std::min(kRanks, args.group[g].ranks), 16));
+  }
+  // Two blocks on a multiprocessor.
+  const Layout<Small> layout{args.pairs};
   const uint32_t limit = shared_limit(context);
   const uint32_t per_block = std::max(limit / 2, 99u * 1024) - 1024;
-  args.stages = std::min(4u, per_block / kStageBytes<Small>);
-  const uint32_t shared = std::max(args.stages * kStageBytes<Small>, kPartialBytes);
+  args.stages = 4;
+  while (args.stages > 2 && layout.bytes(args.stages) > per_block) --args.stages;
+  const uint32_t shared = std::max(layout.bytes(args.stages), kPartialBytes);
   launch(
       context,
       grad_kernel<Large, Small, kDrop>,

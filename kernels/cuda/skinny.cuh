@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cuda_runtime.h>
-#include <cstdlib>
 
 #include <algorithm>
 #include <stdexcept>
@@ -86,24 +85,25 @@ __device__ __forceinline__ void add_to(float4& sum, const float4& v) {
 }
 
 template <uint32_t kBlocks>
-__device__ __forceinline__ float4 sum_of_blocks(const float* p) {
+__device__ __forceinline__ float4 sum_of_blocks(const float* p, uint32_t first, uint32_t step) {
   const uint32_t address = shared_address(p);
   float4 v[kBlocks];
 #pragma unroll
-  for (uint32_t b = 0; b < kBlocks; ++b) v[b] = load_of_block(address, b);
+  for (uint32_t b = 0; b < kBlocks; ++b) v[b] = load_of_block(address, first + b * step);
 #pragma unroll
   for (uint32_t b = 1; b < kBlocks; ++b) add_to(v[0], v[b]);
   return v[0];
 }
-/// The sum of four neighbours over the cluster's blocks, in their order.
-__device__ __forceinline__ float4 sum_of_cluster(const float* p, uint32_t blocks) {
+/// The sum of four neighbours over blocks first, first + step, … of the cluster, in their order.
+__device__ __forceinline__ float4
+sum_of_cluster(const float* p, uint32_t blocks, uint32_t first = 0, uint32_t step = 1) {
   switch (blocks) {
     case 2:
-      return sum_of_blocks<2>(p);
+      return sum_of_blocks<2>(p, first, step);
     case 4:
-      return sum_of_blocks<4>(p);
+      return sum_of_blocks<4>(p, first, step);
     case 8:
-      return sum_of_blocks<8>(p);
+      return sum_of_blocks<8>(p, first, step);
     default:
       return *reinterpret_cast<const float4*>(p);
   }
@@ -309,12 +309,6 @@ void launch(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
         name);
   }
-#ifdef METAL_LORA_SHRINK_TRIAL
-  if (getenv("ONECTA")) {
-    shared_bytes = std::max(shared_bytes, 116u * 1024);
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  }
-#endif
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
@@ -323,14 +317,8 @@ void launch(
   config.stream = context.stream;
   config.attrs = attributes;
   if (context.capability >= 90) {
-#ifdef METAL_LORA_SHRINK_TRIAL
-    if (!getenv("NOPDL")) {
-#endif
     attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-#ifdef METAL_LORA_SHRINK_TRIAL
-    }
-#endif
     if (cluster > 1) {
       attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
       attributes[config.numAttrs++].val.clusterDim = {cluster, 1, 1};

@@ -71,25 +71,25 @@ void LoraGrad::compare(
     const Array& small,
     const Array& large,
     const std::vector<float>& got) {
-  const bool exact = large_dtype == DType::f32 ||
-                     (p.small_dtype != DType::f32 && p.small_dtype != large_dtype);
+  const bool exact =
+      large_dtype == DType::f32 || (p.small_dtype != DType::f32 && p.small_dtype != large_dtype);
   const double sum_error =
       exact ? (8 * std::sqrt(double(m)) + 64) * 0x1p-24 : 4 * (m / 16 * 3 + 32) * 0x1p-22;
   const double operand = !exact && p.small_dtype == DType::f32 ? 4 * 0x1p-17 : 0.0;
   const double factor = grad.factor * (p.dropout > 0 ? 1 / (1 - double{p.dropout}) : 1);
   int wrong = 0;
-  for (uint32_t c = 0; c < p.columns; c += p.columns > 300 && c + 7 < p.columns ? 7 : 1) {
+  for (uint32_t c = 0; c<p.columns; c += p.columns> 300 && c + 7 < p.columns ? 7 : 1) {
     for (uint32_t r = 0; r < p.rank; ++r) {
       double sum = 0, squares = 0;
       for (uint32_t t = 0; t < m; ++t) {
         if (p.dropout > 0 && !keeps(grad.dropout_seed, t, c, p.dropout)) continue;
-        const double term = small.values[t * grad.small_stride + r] *
-                            large.values[t * grad.large_stride + c];
+        const double term =
+            small.values[t * grad.small_stride + r] * large.values[t * grad.large_stride + c];
         sum += term;
         squares += term * term;
       }
-      const double tolerance =
-          std::fabs(factor) * (std::sqrt(squares) * (sum_error + operand) + std::fabs(sum) * 0x1p-22);
+      const double tolerance = std::fabs(factor) * (std::sqrt(squares) * (sum_error + operand) +
+                                                    std::fabs(sum) * 0x1p-22);
       const double value = got[p.transposed ? size_t{c} * p.rank + r : size_t{r} * p.columns + c];
       if (!(std::fabs(value - factor * sum) <= tolerance) && ++wrong < 5) {
         ADD_FAILURE() << "rank " << r << " column " << c << ": " << value << " but " << factor * sum
@@ -208,7 +208,9 @@ TEST_F(LoraGrad, TakesSixteenProductsOfSeveralKinds) {
     products.push_back(
         {1 + i * 5,
          40 + i * 24,
-         i % 3 == 0 ? DType::bf16 : i % 3 == 1 ? DType::f32 : DType::f16,
+         i % 3 == 0   ? DType::bf16
+         : i % 3 == 1 ? DType::f32
+                      : DType::f16,
          i % 2 == 0,
          i % 5 == 4 ? 0.25f : 0.0f});
   }

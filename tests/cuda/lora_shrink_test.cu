@@ -123,11 +123,12 @@ void LoraShrink::check(const Case& c) {
       c.dtype == DType::f32 || (c.right_dtype != c.dtype && c.right_dtype != DType::f32);
   // A f32 adapter beside a 16-bit x is rounded to x's type first.
   const double operand = !exact && c.right_dtype == DType::f32 ? test::roundoff(c.dtype) : 0.0;
-  const double sum_error = exact ? (8 * std::sqrt(double(c.k)) + 64) * 0x1p-24
-                                 : 4 * (c.k / 16 + 32) * 0x1p-22;
+  const double sum_error =
+      exact ? (8 * std::sqrt(double(c.k)) + 64) * 0x1p-24 : 4 * (c.k / 16 + 32) * 0x1p-22;
   const uint32_t step = c.m <= 40 ? 1 : c.m / 23;  // rows of a large case: some, and the last
   int wrong = 0;
-  for (uint32_t row = 0; row < c.m; row = row + step < c.m || row + 1 == c.m ? row + step : c.m - 1) {
+  for (uint32_t row = 0; row < c.m;
+       row = row + step < c.m || row + 1 == c.m ? row + step : c.m - 1) {
     uint32_t column = 0;
     for (size_t p = 0; p < c.ranks.size(); ++p) {
       const ShrinkPart& part = call.part[p];
@@ -136,9 +137,9 @@ void LoraShrink::check(const Case& c) {
         double sum = 0, squares = 0;
         for (uint32_t i = 0; i < c.k; ++i) {
           if (part.dropout > 0 && !keeps(part.dropout_seed, row, i, part.dropout)) continue;
-          const double term = x.values[c.misaligned + row * x_stride + i] *
-                              rights[p].values[c.right_is_kn ? size_t{i} * part.rank + r
-                                                             : size_t{r} * c.k + i];
+          const double term =
+              x.values[c.misaligned + row * x_stride + i] *
+              rights[p].values[c.right_is_kn ? size_t{i} * part.rank + r : size_t{r} * c.k + i];
           sum += term;
           squares += term * term;
         }
@@ -183,6 +184,11 @@ TEST_F(LoraShrink, TakesAnyShape) {
     check({1000, 4097, {16, 3, 16}, DType::bf16, kn});
     check({1000, 4096, {16, 16, 16}, DType::bf16, kn});
     check({45, 4096, {8}, DType::f16, kn});
+    // Blocks that share `right`, or k, or both.
+    check({4200, 576, {16, 16, 16}, DType::bf16, kn});
+    check({2100, 1024, {24}, DType::bf16, kn});
+    check({8500, 264, {64}, DType::f16, kn});
+    check({520, 4104, {16, 8}, DType::bf16, kn});
   }
 }
 

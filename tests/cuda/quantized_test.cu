@@ -21,7 +21,9 @@ using test::DeviceBuffer;
 constexpr DType kDTypes[] = {DType::f32, DType::f16, DType::bf16};
 constexpr size_t kGuard = 64;
 
-size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+size_t size_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
 
 /// `values`, which are of f32, rounded to dtype: the bytes that must come out.
 std::vector<unsigned char> stored(DType dtype, const std::vector<double>& values) {
@@ -54,9 +56,9 @@ void Quantized::dequantizes(const test::Weight& w) {
     dequantize(device.context(), view, dtype, out.get());
     device.finish();
     EXPECT_EQ(without_guard(out), stored(dtype, w.values))
-        << "format " << static_cast<int>(w.params.format) << " to " << test::name_of(dtype)
-        << " n " << w.params.n << " k " << w.params.k << " group " << w.params.group_size
-        << " scales " << test::name_of(w.params.scales_dtype);
+        << "format " << static_cast<int>(w.params.format) << " to " << test::name_of(dtype) << " n "
+        << w.params.n << " k " << w.params.k << " group " << w.params.group_size << " scales "
+        << test::name_of(w.params.scales_dtype);
   }
 }
 
@@ -92,7 +94,8 @@ TEST_F(Quantized, RefusesWhatItDoesNotRead) {
   METAL_LORA_NEEDS_GPU();
   test::TestDevice device;
   const DeviceBuffer some(4096);
-  WeightView w{{4, 64, WeightFormat::int4, WeightLayout::row_major, 48}, some.get(), some.get(), some.get()};
+  WeightView w{
+      {4, 64, WeightFormat::int4, WeightLayout::row_major, 48}, some.get(), some.get(), some.get()};
   EXPECT_THROW(dequantize(device.context(), w, DType::bf16, some.get()), std::invalid_argument);
   w.params.group_size = 32;
   w.params.layout = WeightLayout::cpu_packed;
@@ -139,11 +142,11 @@ TEST_F(Quantized, QuantizesAsTheCpuDoes) {
         for (size_t i = 0; i < values.size(); ++i) {
           const size_t row = i / p.k;
           const float v = std::ldexp(normal(rng_), static_cast<int>(row % 7) - 3);
-          values[i] = row % 5 == 1   ? std::fabs(v) + 1
-                      : row % 5 == 2 ? 0.25f
+          values[i] = row % 5 == 1    ? std::fabs(v) + 1
+                      : row % 5 == 2  ? 0.25f
                       : row % 11 == 3 ? 0.0f
-                      : row % 5 == 4 ? static_cast<float>(static_cast<int>(i % 31) - 15) / 2
-                                     : v;
+                      : row % 5 == 4  ? static_cast<float>(static_cast<int>(i % 31) - 15) / 2
+                                      : v;
         }
         quantizes_affine(p, values);
       }
