@@ -23,6 +23,9 @@ void release_cached_device_memory() {}
 std::shared_ptr<void> allocate_device(size_t) {
   refuse();
 }
+void upload_to(void*, const void*, size_t) {
+  refuse();
+}
 void allocate_data(mlx::core::array&) {
   refuse();
 }
@@ -257,6 +260,10 @@ std::shared_ptr<void> allocate_device(size_t bytes) {
   return {block->memory, [block](void*) { pool().give(block); }};
 }
 
+void upload_to(void* device, const void* host, size_t bytes) {
+  pool().copy(device, host, bytes, cudaMemcpyHostToDevice);
+}
+
 void allocate_data(mx::array& a) {
   mx::cu::CudaBuffer* block = pool().take(a.nbytes());
   const auto give_back = [](mx::allocator::Buffer buffer) {
@@ -269,7 +276,7 @@ mx::array upload(const void* host, mx::Shape shape, mx::Dtype dtype) {
   mx::array a(std::move(shape), dtype, nullptr, {});
   allocate_data(a);
   a.set_status(mx::array::Status::available);
-  pool().copy(device_pointer(a), host, a.nbytes(), cudaMemcpyHostToDevice);
+  upload_to(device_pointer(a), host, a.nbytes());
   return a;
 }
 

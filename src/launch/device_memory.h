@@ -29,6 +29,9 @@ void release_cached_device_memory();
 /// which MLX keeps until the device is done. Error does_not_fit where the device has no more.
 std::shared_ptr<void> allocate_device(size_t bytes);
 
+/// Copies host memory to allocated device memory, and waits.
+void upload_to(void* device, const void* host, size_t bytes);
+
 /// Gives an array that has no data yet uninitialised memory of the pool.
 void allocate_data(mlx::core::array& a);
 /// An evaluated array in device memory, copied there from the host. MLX may later move it to

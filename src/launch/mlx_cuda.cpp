@@ -72,6 +72,7 @@ void evaluate(mx::Stream, std::shared_ptr<const Launch> launch, const Arrays&, A
 
 #else
 
+#include <mutex>
 #include <new>
 
 #include <cuda_runtime.h>
@@ -163,10 +164,47 @@ Availability find_out() {
   return {true, "", ""};
 }
 
+using DeviceBytes = std::shared_ptr<void>;
+
+/// Zeroed counters for kernels whose blocks hand out work. Nodes of one graph may run at the same
+/// time, so each that is unfinished has its own; kernels leave them zero.
+class Counters {
+ public:
+  DeviceBytes take() {
+    std::lock_guard lock(mutex_);
+    if (free_.empty()) free_.push_back(make());
+    auto owner = std::move(free_.back());
+    free_.pop_back();
+    void* const words = owner.get();
+    return {words, [this, owner = std::move(owner)](void*) mutable {
+              std::lock_guard lock(mutex_);
+              free_.push_back(std::move(owner));
+            }};
+  }
+
+ private:
+  static DeviceBytes make() {
+    const std::vector<uint32_t> zeros(METAL_LORA_CUDA_COUNTERS, 0);
+    auto words = allocate_device(zeros.size() * sizeof(uint32_t));
+    upload_to(words.get(), zeros.data(), zeros.size() * sizeof(uint32_t));
+    return words;
+  }
+
+  std::mutex mutex_;
+  std::vector<DeviceBytes> free_;
+};
+
+/// Never destroyed: MLX's threads may finish nodes after main().
+Counters& counter_pool() {
+  static auto* pool = new Counters();
+  return *pool;
+}
+
 /// Stays until the device is done with a node.
 struct Node final : cuda::Scratch {
   std::shared_ptr<const Launch> launch;
-  std::vector<std::shared_ptr<void> > taken;
+  DeviceBytes counters = counter_pool().take();
+  std::vector<DeviceBytes> taken;
 
   void* take(size_t bytes) override { return taken.emplace_back(allocate_device(bytes)).get(); }
 };
@@ -375,6 +413,7 @@ void evaluate(
     context.scratch = node.get();
     context.multiprocessors = gpu.multiprocessors;
     context.capability = gpu.capability;
+    context.counters = static_cast<uint32_t*>(node->counters.get());
     if (launch->cuda_uncaptured) {
       mlx.commit(&encoder);
       arguments.run(context, *launch);
