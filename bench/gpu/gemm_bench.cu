@@ -182,13 +182,17 @@ struct Data {
     copies = static_cast<int>(std::clamp<size_t>((100 << 20) / (weights * 2) + 1, 2, 20));
     left = std::make_unique<Buffer>(size_t{shape.m} * shape.k);
     u = std::make_unique<Buffer>(size_t{shape.m} * max_rank);
+    a = std::make_unique<Buffer>(size_t{shape.k} * max_rank);
+    check(cudaMalloc(&flags, gemm_flag_count(shape.m) * 4), "cudaMalloc");
+    check(cudaMemset(flags, 0, gemm_flag_count(shape.m) * 4), "cudaMemset");
     for (uint32_t n : shape.n) {
       right.push_back(std::make_unique<Buffer>(size_t{n} * shape.k * copies));
       b.push_back(std::make_unique<Buffer>(size_t{n} * max_rank));
       out.push_back(std::make_unique<Buffer>(size_t{shape.m} * n));
     }
   }
-  GemmGroup group(int copy, uint32_t rank) const {
+  /// With `fused` the launch makes u, too: of the first problem's adapter for all of them.
+  GemmGroup group(int copy, uint32_t rank, bool fused = false) const {
     GemmGroup group;
     group.m = shape.m;
     group.right_is_kn = shape.right_is_kn;
@@ -205,6 +209,13 @@ struct Data {
       problem.out = out[i]->get();
       problem.out_stride = n;
     }
+    if (fused) {
+      group.shrinks = 1;
+      group.flags = flags;
+      group.shrink[0] = {left->get(), shape.k, shape.k, 1, {}};
+      group.shrink[0].part[0] = {
+          a->get(), shape.right_is_kn ? rank : shape.k, rank, 1.0f, u->get(), rank, nullptr};
+    }
     return group;
   }
   const bf16* weight(int i, int copy) const {
@@ -213,7 +224,8 @@ struct Data {
 
   Shape shape;
   int copies;
-  std::unique_ptr<Buffer> left, u;
+  std::unique_ptr<Buffer> left, u, a;
+  uint32_t* flags = nullptr;
   std::vector<std::unique_ptr<Buffer>> right, b, out;
 };
 
@@ -246,7 +258,7 @@ int run(int argc, char** argv) {
     }
   }
   std::printf(
-      "%2s %5s %5s %-13s %2s | %8s %6s | %8s %6s %5s | %6s %6s | form\n",
+      "%2s %5s %5s %-13s %2s | %8s %6s | %8s %6s %5s | %6s %6s | %6s %6s | form\n",
       "#",
       "m",
       "k",
@@ -258,7 +270,9 @@ int run(int argc, char** argv) {
       "TFLOPs",
       "ratio",
       "r16",
-      "r64");
+      "r64",
+      "f16",
+      "f64");
   for (size_t s = 0; s < shapes.size(); ++s) {
     if (any && !wanted[s]) continue;
     const Shape& shape = shapes[s];
@@ -271,9 +285,9 @@ int run(int argc, char** argv) {
       n_text += std::to_string(n);
     }
     Race race(context.stream, data.copies);
-    const auto ours = [&](int form, uint32_t rank) {
-      return race.add([&, form, rank](int copy) {
-        sm90::gemm_with_form(context, data.group(copy, rank), form);
+    const auto ours = [&](int form, uint32_t rank, bool fused = false) {
+      return race.add([&, form, rank, fused](int copy) {
+        sm90::gemm_with_form(context, data.group(copy, rank, fused), form);
       });
     };
     std::vector<std::unique_ptr<Blas>> blas;
@@ -295,6 +309,7 @@ int run(int argc, char** argv) {
       }
     }
     const int base = ours(-1, 0), rank16 = ours(-1, 16), rank64 = ours(-1, 64);
+    const int fused16 = ours(-1, 16, true), fused64 = ours(-1, 64, true);
     std::vector<int> forms(sm90::form_count(), -1);
     for (int form = 0; all && form < sm90::form_count(); ++form) {
       if (sm90::form_fits(context, data.group(0, 0), form)) forms[form] = ours(form, 0);
@@ -307,7 +322,8 @@ int run(int argc, char** argv) {
       blas_us += best;
     }
     std::printf(
-        "%2zu %5u %5u %-13s %2s | %8.1f %6.0f | %8.1f %6.0f %5.3f | %6.3f %6.3f | %s\n",
+        "%2zu %5u %5u %-13s %2s | %8.1f %6.0f | %8.1f %6.0f %5.3f | %6.3f %6.3f | %6.3f %6.3f | "
+        "%s\n",
         s,
         shape.m,
         shape.k,
@@ -320,6 +336,8 @@ int run(int argc, char** argv) {
         blas_us / us[base],
         us[rank16] / us[base],
         us[rank64] / us[base],
+        us[fused16] / us[base],
+        us[fused64] / us[base],
         sm90::form_name(sm90::chosen_form(context, data.group(0, 0))));
     for (int form = 0; form < sm90::form_count(); ++form) {
       if (forms[form] < 0) continue;

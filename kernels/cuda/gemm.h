@@ -34,6 +34,27 @@ struct GemmProblem {
   size_t residual_stride = 0;
 };
 
+/// gemm_sm90 only: u = factor · left·rightᵀ inside the launch whose low-rank pairs read it, as a
+/// few more, narrow tiles; a tile's first pair runs meanwhile. left and right as in a pair. Parts
+/// side by side share left (right_is_kn: one part).
+struct GemmShrink {
+  static constexpr int kMaxParts = 4;
+  struct Part {
+    const void* right = nullptr;  ///< [rank, k], or right_is_kn: [k, rank]
+    size_t right_stride = 0;
+    uint32_t rank = 0;  ///< the ranks' sum, each rounded up to 8, is at most 64
+    float factor = 1.0f;
+    void* out = nullptr;  ///< [m, rank] of the group's dtype: the left of a second or later pair
+    size_t out_stride = 0;
+    float* plain = nullptr;  ///< [m, rank] f32 without the factor, or null
+  };
+  const void* left = nullptr;
+  size_t left_stride = 0;
+  uint32_t k = 0;
+  int parts = 0;
+  Part part[kMaxParts];
+};
+
 /// Problems of one launch: the same m, dtype and direction, any n.
 struct GemmGroup {
   static constexpr int kMaxProblems = 4;
@@ -48,11 +69,24 @@ struct GemmGroup {
   bool pair0_ready = false;
   int problems = 0;
   GemmProblem problem[kMaxProblems];
+  static constexpr int kMaxShrinks = 4;
+  int shrinks = 0;  ///< then some problem has a second pair
+  GemmShrink shrink[kMaxShrinks];
+  /// With shrinks: gemm_flag_count(m) words that are zero and are left so, or null: scratch that a
+  /// memset clears, which costs a node of about 2 µs.
+  uint32_t* flags = nullptr;
 };
+constexpr size_t gemm_flag_count(uint32_t m) {
+  return 2 * (size_t{m} / 128 + 2);
+}
 
 /// Whether gemm_sm90 takes the group: compute capability 9.0, 16-bit storage, every pointer
-/// aligned to 16 bytes and every stride a multiple of 8 elements. Otherwise gemm_generic does.
+/// aligned to 16 bytes and every stride a multiple of 8 elements. Otherwise gemm_generic does, but
+/// no shrinks.
 bool can_gemm_sm90(const Context& context, const GemmGroup& group);
+/// Whether the group's shrinks cost less inside the launch than before it: there are tiles enough
+/// (two waves of 256 columns) and blocks with a tile fewer than others.
+bool gemm_hides_shrinks(const Context& context, const GemmGroup& group);
 /// TMA + wgmma, warp-specialised, persistent over the tiles of all problems. m, n, k of any size.
 void gemm_sm90(const Context& context, const GemmGroup& group);
 /// mma.sync over any shape, stride and alignment (bf16, f16); f32 dtype by FFMA.

@@ -150,6 +150,19 @@ __device__ __forceinline__ void async_proxy_fence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+/// Between ordinary accesses of device memory and the copy engine's, on both sides of a flag.
+__device__ __forceinline__ void async_proxy_fence_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+__device__ __forceinline__ void flag_add_release(uint32_t* flag, uint32_t v) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(v) : "memory");
+}
+__device__ __forceinline__ uint32_t flag_load_acquire(const uint32_t* flag) {
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(flag) : "memory");
+  return v;
+}
+
 /// Four 8x8 matrices of 16-bit elements; lanes 8i … 8i+7 hold the row addresses of matrix i.
 __device__ __forceinline__ void store_matrix_x4(
     uint32_t shared, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
@@ -228,6 +241,10 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t l
   METAL_LORA_D32                                                                          \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52," \
   "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define METAL_LORA_D96                                                        \
+  METAL_LORA_D64                                                              \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81," \
+  "%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define METAL_LORA_D128                                                                   \
   METAL_LORA_D64                                                                          \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84," \
@@ -248,7 +265,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t l
 template <typename T, int kRightMajorN, int kCount>
 __device__ __forceinline__ void wgmma(
     float (&d)[kCount], uint64_t left, uint64_t right, int accumulate) {
-  static_assert(kCount == 32 || kCount == 64 || kCount == 128);
+  static_assert(kCount == 32 || kCount == 64 || kCount == 96 || kCount == 128);
   constexpr bool kBf16 = std::is_same_v<T, bf16>;
   if constexpr (kCount == 32) {
     if constexpr (kBf16) {
@@ -263,6 +280,32 @@ __device__ __forceinline__ void wgmma(
     } else {
       METAL_LORA_WGMMA(
           128, "f16", METAL_LORA_D64, 64, 65, 66, 67, METAL_LORA_F32(0), METAL_LORA_F32(32));
+    }
+  } else if constexpr (kCount == 96) {
+    if constexpr (kBf16) {
+      METAL_LORA_WGMMA(
+          192,
+          "bf16",
+          METAL_LORA_D96,
+          96,
+          97,
+          98,
+          99,
+          METAL_LORA_F32(0),
+          METAL_LORA_F32(32),
+          METAL_LORA_F32(64));
+    } else {
+      METAL_LORA_WGMMA(
+          192,
+          "f16",
+          METAL_LORA_D96,
+          96,
+          97,
+          98,
+          99,
+          METAL_LORA_F32(0),
+          METAL_LORA_F32(32),
+          METAL_LORA_F32(64));
     }
   } else {
     if constexpr (kBf16) {
@@ -297,6 +340,7 @@ __device__ __forceinline__ void wgmma(
 
 #undef METAL_LORA_WGMMA
 #undef METAL_LORA_D128
+#undef METAL_LORA_D96
 #undef METAL_LORA_D64
 #undef METAL_LORA_D32
 #undef METAL_LORA_F32

@@ -224,6 +224,105 @@ TEST_F(GemmSm90Test, KeepsItsRingOverManyTiles) {
   check_all_forms({.m = 1100, .n = {2600, 1300}, .k = {192, 16}, .right_is_kn = true});
 }
 
+/// u of two adapters side by side (nk) or one (kn), then y = x·W + u·B, for one form.
+void check_shrinks(TestDevice& device, bool right_is_kn, bool own_flags, uint32_t m, int form) {
+  std::mt19937 random(m + right_is_kn);
+  const uint32_t k = 328, n[2] = {520, 72}, rank[2] = {20, 33};
+  const int problems = right_is_kn ? 1 : 2;
+  Matrix<bf16> x(random, m, k, padded(k));
+  std::vector<Matrix<bf16>> w, a, b;
+  std::vector<DeviceBuffer> u, plain, y;
+  const std::vector<uint32_t> zeros(cuda::gemm_flag_count(m));
+  const DeviceBuffer flags(zeros);
+  GemmGroup group;
+  group.m = m;
+  group.right_is_kn = right_is_kn;
+  group.problems = problems;
+  group.shrinks = 1;
+  group.flags = own_flags ? flags.get<uint32_t>() : nullptr;
+  cuda::GemmShrink& shrink = group.shrink[0];
+  shrink = {x.device->get(), x.stride, k, problems, {}};
+  const auto matrix = [&](std::vector<Matrix<bf16>>& to, uint32_t outputs, uint32_t inputs) {
+    const uint32_t rows = right_is_kn ? inputs : outputs, columns = right_is_kn ? outputs : inputs;
+    to.emplace_back(random, rows, columns, padded(columns));
+  };
+  for (int i = 0; i < problems; ++i) {
+    matrix(w, n[i], k);
+    matrix(a, rank[i], k);
+    matrix(b, n[i], rank[i]);
+    u.emplace_back(m * padded(rank[i]) * sizeof(bf16));
+    plain.emplace_back(m * rank[i] * sizeof(float));
+    y.emplace_back(m * padded(n[i]) * sizeof(bf16));
+    shrink.part[i] = {
+        a[i].device->get(),
+        a[i].stride,
+        rank[i],
+        0.25f,
+        u[i].get(),
+        padded(rank[i]),
+        plain[i].get<float>()};
+    cuda::GemmProblem& problem = group.problem[i];
+    problem.n = n[i];
+    problem.pairs = 2;
+    problem.pair[0] = {x.device->get(), x.stride, w[i].device->get(), w[i].stride, k};
+    problem.pair[1] = {u[i].get(), padded(rank[i]), b[i].device->get(), b[i].stride, rank[i]};
+    problem.out = y[i].get();
+    problem.out_stride = padded(n[i]);
+  }
+  ASSERT_TRUE(cuda::can_gemm_sm90(device.context(), group));
+  if (!cuda::sm90::form_fits(device.context(), group, form)) return;
+  for (int round = 0; round < 2; ++round) {
+    for (auto* buffers : {&u, &plain, &y}) {
+      for (DeviceBuffer& buffer : *buffers) buffer.poison();
+    }
+    cuda::sm90::gemm_with_form(device.context(), group, form);
+    device.finish();
+  }
+  EXPECT_EQ(flags.download<uint32_t>(), zeros);
+  const auto at = [&](const Matrix<bf16>& right, uint32_t output, uint32_t input) {
+    return right_is_kn ? right.at(input, output) : right.at(output, input);
+  };
+  for (int i = 0; i < problems; ++i) {
+    const std::vector<bf16> got_u = u[i].download<bf16>(), got_y = y[i].download<bf16>();
+    const std::vector<float> got_plain = plain[i].download<float>();
+    for (uint32_t row = 0; row < m; ++row) {
+      for (uint32_t r = 0; r < rank[i]; ++r) {
+        double want = 0;
+        for (uint32_t j = 0; j < k; ++j) want += x.at(row, j) * at(a[i], r, j);
+        const double bound = k * 0x1p-21;
+        ASSERT_NEAR(got_plain[row * rank[i] + r], want, bound) << row << " " << r;
+        const double scaled = want / 4;
+        ASSERT_NEAR(
+            float(got_u[row * padded(rank[i]) + r]), scaled, bound + std::abs(scaled) * 0x1p-8);
+      }
+      for (uint32_t column = row % 7; column < n[i]; column += 7) {
+        double want = 0;
+        for (uint32_t j = 0; j < k; ++j) want += x.at(row, j) * at(w[i], column, j);
+        for (uint32_t r = 0; r < rank[i]; ++r) {
+          want += double(float(got_u[row * padded(rank[i]) + r])) * at(b[i], column, r);
+        }
+        ASSERT_NEAR(
+            float(got_y[row * padded(n[i]) + column]),
+            want,
+            2 * k * 0x1p-21 + std::abs(want) * 0x1p-8)
+            << "row " << row << " column " << column;
+      }
+    }
+  }
+}
+
+TEST_F(GemmSm90Test, MakesTheLowRankOperandInTheSameLaunch) {
+  for (int form = 0; form < cuda::sm90::form_count(); ++form) {
+    SCOPED_TRACE(cuda::sm90::form_name(form));
+    for (bool right_is_kn : {false, true}) {
+      for (uint32_t m : {70u, 400u}) {
+        check_shrinks(*device_, right_is_kn, form % 2 == 0, m, form);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
 TEST_F(GemmSm90Test, AddsToTheOutputInPlace) {
   std::mt19937 random(1);
   const uint32_t m = 130, n = 200, k = 64;
