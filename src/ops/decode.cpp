@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: MIT
 #include "src/ops/decode.h"
 
+#include <algorithm>
 #include <numeric>
 
 #include <mlx/ops.h>
@@ -322,7 +323,38 @@ bool has_decode_step() {
   return active_backend() == Backend::cpu || active_backend() == Backend::cuda;
 }
 
+#ifdef METAL_LORA_CUDA
+namespace {
+
+/// A 16-bit x by tensor cores, with the digits of the f32 sums that rounding y would drop.
+mx::array logits_cuda(const mx::array& x, const Weight& head) {
+  constexpr const char* kOp = "logits";
+  check_shape(kOp, "x", x, {-1, head.in_features()});
+  const auto rows = static_cast<uint32_t>(x.shape(0));
+  Launch product{
+      .kernel = kOp, .inputs = {x}, .outputs = {{{x.shape(0), head.out_features()}, mx::float32}}};
+  product.cuda = [rows, head, dtype = to_kernel(x.dtype())](
+                     const cuda::Context& context, const KernelArgs& args) {
+    const auto& p = head.params();
+    cuda::LoraBranch branch;
+    branch.weight = cuda_view(head);
+    for (uint32_t row = 0; row < rows; row += cuda::kVectorMaxTokens) {
+      branch.y = static_cast<float*>(args.out[0]) + size_t{row} * p.n;
+      const auto* from = static_cast<const std::byte*>(args.in[0]) + size_t{row} * p.k * 2;
+      const auto count = std::min(rows - row, cuda::kVectorMaxTokens);
+      cuda::lora_gemv(context, count, p.k, dtype, from, &branch, 1, DType::f32);
+    }
+  };
+  return launch(std::move(product))[0];
+}
+
+}  // namespace
+#endif
+
 mx::array logits(const mx::array& x, const Weight& head) {
+#ifdef METAL_LORA_CUDA
+  if (active_backend() == Backend::cuda && x.dtype() != mx::float32) return logits_cuda(x, head);
+#endif
   return lora_linear(
       mx::astype(x, mx::float32, stream()), LoraLinear{head, std::nullopt, std::nullopt});
 }
