@@ -92,7 +92,7 @@ struct TrainStep::Layout {
     std::array<size_t, kSlots> u{};  ///< linears with one input: columns of one matrix
     std::array<uint32_t, kSlots> u_stride{};
   };
-  size_t packed = 0, rope = 0, final_h = 0, normed = 0, d_normed = 0;
+  size_t packed = 0, flags = 0, rope = 0, final_h = 0, normed = 0, d_normed = 0;
   std::vector<Layer> layers;
   // One at a time.
   size_t loss_scratch = 0;
@@ -133,6 +133,7 @@ TrainStep::Layout TrainStep::layout() const {
     }
   }
   l.packed = bump.take(packed * kElement);
+  l.flags = bump.take(gemm_flag_count(max_tokens_) * sizeof(uint32_t));
   l.rope = bump.take(t * m.head_dim * sizeof(float));
   // One for all layers that do not keep their own.
   const auto shared = [&](uint32_t kept, size_t bytes) {
@@ -320,6 +321,10 @@ class TrainStep::Run {
   size_t qkv_width() const { return q_width() + 2 * kv_width(); }
 
   void prepare() {
+    check(
+        cudaMemsetAsync(
+            at(layout_.flags), 0, gemm_flag_count(tokens_) * sizeof(uint32_t), context_.stream),
+        "train_step");
     for (size_t i = 0; i < model_.layers.size(); ++i) {
       call([&](const Context& c) {
         pack_adapters(c, layout_.adapters[i], parameters_, model_.dtype, at(layout_.packed));
@@ -369,7 +374,6 @@ class TrainStep::Run {
     const auto linears = linears_of(model_.layers[index]);
     const auto& adapters = layout_.adapters[index];
     const uint32_t k = linears[first]->weight.params.k;
-    shrink_forward(index, first, y.size(), x, k);
     dense_used_ = 0;
     GemmGroup g = group(false);
     g.problems = static_cast<int>(y.size());
@@ -394,7 +398,64 @@ class TrainStep::Run {
       p.residual = residual;
       p.residual_stride = y[i].stride;
     }
+    const GemmShrink inside = inside_forward(index, first, y.size(), x, k);
+    if (!shrink_inside(g, std::span(&inside, 1))) {
+      shrink_forward(index, first, y.size(), x, k);
+    }
     call([&](const Context& c) { gemm(c, g); });
+  }
+
+  /// The product makes its own u or v where that costs less than a kernel before it.
+  bool shrink_inside(GemmGroup& g, std::span<const GemmShrink> shrinks) {
+    g.shrinks = 0;
+    for (const auto& shrink : shrinks) {
+      if (shrink.parts > 0) g.shrink[g.shrinks++] = shrink;
+    }
+    if (g.shrinks == 0) return true;
+    g.flags = static_cast<uint32_t*>(at(layout_.flags));
+    if (can_gemm_sm90(context_, g) && gemm_hides_shrinks(context_, g)) return true;
+    g.shrinks = 0;
+    return false;
+  }
+
+  GemmShrink inside_forward(
+      size_t index, Slot first, size_t count, const void* x, uint32_t k) const {
+    const auto linears = linears_of(model_.layers[index]);
+    const auto& kept = layout_.layers[index];
+    GemmShrink s;
+    s.left = x;
+    s.left_stride = s.k = k;
+    for (size_t i = first; i < first + count; ++i) {
+      const auto& adapter = layout_.adapters[index][i];
+      if (adapter.rank == 0) continue;
+      s.part[s.parts++] = {
+          packed(adapter.to_a),
+          k,
+          adapter.padded_rank,
+          linears[i]->scale,
+          at(kept.u[i]),
+          kept.u_stride[i],
+          nullptr};
+    }
+    return s;
+  }
+
+  GemmShrink inside_backward(Rows dy, const PackedAdapter& adapter, float scale, void* v) const {
+    GemmShrink s;
+    if (adapter.rank == 0) return s;
+    s.left = dy.data;
+    s.left_stride = dy.stride;
+    s.k = adapter.out;
+    s.parts = 1;
+    s.part[0] = {
+        packed(adapter.to_b),
+        adapter.padded_rank,
+        adapter.padded_rank,
+        scale,
+        v,
+        adapter.padded_rank,
+        nullptr};
+    return s;
   }
 
   /// u_i = scale_i·x·A_iᵀ of linears that share x, which is read once.
@@ -450,12 +511,14 @@ class TrainStep::Run {
     p.n = linears[first]->weight.params.k;
     p.out = dx;
     p.out_stride = p.n;
-    for (size_t i = 0; i < dy.size(); ++i) {
-      const auto& adapter = adapters[first + i];
-      if (adapter.rank == 0) continue;
-      shrink_backward(dy[i], adapter, linears[first + i]->scale, at(layout_.v[first + i]));
-    }
-    if (dx == nullptr) return;
+    const auto shrink_before = [&] {
+      for (size_t i = 0; i < dy.size(); ++i) {
+        const auto& adapter = adapters[first + i];
+        if (adapter.rank == 0) continue;
+        shrink_backward(dy[i], adapter, linears[first + i]->scale, at(layout_.v[first + i]));
+      }
+    };
+    if (dx == nullptr) return shrink_before();
     dense_used_ = 0;
     for (size_t i = 0; i < dy.size(); ++i) {
       const auto& w = linears[first + i]->weight;
@@ -468,6 +531,12 @@ class TrainStep::Run {
       p.pair[p.pairs++] = {
           at(layout_.v[first + i]), rank, packed(adapter.to_a), adapter.in, adapter.padded_rank};
     }
+    std::array<GemmShrink, 3> inside;
+    for (size_t i = 0; i < dy.size(); ++i) {
+      inside[i] = inside_backward(
+          dy[i], adapters[first + i], linears[first + i]->scale, at(layout_.v[first + i]));
+    }
+    if (!shrink_inside(g, std::span(inside.data(), dy.size()))) shrink_before();
     call([&](const Context& c) { gemm(c, g); });
   }
 
