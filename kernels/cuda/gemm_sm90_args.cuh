@@ -1,0 +1,165 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+//
+// What the kernel of gemm_sm90.cu is given, and where a block finds its tiles, its stages and its
+// part of a cluster's work.
+#pragma once
+
+#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/wgmma.cuh"
+
+namespace metal_lora::cuda::sm90 {
+
+constexpr int kTileM = 128;
+constexpr int kStepK = 64;           ///< elements of a 128-byte swizzled row
+constexpr int kThreads = 384;        ///< producer, two consumers
+constexpr int kBoxBytes = 8192;      ///< 64 x 64 elements
+constexpr int kWarpBoxBytes = 2048;  ///< 16 rows of results x 64
+constexpr int kMaxPairs = GemmGroup::kMaxProblems * GemmProblem::kMaxPairs;
+constexpr int kShrinkTileN =
+    256;  ///< the tile width whose stages hold two of a narrow tile's steps
+constexpr int kMaxShrinks = GemmGroup::kMaxShrinks;
+constexpr int kMaxParts = GemmShrink::kMaxParts;
+constexpr int kMaxMaps = 2 * kMaxPairs + GemmGroup::kMaxProblems + kMaxShrinks * (1 + kMaxParts);
+
+struct PairArgs {
+  uint32_t begin = 0, k = 0;  ///< columns of left; begin > 0: beyond the maps, so all zeros
+  uint16_t left_map = 0, right_map = 0;
+};
+struct ProblemArgs {
+  uint32_t n = 0;
+  uint32_t tiles_n = 0;  ///< in tiles of a cluster
+  uint32_t first_pair = 0, end_pair = 0;
+  uint32_t steps = 0;  ///< of 64 along k, of all pairs
+  uint32_t out_map = 0;
+  void* out = nullptr;
+  size_t out_stride = 0;
+  const float* bias = nullptr;
+  const void* residual = nullptr;
+  size_t residual_stride = 0;
+};
+struct ShrinkArgs {
+  uint32_t k = 0;
+  uint32_t bytes = 0;  ///< of a stage
+  uint16_t left_map = 0;
+  uint16_t parts = 0;
+  uint16_t right_map[kMaxParts];
+  uint16_t first_block[kMaxParts];  ///< of 8 columns
+  uint8_t part_of_block[8];         ///< kMaxParts: none
+  GemmShrink::Part part[kMaxParts];
+};
+struct Args {
+  CUtensorMap maps[kMaxMaps];
+  PairArgs pair[kMaxPairs];
+  ProblemArgs problem[GemmGroup::kMaxProblems];
+  uint32_t m = 0;
+  uint32_t tiles_m = 0, tiles_n = 0;      ///< in tiles of a cluster; n of all problems
+  uint32_t band = 1;                      ///< rows of tiles that are swept together along n
+  uint32_t cluster_m = 1, cluster_n = 1;  ///< blocks of a cluster that share columns, rows
+  uint32_t cluster_k = 1;                 ///< or parts of the sums; then one tile a cluster
+  uint32_t map_count = 0;
+  ShrinkArgs shrink[kMaxShrinks];
+  uint32_t shrinks = 0;
+  uint32_t shrink_clusters = 0;  ///< the last clusters, which have fewest tiles, make u
+  uint32_t* flags = nullptr;     ///< of each 128 rows: shrinks done; then tiles that have seen it
+  uint32_t flag_count = 0;
+  bool pair0_ready = false;
+  bool out_f32 = false;
+};
+
+template <int kTileN>
+struct Layout {
+  static constexpr int kLeftBytes = kTileM * kStepK * 2;
+  static constexpr int kRightBytes = kTileN * kStepK * 2;
+  static constexpr int kStageBytes = kLeftBytes + kRightBytes;
+  static constexpr int kStages = kTileN >= 192 ? 4 : kTileN == 128 ? 6 : 8;
+  /// Boxes of results of each warp: a tile's, less where there is no room. Then one more lies in
+  /// the tile's last stage, see store_tile.
+  static constexpr int kStoreBoxes = kTileN == 256 ? 2 : kTileN / 64;
+  static constexpr bool kStoreInRing = kTileN == 256;
+  static constexpr int kStoreOffset = kStages * kStageBytes;
+  static constexpr int kBarrierOffset = kStoreOffset + 8 * kStoreBoxes * kWarpBoxBytes;
+  static constexpr int kBytes = kBarrierOffset + 2 * kStages * 8 + 1024;  ///< 1024: alignment
+};
+
+/// The steps of a tile that this block sums: all, or its part where the cluster splits k.
+struct Share {
+  uint32_t begin, end;  ///< steps, counted from the one that comes next
+  /// The part of the next pair's steps that lies in the share: [first, last).
+  __device__ __forceinline__ void take(uint32_t steps, uint32_t& first, uint32_t& last) {
+    first = min(begin, steps);
+    last = min(end, steps);
+    begin -= first;
+    end -= last;
+  }
+};
+
+/// Where a tile of a cluster lies.
+struct Tile {
+  uint32_t problem, m, n;  ///< the tile's first row and column in units of cluster tiles
+};
+__device__ __forceinline__ Tile find_tile(const Args& args, uint32_t index) {
+  const uint32_t band_tiles = args.band * args.tiles_n;
+  const uint32_t band = index / band_tiles;
+  const uint32_t rest = index - band * band_tiles;
+  const uint32_t height = min(args.band, args.tiles_m - band * args.band);
+  Tile tile;
+  tile.n = rest / height;
+  tile.m = band * args.band + rest - tile.n * height;
+  tile.problem = 0;
+  while (tile.n >= args.problem[tile.problem].tiles_n) {
+    tile.n -= args.problem[tile.problem].tiles_n;
+    ++tile.problem;
+  }
+  return tile;
+}
+
+/// The place in the ring: which stage, and the parity of its current round.
+template <int kStages>
+struct Ring {
+  uint32_t stage = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+/// What a block knows of its cluster.
+struct Cluster {
+  uint32_t rank_m, rank_n, rank_k, parts_k, blocks;
+  uint32_t other_part;             ///< the block with the other part of the sums
+  uint16_t row_mask, column_mask;  ///< blocks with the same rows (left), columns (right)
+  __device__ __forceinline__ explicit Cluster(const Args& args) {
+    parts_k = args.cluster_k;
+    const uint32_t plane = args.cluster_m * args.cluster_n;
+    blocks = plane * parts_k;
+    // %cluster_ctarank, but known to the compiler as the same for all threads: it orders wgmma one
+    // by one where a branch might diverge.
+    const uint32_t rank = blockIdx.x % blocks;
+    rank_k = rank / plane;
+    rank_m = rank % plane % args.cluster_m;
+    rank_n = rank % plane / args.cluster_m;
+    other_part = (rank + plane) % blocks;
+    row_mask = column_mask = 0;
+    for (uint32_t i = 0; i < plane; ++i) {
+      const uint32_t bit = 1u << (rank_k * plane + i);
+      if (i % args.cluster_m == rank_m) row_mask |= bit;
+      if (i / args.cluster_m == rank_n) column_mask |= bit;
+    }
+  }
+  __device__ __forceinline__ Share share(uint32_t steps) const {
+    const uint32_t half = (steps + 1) / 2;
+    if (parts_k == 1) return {0, steps};
+    return rank_k == 0 ? Share{0, half} : Share{half, steps};
+  }
+  __device__ __forceinline__ uint32_t index() const {
+    return blocks == 1 ? blockIdx.x : blockIdx.x / blocks;
+  }
+  __device__ __forceinline__ uint32_t count() const {
+    return blocks == 1 ? gridDim.x : gridDim.x / blocks;
+  }
+};
+
+}  // namespace metal_lora::cuda::sm90

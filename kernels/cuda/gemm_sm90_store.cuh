@@ -1,0 +1,228 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+//
+// The end of a tile in gemm_sm90.cu: bias, residual, rounding, and the way to memory.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/cuda/gemm_sm90_args.cuh"
+
+namespace metal_lora::cuda::sm90 {
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack2(float low, float high) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&v);
+  } else {
+    const __half2 v = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&v);
+  }
+}
+
+template <typename T>
+struct alignas(2 * sizeof(T)) Two {
+  T low, high;
+};
+
+/// Adds bias and residual to the sums of one box of 64 columns: 8 blocks of 8 columns.
+template <typename Out>
+__device__ __forceinline__ void add_terms(
+    float* d, const ProblemArgs& problem, uint32_t m, uint32_t row, uint32_t column) {
+  if (problem.bias != nullptr) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t c = column + 8 * j;
+      const float low = c < problem.n ? __ldg(problem.bias + c) : 0.0f;
+      const float high = c + 1 < problem.n ? __ldg(problem.bias + c + 1) : 0.0f;
+      d[4 * j] += low;
+      d[4 * j + 1] += high;
+      d[4 * j + 2] += low;
+      d[4 * j + 3] += high;
+    }
+  }
+  if (problem.residual == nullptr) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (row + 8 * half >= m) continue;
+    const Out* from =
+        static_cast<const Out*>(problem.residual) + (row + 8 * half) * problem.residual_stride;
+    Two<Out> two[8] = {};
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t c = column + 8 * j;
+      if (c + 1 < problem.n) {
+        two[j] = *reinterpret_cast<const Two<Out>*>(from + c);
+      } else if (c < problem.n) {
+        two[j].low = from[c];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      d[4 * j + 2 * half] += to_float(two[j].low);
+      d[4 * j + 2 * half + 1] += to_float(two[j].high);
+    }
+  }
+}
+
+/// One box of sums straight to memory, where it is f32 (a quad of lanes writes whole 32-byte
+/// sectors) or ends between 16-byte units (the copy engine would write past n).
+template <typename Out>
+__device__ __forceinline__ void store_direct(
+    const float* d, const ProblemArgs& problem, uint32_t m, uint32_t row, uint32_t column) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (row + 8 * half >= m) continue;
+    Out* to = static_cast<Out*>(problem.out) + (row + 8 * half) * problem.out_stride;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const uint32_t c = column + 8 * j;
+      const Two<Out> two = {
+          from_float<Out>(d[4 * j + 2 * half]), from_float<Out>(d[4 * j + 2 * half + 1])};
+      if (c + 1 < problem.n) {
+        *reinterpret_cast<Two<Out>*>(to + c) = two;
+      } else if (c < problem.n) {
+        to[c] = two.low;
+      }
+    }
+  }
+}
+
+/// One warp's box of 16 rows x 64 columns of 16-bit results, swizzled, to shared memory.
+template <typename T>
+__device__ __forceinline__ void put_box(const float* d, uint32_t to) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    const int chunk = (j + lane / 16) ^ (lane % 8);
+    store_matrix_x4(
+        to + lane % 16 * 128 + chunk * 16,
+        pack2<T>(d[4 * j], d[4 * j + 1]),
+        pack2<T>(d[4 * j + 2], d[4 * j + 3]),
+        pack2<T>(d[4 * j + 4], d[4 * j + 5]),
+        pack2<T>(d[4 * j + 6], d[4 * j + 7]));
+  }
+}
+
+/// The same box straight to memory: pairs of lanes trade halves, so that each quad writes whole
+/// 32-byte sectors. n is a multiple of 8.
+template <typename T>
+__device__ __forceinline__ void store_sectors(
+    const float* d, const ProblemArgs& problem, uint32_t m, uint32_t warp_row, uint32_t column) {
+  const uint32_t lane = threadIdx.x % 32, odd = lane % 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t row = warp_row + lane / 4 + 8 * half;
+    const uint32_t first = column + 8 * odd + lane % 4 / 2 * 4;
+    T* to = static_cast<T*>(problem.out) + row * problem.out_stride + first;
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      const uint32_t a = pack2<T>(d[4 * j + 2 * half], d[4 * j + 2 * half + 1]);
+      const uint32_t b = pack2<T>(d[4 * j + 4 + 2 * half], d[4 * j + 5 + 2 * half]);
+      const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? a : b, 1);
+      if (row < m && first + 8 * j < problem.n) {
+        *reinterpret_cast<uint2*>(to + 8 * j) = odd ? make_uint2(got, b) : make_uint2(a, got);
+      }
+    }
+  }
+}
+
+/// One warp's 16 rows of a tile to `out`, 16-bit, n a multiple of 8: through shared memory by the
+/// copy engine, without a wait for it, so that the matrix unit does not wait either. The box of
+/// columns 0 … 63 of a 256-wide tile lies in the tile's last stage, where it takes the rows of the
+/// left operand that this warp alone multiplied; columns 192 … 255 have no room and go directly.
+/// One fence for all boxes: a fence a box was a third of the epilogue's 2300 cycles.
+template <typename T, int kTileN>
+__device__ __forceinline__ void store_tile(
+    float (&d)[kTileN / 2],
+    const Args& args,
+    const ProblemArgs& problem,
+    uint32_t warp_row,
+    uint32_t n0,
+    uint32_t boxes,
+    uint32_t in_ring) {
+  using L = Layout<kTileN>;
+  constexpr int kBoxes = L::kStoreInRing + L::kStoreBoxes;
+  const bool first_lane = threadIdx.x % 32 == 0;
+  const auto address = [&](int b) {
+    return L::kStoreInRing && b == 0 ? in_ring : boxes + (b - L::kStoreInRing) * kWarpBoxBytes;
+  };
+  if (first_lane) tensor_store_wait_read<0>();  // the tile before
+  __syncwarp();
+#pragma unroll
+  for (int b = 0; b < kBoxes; ++b) put_box<T>(&d[32 * b], address(b));
+  async_proxy_fence();
+  __syncwarp();
+  if (first_lane) {
+    const CUtensorMap* map = &args.maps[problem.out_map];
+#pragma unroll
+    for (int b = 0; b < kBoxes; ++b) {
+      if (n0 + 64 * b < problem.n) tensor_store(map, address(b), n0 + 64 * b, warp_row);
+    }
+  }
+  if constexpr (kBoxes < kTileN / 64) {
+    static_assert(kBoxes + 1 == kTileN / 64);
+    store_sectors<T>(&d[32 * kBoxes], problem, args.m, warp_row, n0 + 64 * kBoxes);
+  }
+  if constexpr (L::kStoreInRing) {  // before the stage is released
+    if (first_lane) {
+      if (n0 + 128 < problem.n) {  // three stores, the first from the stage
+        tensor_store_wait_read<2>();
+      } else {
+        tensor_store_wait_read<0>();
+      }
+    }
+    __syncwarp();
+  }
+}
+
+/// The same for f32 results, and for n that ends between 16-byte units (the copy engine would write
+/// past it).
+template <typename Out, int kTileN>
+__device__ __forceinline__ void store_tile_direct(
+    float (&d)[kTileN / 2],
+    const Args& args,
+    const ProblemArgs& problem,
+    uint32_t row,
+    uint32_t n0) {
+#pragma unroll
+  for (int b = 0; b < kTileN / 64; ++b) {
+    const uint32_t column = n0 + 64 * b + threadIdx.x % 4 * 2;
+    store_direct<Out>(&d[32 * b], problem, args.m, row, column);
+  }
+}
+
+/// Bias and residual, then one of the above.
+template <typename T, int kTileN>
+__device__ __forceinline__ void finish_tile(
+    float (&d)[kTileN / 2],
+    const Args& args,
+    const ProblemArgs& problem,
+    uint32_t warp_row,
+    uint32_t n0,
+    uint32_t boxes,
+    uint32_t in_ring) {
+  if (warp_row >= args.m) return;
+  const uint32_t row = warp_row + threadIdx.x % 32 / 4;
+  if (problem.bias != nullptr || problem.residual != nullptr) {
+#pragma unroll
+    for (int b = 0; b < kTileN / 64; ++b) {
+      const uint32_t column = n0 + 64 * b + threadIdx.x % 4 * 2;
+      if (args.out_f32) {
+        add_terms<float>(&d[32 * b], problem, args.m, row, column);
+      } else {
+        add_terms<T>(&d[32 * b], problem, args.m, row, column);
+      }
+    }
+  }
+  if (args.out_f32) {
+    store_tile_direct<float, kTileN>(d, args, problem, row, n0);
+  } else if (problem.n % 8 != 0) {
+    store_tile_direct<T, kTileN>(d, args, problem, row, n0);
+  } else {
+    store_tile<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
+  }
+}
+
+}  // namespace metal_lora::cuda::sm90
