@@ -4,8 +4,8 @@
 // Attention of a few queries over a long cache: its keys are split over the blocks ("flash
 // decoding") and, within a block, over warps that stream their own tiles; the queries of all heads
 // that share a kv head are the rows of one product. How many keys a block takes follows from the
-// position alone, so that a position's sums always have the same order. The last block to finish adds
-// the partial sums up.
+// position alone, so that a position's sums always have the same order. The last block to finish
+// adds the partial sums up.
 #include <algorithm>
 
 #include "kernels/cuda/attention_forward.cuh"
@@ -13,12 +13,14 @@
 namespace metal_lora::cuda::attention {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kStages = 3;
+constexpr int kStages = 3;
 constexpr int kRows = 16;  ///< queries of a block: tokens x heads of a group
 
 template <int kDim>
 struct Tile {
+  static constexpr int kWarps = kDim <= 128 ? 8 : 4, kThreads = 32 * kWarps;
   static constexpr int kKeys = kDim <= 64 ? 32 : 16;  ///< of one warp's tile
+  static constexpr int kLeast = 4;  ///< tiles of a block, below which more blocks do not pay
   static constexpr int kBytes = kKeys * kDim * 2;
   static constexpr int kWarpBytes = kStages * 2 * kBytes;
   static constexpr size_t kSharedBytes = size_t{kWarps} * kWarpBytes;
@@ -40,7 +42,7 @@ __device__ Split split_keys(const Arguments& a, int offset, int row_block, int s
   s.last = last_key(a, offset, end);
   s.first = min(first, s.last + 1) / kKeys * kKeys;
   const int share = (s.last + 1 - s.first + splits - 1) / splits;
-  s.chunk = max((share + kKeys - 1) / kKeys, kWarps) * kKeys;
+  s.chunk = max((share + kKeys - 1) / kKeys, Tile<kDim>::kLeast) * kKeys;
   return s;
 }
 
@@ -109,7 +111,7 @@ __device__ __forceinline__ void merge_warps(
     const RowState<1>& state,
     Partials to,
     int rows) {
-  constexpr int kPitch = kDim + 4;
+  constexpr int kPitch = kDim + 4, kWarps = Tile<kDim>::kWarps, kThreads = Tile<kDim>::kThreads;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   float2* states = reinterpret_cast<float2*>(memory);  // [warp, row]
   float* sums = memory + 2 * kWarps * kRows;           // [warp, row, kPitch]
@@ -121,8 +123,7 @@ __device__ __forceinline__ void merge_warps(
     if (lane % 4 == 0) states[warp * kRows + row] = make_float2(state.top[0][half], sum);
 #pragma unroll
     for (int d = 0; d < kDim / 8; ++d) {
-      *reinterpret_cast<float2*>(
-          &sums[(warp * kRows + row) * kPitch + 8 * d + 2 * (lane % 4)]) =
+      *reinterpret_cast<float2*>(&sums[(warp * kRows + row) * kPitch + 8 * d + 2 * (lane % 4)]) =
           make_float2(o[0][d][2 * half], o[0][d][2 * half + 1]);
     }
   }
@@ -162,9 +163,15 @@ struct Sum {
 /// runs of splits, whose sums then follow each other.
 template <typename T, int kDim>
 __device__ __forceinline__ void combine(
-    const Arguments& a, const Partials& from, int row_block, int kv_head, int count, float* memory) {
+    const Arguments& a,
+    const Partials& from,
+    int row_block,
+    int kv_head,
+    int count,
+    float* memory) {
   constexpr int kVectors = kDim / 4;  // of a row
-  constexpr int kBatch = 8;           // of splits, loaded together
+  constexpr int kBatch = 4;           // of splits, loaded together
+  constexpr int kThreads = Tile<kDim>::kThreads;
   const int group = a.p.q_heads / a.p.kv_heads, thread = threadIdx.x;
   const int rows = min(static_cast<int>(a.p.q_tokens) * group - row_block * kRows, kRows);
   const int slots = rows * kVectors, groups = max(kThreads / slots, 1);
@@ -208,9 +215,8 @@ __device__ __forceinline__ void combine(
               mma::pack2<T>(sum.total.z * inverse, sum.total.w * inverse));
     }
     if (a.logsumexp != nullptr && column == 0) {
-      a.logsumexp[static_cast<size_t>(head) * a.p.q_tokens + i] = sum.sum == 0.0f
-          ? -INFINITY
-          : (sum.top + __log2f(sum.sum)) * (1.0f / kLog2e);
+      a.logsumexp[static_cast<size_t>(head) * a.p.q_tokens + i] =
+          sum.sum == 0.0f ? -INFINITY : (sum.top + __log2f(sum.sum)) * (1.0f / kLog2e);
     }
   };
   if (groups == 1) {
@@ -240,15 +246,15 @@ __device__ __forceinline__ int splits_used(const Split& s) {
 }
 __device__ __forceinline__ Partials partials_of(
     const Arguments& a, const Partials& all, int row_block, int kv_head, int splits, int dim) {
-  const size_t at =
-      (static_cast<size_t>(row_block) * a.p.kv_heads + kv_head) * splits * kRows;
+  const size_t at = (static_cast<size_t>(row_block) * a.p.kv_heads + kv_head) * splits * kRows;
   return {all.state + at, all.sums + at * dim};
 }
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(Tile<kDim>::kThreads)
     decode_kernel(const Arguments a, Partials partials, uint32_t* counters) {
   using Tile = Tile<kDim>;
+  constexpr int kWarps = Tile::kWarps;
   extern __shared__ __align__(1024) uint8_t memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int head_dim = a.p.head_dim, group = a.p.q_heads / a.p.kv_heads;
@@ -329,25 +335,24 @@ __global__ void __launch_bounds__(kThreads)
   // Whoever comes last adds up.
   __shared__ bool last;
   const int used = splits_used(split);
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();  // for all of the block: the barriers carry it
     uint32_t* counter = counters + row_block * a.p.kv_heads + kv_head;
     last = atomicAdd(counter, 1u) == static_cast<uint32_t>(used) - 1;
     if (last) *counter = 0;
+    __threadfence();
   }
   __syncthreads();
   if (!last) return;
-  __threadfence();
-  combine<T, kDim>(
-      a, parts, row_block, kv_head, used, reinterpret_cast<float*>(memory));
+  combine<T, kDim>(a, parts, row_block, kv_head, used, reinterpret_cast<float*>(memory));
 }
 
 /// Where there are no counters: a second launch.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(Tile<kDim>::kThreads)
     combine_kernel(const Arguments a, Partials partials, int splits) {
-  __shared__ __align__(16) float memory[kThreads * 6];
+  __shared__ __align__(16) float memory[Tile<kDim>::kThreads * 6];
   begin_dependent();
   const int kv_head = blockIdx.x, row_block = blockIdx.y;
   const Split split = split_keys<kDim>(a, offset_of(a), row_block, splits);
@@ -364,11 +369,11 @@ template <typename T, int kDim>
 void run(const Context& context, const Arguments& a) {
   const uint32_t rows = a.p.q_tokens * (a.p.q_heads / a.p.kv_heads);
   const uint32_t row_blocks = (rows + kRows - 1) / kRows;
-  const uint32_t most = (a.p.kv_tokens + Tile<kDim>::kKeys * kWarps - 1) /
-      (Tile<kDim>::kKeys * kWarps);
-  const uint32_t resident = context.multiprocessors * (kDim <= 128 ? 2 : 1);
-  const uint32_t splits =
-      std::max(1u, std::min(most, resident / std::max(1u, a.p.kv_heads * row_blocks)));
+  constexpr uint32_t kLeastKeys = Tile<kDim>::kKeys * Tile<kDim>::kLeast;
+  constexpr int kThreads = Tile<kDim>::kThreads;
+  const uint32_t most = (a.p.kv_tokens + kLeastKeys - 1) / kLeastKeys;
+  const uint32_t splits = std::max(
+      1u, std::min(most, context.multiprocessors / std::max(1u, a.p.kv_heads * row_blocks)));
   const size_t slots = size_t{row_blocks} * a.p.kv_heads * splits * kRows;
   Partials partials;
   partials.state = static_cast<float2*>(context.scratch->take(slots * sizeof(float2)));
