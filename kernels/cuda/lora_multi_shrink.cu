@@ -1,0 +1,156 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+//
+// The first half of a multi-adapter linear: tokens by adapter, and u[t] = A_i·x[t]. A block takes
+// up to eight tokens of one adapter and 1024 columns of K; a warp takes two rows of A at a time,
+// its lanes 16 bytes each, so that every byte of A is asked for once and all of a block's at once.
+// Which block that is follows from the indices alone: the one at the tile's first token; the blocks
+// at the others leave at once. A lane's sum runs along k and the lanes meet in a fixed tree, the
+// same whatever else is in the tile.
+//
+// Ladder: not measured apart (see lora_multi.cu).
+#include <algorithm>
+
+#include "kernels/cuda/lora_multi.cuh"
+
+namespace metal_lora::cuda::multi {
+namespace {
+
+constexpr uint32_t kWarps = kThreads / 32;
+
+uint32_t ceil_div(uint32_t a, uint32_t b) {
+  return (a + b - 1) / b;
+}
+bool aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+struct ShrinkArgs {
+  Grouping grouping;
+  Bank a;
+  const void* x = nullptr;
+  float* out = nullptr;  ///< [slices, m, max_rank]
+};
+
+/// A hint: from and bytes are multiples of 16.
+__device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+/// The block's rows of its slice of A, asked for before the next kernel may start: once that
+/// streams W, a read waits for microseconds, but these stand in front of it.
+template <typename A>
+__device__ __forceinline__ void prefetch_a(const Bank& a, uint32_t key, uint32_t rank) {
+  const uint32_t k0 = blockIdx.y * kSlice, k = a.columns;
+  const A* rows = static_cast<const A*>(a.right) + size_t{key} * a.max_rank * k + k0;
+  for (uint32_t j = threadIdx.x; j < rank; j += kThreads) {
+    prefetch(rows + size_t{j} * k, min(k - k0, kSlice) * static_cast<uint32_t>(sizeof(A)));
+  }
+}
+
+template <typename X, typename A, bool kVector>
+__global__ void __launch_bounds__(kThreads, 3) shrink_kernel(const ShrinkArgs args) {
+  __shared__ TileSearch search;
+  __shared__ uint32_t ranks[kThreads];
+  wait_for_previous();
+  // A small bank's ranks are read beside the indices, not behind them.
+  const uint32_t adapters = args.grouping.adapters;
+  const bool table = adapters <= kThreads;
+  if (table && threadIdx.x < adapters) {
+    ranks[threadIdx.x] = rank_of(args.a, threadIdx.x, adapters);
+  }
+  if (!find_tile(args.grouping, blockIdx.x, search)) return;
+  const Tile& tile = search.tile;
+  if (tile.key >= adapters) return;
+  const uint32_t rank = table ? ranks[tile.key] : rank_of(args.a, tile.key, adapters);
+  if constexpr (kVector) prefetch_a<A>(args.a, tile.key, rank);
+  allow_dependents();
+  for (uint32_t j = threadIdx.x / 32 * 2; j < rank; j += 2 * kWarps) {
+    shrink_rows<X, A, kVector>(
+        args.a,
+        static_cast<const X*>(args.x),
+        tile.key,
+        rank,
+        j,
+        blockIdx.y * kSlice,
+        tile.token,
+        tile.count,
+        args.out + size_t{blockIdx.y} * args.grouping.m * args.a.max_rank);
+  }
+}
+
+/// Each token counts those that come before it by adapter, then by place: m² comparisons, spread
+/// over all multiprocessors (4096 tokens: 17 million).
+__global__ void __launch_bounds__(kThreads) sort_kernel(
+    const int32_t* index,
+    uint32_t m,
+    uint32_t adapters,
+    uint32_t* order,
+    uint32_t* key,
+    uint32_t* within) {
+  __shared__ uint32_t keys[kThreads];
+  const uint32_t t = blockIdx.x * kThreads + threadIdx.x;
+  const uint32_t mine = t < m ? key_of(index[t], adapters) : 0;
+  uint32_t less = 0, before = 0;
+  for (uint32_t base = 0; base < m; base += kThreads) {
+    __syncthreads();
+    if (base + threadIdx.x < m) keys[threadIdx.x] = key_of(index[base + threadIdx.x], adapters);
+    __syncthreads();
+    const uint32_t count = min(kThreads, m - base);
+#pragma unroll 8
+    for (uint32_t i = 0; i < count; ++i) {
+      less += keys[i] < mine;
+      before += keys[i] == mine && base + i < t;
+    }
+  }
+  if (t >= m) return;
+  const uint32_t at = less + before;
+  order[at] = t;
+  key[at] = mine;
+  within[at] = before;
+}
+
+template <typename X, typename A>
+void launch_shrink(const Context& context, const ShrinkArgs& args, uint32_t slices) {
+  const bool vector = aligned(args.x) && aligned(args.a.right) && args.a.columns % 8 == 0;
+  const auto kernel = vector ? &shrink_kernel<X, A, true> : &shrink_kernel<X, A, false>;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(args.grouping.m, slices);
+  config.blockDim = dim3(kThreads);
+  config.stream = context.stream;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = context.capability >= 90 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, args), "lora_multi_shrink");
+}
+
+}  // namespace
+
+Grouping sort_tokens(const Context& context, const int32_t* index, uint32_t m, uint32_t adapters) {
+  auto* words = static_cast<uint32_t*>(context.scratch->take(size_t{3} * m * 4));
+  sort_kernel<<<ceil_div(m, kThreads), kThreads, 0, context.stream>>>(
+      index, m, adapters, words, words + m, words + size_t{2} * m);
+  check_launch("lora_multi_sort");
+  return {index, m, adapters, words, words + m, words + size_t{2} * m};
+}
+
+Partials shrink(
+    const Context& context, const Grouping& g, const Bank& a, DType dtype, const void* x) {
+  Partials out;
+  out.slices = ceil_div(a.columns, kSlice);
+  if (out.slices == 0 || g.m == 0) return out;
+  out.data = static_cast<float*>(
+      context.scratch->take(size_t{out.slices} * g.m * a.max_rank * sizeof(float)));
+  const ShrinkArgs args = {g, a, x, out.data};
+  with_dtype(dtype, [&](auto x_type) {
+    with_dtype(a.dtype, [&](auto a_type) {
+      launch_shrink<decltype(x_type), decltype(a_type)>(context, args, out.slices);
+    });
+  });
+  return out;
+}
+
+}  // namespace metal_lora::cuda::multi
