@@ -7,19 +7,22 @@
 // not stop between tiles or between the pairs of a tile: the low-rank pair is a few more
 // instructions on the same sums, not another kernel.
 //
-// Ladder, one H100 (700 W), bf16, random operands, TFLOP/s at M = K = N = 4096 and M = 512, K = 8192,
-// N = 2048 (cuBLASLt's best of four in the same run: 690 to 790 and 560 to 620):
-//   v1  445, 150  TMA ring, 2 consumers, 128x256; arrivals at release.cluster put a membar.gpu into
-//                 the main loop, and branches between wgmma spilled its sums
+// Ladder, one H100 of 700 W, bf16, random operands; TFLOP/s at M = K = N = 4096 and at M = 512,
+// K = 8192, N = 2048 (the best of cuBLASLt's four suggestions in the same runs: 680 to 790, 560 to
+// 620; both swing with the heat, so the benchmark replays them in turns):
+//   v1  445, 150  TMA ring, two consumers, 128x256; arrivals at release.cluster put a membar.gpu
+//                 into the main loop, and branches between wgmma spilled its sums
 //   v2  675, 481  arrivals of the default scope; straight groups of wgmma
 //   v3  720, 530  a warp stores its rows alone, without a barrier of the warpgroup; k in two
 //   v4  740, 520  one fence for all boxes of a tile, no wait for the copy engine's reads
-// Tried and left: 3 stages of 128x256 and room for all results (-2 %: loads come late), a lead of one
-// or two steps for the first consumer (0: four stages do not hold it), direct stores alone (-2 %),
-// clusters of four for 128x128 with k in two (-45 %: too few fit into the chip at once).
-// The main loop takes 1025 cycles a step of 128x256x64 where the matrix unit needs 1024, so long
-// products run at the clock that 700 W allow (about 1.4 GHz by cycles over time; 757 at 1.4). The next 10 %:
-// at M = 512 less fixed cost a launch (2 µs more than cuBLASLt) and waves that fit.
+// Tried and left: three stages of 128x256 and room for all results (-2 %: loads come late); a lead
+// of one or two steps for the first consumer (nothing: four stages do not hold it); results without
+// shared memory (-2 %); clusters of four for 128x128 with k in two (-45 %: too few fit at once); no
+// programmatic launch (-2 % to -15 % at M = 512).
+// The main loop takes 1025 cycles a step of 128x256x64, and the matrix unit needs 1024: long
+// products run at the clock that the power allows (1.1 to 1.4 GHz seen under load, 1.98 without).
+// The next 10 % at M = 512: fixed cost (1 to 2 µs a launch over cuBLASLt), and waves that fit (k in
+// more parts); narrow tiles are at the limit of shared memory (128x64: 56 KB a step of 256 cycles).
 #include "kernels/cuda/gemm_sm90.cuh"
 
 #include <algorithm>
