@@ -72,8 +72,8 @@ struct GemmGroup {
   static constexpr int kMaxShrinks = 4;
   int shrinks = 0;  ///< then some problem has a second pair
   GemmShrink shrink[kMaxShrinks];
-  /// With shrinks: gemm_flag_count(m) words that are zero and are left so, of no launch that may run
-  /// at the same time; or null: scratch that a memset clears, one more node.
+  /// With shrinks: gemm_flag_count(m) words that are zero and are left so, of no launch that may
+  /// run at the same time; or null: scratch that a memset clears, one more node.
   uint32_t* flags = nullptr;
 };
 constexpr size_t gemm_flag_count(uint32_t m) {
