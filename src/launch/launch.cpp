@@ -17,6 +17,7 @@
 
 #include "metal_lora/error.h"
 #include "src/launch/backend.h"
+#include "src/launch/donation.h"
 #include "src/launch/mlx_cuda.h"
 
 namespace mx = mlx::core;
@@ -67,7 +68,7 @@ class KernelPrimitive : public mx::Primitive {
     size_t output_bytes = 0;
     for (size_t i = 0; i < outputs.size(); ++i) {
       output_bytes += outputs[i].nbytes();
-      bind_output(inputs, outputs[i], launch_->outputs[i], *task);
+      bind_output(inputs, outputs[i], outputs.size(), launch_->outputs[i], *task);
     }
     for (const auto& input : inputs) bind_input(input, *task);
     auto& encoder = mx::cpu::get_command_encoder(stream());
@@ -150,11 +151,12 @@ class KernelPrimitive : public mx::Primitive {
   };
 
   static void bind_output(
-      const Arrays& inputs, mx::array& output, const OutputSpec& spec, Task& task) {
+      const Arrays& inputs, mx::array& output, size_t outputs, const OutputSpec& spec, Task& task) {
     if (spec.in_place_of >= 0) {
       const auto& input = inputs[spec.in_place_of];
-      if (input.is_donatable() && input.flags().row_contiguous &&
-          input.data_size() == output.size()) {
+      const auto& data = input.data_shared_ptr();
+      if (is_held_by_node_alone(input, output, outputs) && data.use_count() == 1 &&
+          data->is_owned()) {
         output.copy_shared_buffer(input);
         task.out.push_back(output.data<void>());
         return;

@@ -82,6 +82,7 @@ void evaluate(mx::Stream, std::shared_ptr<const Launch> launch, const Arrays&, A
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/strided_copy.h"
 #include "src/launch/device_memory.h"
+#include "src/launch/donation.h"
 
 namespace metal_lora::mlx_cuda {
 namespace {
@@ -244,20 +245,10 @@ class Capture {
   alignas(Encoder::CaptureContext) std::byte storage_[sizeof(Encoder::CaptureContext)];
 };
 
-/// How many handles of an array there are; MLX says only whether it may be donated, and never that
-/// of memory that it did not allocate.
-template <auto Member>
-struct RevealHandles {
-  friend long handles_of(const mx::array& a) { return (a.*Member).use_count(); }
-};
-template struct RevealHandles<&mx::array::array_desc_>;
-long handles_of(const mx::array& a);
-
-bool can_take_buffer(const mx::array& input, const mx::array& output, const OutputSpec& spec) {
-  const bool alone =
-      handles_of(input) == 1 && (spec.outlives_graph || input.data_shared_ptr().use_count() == 1);
-  return alone && input.flags().row_contiguous && input.data_size() == output.size() &&
-         input.itemsize() == output.itemsize();
+bool can_take_buffer(
+    const mx::array& input, const mx::array& output, const OutputSpec& spec, size_t outputs) {
+  return is_held_by_node_alone(input, output, outputs) &&
+         (spec.outlives_graph || input.data_shared_ptr().use_count() == 1);
 }
 
 /// The pointers of one launch and the copies that come before it.
@@ -265,7 +256,9 @@ class Arguments {
  public:
   Arguments(const Launch& launch, Node& node, const Arrays& inputs, Arrays& outputs)
       : inputs_(inputs) {
-    for (size_t i = 0; i < outputs.size(); ++i) bind_output(outputs[i], launch.outputs[i]);
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      bind_output(outputs[i], launch.outputs[i], outputs.size());
+    }
     for (const auto& input : inputs) {
       in_.push_back(device_pointer(input));
       if (input.flags().row_contiguous || input.size() == 0) continue;
@@ -293,8 +286,9 @@ class Arguments {
     size_t input, output, bytes;
   };
 
-  void bind_output(mx::array& output, const OutputSpec& spec) {
-    if (spec.in_place_of >= 0 && can_take_buffer(inputs_[spec.in_place_of], output, spec)) {
+  void bind_output(mx::array& output, const OutputSpec& spec, size_t outputs) {
+    if (spec.in_place_of >= 0 &&
+        can_take_buffer(inputs_[spec.in_place_of], output, spec, outputs)) {
       output.copy_shared_buffer(inputs_[spec.in_place_of]);
     } else {
       if (output.nbytes() <= kScalarBytes) {

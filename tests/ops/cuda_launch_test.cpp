@@ -57,7 +57,9 @@ TEST_F(CudaLaunch, MemoryComesBackToThePool) {
   for (int i = 0; i < 5; ++i) EXPECT_EQ(run(), first);
   mx::synchronize(backend_stream(Backend::cuda));
   const auto stats = device_memory_stats();
-  EXPECT_LE(stats.active_bytes, active);
+  // Counters of unfinished launches stay (16 KiB each, at most some hundreds); arrays do not: one
+  // run that kept its own would add 600 MiB.
+  EXPECT_LE(stats.active_bytes, active + (16 << 20));
   EXPECT_GE(stats.peak_bytes, 2u * 512 * 1024 * 4);
   release_cached_device_memory();
   EXPECT_EQ(device_memory_stats().cached_bytes, 0u);

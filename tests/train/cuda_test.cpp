@@ -23,6 +23,18 @@ namespace {
 
 namespace mx = mlx::core;
 
+/// What names no stream is built for the backend, too, and as before afterwards.
+class DefaultDeviceScope {
+ public:
+  explicit DefaultDeviceScope(Backend backend) { set_default_device_for(backend); }
+  ~DefaultDeviceScope() { mx::set_default_device(previous_); }
+  DefaultDeviceScope(const DefaultDeviceScope&) = delete;
+  DefaultDeviceScope& operator=(const DefaultDeviceScope&) = delete;
+
+ private:
+  mx::Device previous_ = mx::default_device();
+};
+
 class CudaTraining : public RunFixture {
  protected:
   void SetUp() override {
@@ -38,7 +50,7 @@ class CudaTraining : public RunFixture {
   };
   Run run(Backend backend, TrainingConfig config) {
     BackendScope scope(backend);
-    set_default_device_for(backend);
+    const DefaultDeviceScope device(backend);
     config.adapter_path = (folder_ / std::string(backend_name(backend))).string();
     Run out;
     TrainerCallbacks callbacks;
@@ -46,7 +58,6 @@ class CudaTraining : public RunFixture {
     auto trainer = make_trainer(config, callbacks);
     trainer->run();
     out.parameters = parameters(trainer->adapter());
-    set_default_device_for(Backend::cpu);
     return out;
   }
 
@@ -116,7 +127,7 @@ TEST_F(CudaTraining, TheFusedStepsGradientIsTheGraphs) {
   config.dtype = "bfloat16";
   const auto gradient = [&](Backend backend, bool fused, size_t budget) {
     BackendScope scope(backend);
-    set_default_device_for(backend);
+    const DefaultDeviceScope device(backend);
     auto model = Model::load(config.model, config.load_options());
     const auto adapter = random_adapter(*model, config);
     const ops::Segments segments{ints(positions), ints(starts)};
@@ -148,7 +159,6 @@ TEST_F(CudaTraining, TheFusedStepsGradientIsTheGraphs) {
       out.push_back(loss.item<float>());
       out.insert(out.end(), grad.data<float>(), grad.data<float>() + grad.size());
     }
-    set_default_device_for(Backend::cpu);
     return out;
   };
   const auto truth = gradient(Backend::cpu, false, 0);
@@ -176,7 +186,7 @@ TEST_F(CudaTraining, GeneratesTheCpusTokens) {
   const auto config = make_config("run");
   const auto generate = [&](Backend backend) {
     BackendScope scope(backend);
-    set_default_device_for(backend);
+    const DefaultDeviceScope device(backend);
     auto model = Model::load(config.model, config.load_options());
     const auto adapter = random_adapter(*model, config);
     KVCache cache(*model);
@@ -187,7 +197,6 @@ TEST_F(CudaTraining, GeneratesTheCpusTokens) {
       next = {static_cast<int32_t>(mx::argmax(logits, -1).item<uint32_t>())};
       tokens.push_back(next[0]);
     }
-    set_default_device_for(Backend::cpu);
     return tokens;
   };
   EXPECT_EQ(generate(Backend::cuda), generate(Backend::cpu));
