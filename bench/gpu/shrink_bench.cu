@@ -328,6 +328,8 @@ int main(int argc, char** argv) {
     bench_shrink(512, 4096, {16, 16, 16}, false, 0, false);
     bench_shrink(64, 4096, {16, 16, 16}, false, 0, false);
     bench_shrink(64, 4096, {16}, true, 0, false);
+    bench_shrink(8192, 4096, {16, 16, 16}, false, 0, true);
+    bench_shrink(4096, 4096, {16}, false, 0.1f, true);
     bench_shrink(4096, 4096, {16, 16, 16}, false, 0.1f, true);
   }
   if (wanted("grad")) {

@@ -6,8 +6,8 @@
 // warps multiplies 32 rows by 64 columns over its own part of every stage, so that an element of x
 // leaves shared memory once; warps that share rows are added up in shared memory, and the blocks
 // of a cluster that share k through each other's: one launch, a fixed order, no scratch.
-//   Hopper takes lora_shrink_sm90.cu where operands are aligned; this form takes the rest, dropout
-//   and older devices.
+//   Hopper takes lora_shrink_sm90.cu where operands are aligned and k is a multiple of 64; this
+//   form takes the rest and older devices.
 //   ladder (H100, bf16, m = k = 4096, 48 columns; reading x alone: 12.2 us)
 //     addresses worked out for each copy: 34.7 us; once: 21.0 us, 58 % of the read. A stage costs a
 //     warp a chain of 200 instructions, whatever the width; the copy engine takes them over.

@@ -116,7 +116,7 @@ constexpr uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
 }
 
-/// TMA copies, Hopper. Whether it takes the call: aligned operands of one type, no dropout.
+/// The copy engine, Hopper. Whether it takes the call: aligned operands of one type, k % 64 == 0.
 bool can_shrink_sm90(const Context& context, const Args& args);
 void shrink_sm90(const Context& context, Args args);
 /// FFMA: f32, and storage types that do not go together.

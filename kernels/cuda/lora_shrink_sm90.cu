@@ -14,10 +14,13 @@
 //     a box for all of a stage's k: 4 requests            15.7   78 % of the read; 16 columns 14.2
 //     (86 %), x in L2 11.4; k = 14336, 16 columns: 41.6 us, 94 %
 //     sums sent (st.async) instead of fetched behind a cluster barrier: m = 64 from 5.2 to 4.6
+//     dropout, a mask of its own for each of three parts: 37.2 us (one part of 16: 17.1), where
+//     lora_shrink.cu takes 159; 12 instructions an element and part
+//     right [k, rank], rank 64, in rows of 128 bytes instead of 32: 15.9 instead of 21.5
 //   About 3 us are launch, first copies and last sums. The next 10 % would take 64 rows a block:
-//   every 32 rows read all of `right` from L2, 50 MB here, and at 128 columns (24.5 us) four times
-//   as much as x. right [k, rank] comes in rows of 32 bytes, which the copy engine does not like:
-//   64 columns 21.5 us.
+//   every 32 rows read all of `right` from L2, 50 MB here, and at 128 columns (24.6 us) four times
+//   as much as x. Tried: stages of 128 of k (15.8, x in L2 13.7), two blocks on a multiprocessor
+//   so that the next kernel's can start (18.6).
 #include <algorithm>
 
 #include "kernels/cuda/lora_shrink.cuh"
@@ -32,12 +35,13 @@ constexpr uint32_t kRows = 32;
 constexpr uint32_t kWarps = 8;
 constexpr uint32_t kThreads = 32 * (kWarps + 1);
 constexpr uint32_t kMaxStages = 10;
-constexpr uint32_t kBarrierBytes = 1024;
+constexpr uint32_t kKeysAt = 1024, kBarrierBytes = kKeysAt + kMaxParts * kRows * 8;
 constexpr uint32_t kBoxBytes = 64 * 16 * 2;  ///< of right
 
 struct TmaArgs {
   Args args;
-  uint32_t sharers = 1;  ///< blocks below each other that share `right`
+  uint32_t sharers = 1;     ///< blocks below each other that share `right`
+  bool right_wide = false;  ///< right [k, rank] in boxes of 64 columns: whole lines
   CUtensorMap x;
   CUtensorMap right[kMaxParts];
 };
@@ -130,9 +134,13 @@ __device__ __forceinline__ void produce(
 #pragma unroll
     for (uint32_t pair = 0; pair < kPairs; ++pair) {
       if (pair >= pairs) break;
-      const uint32_t there = to + S::kXBytes + (pair * S::kBlocks + mine) * kBoxBytes;
+      uint32_t there = to + S::kXBytes + (pair * S::kBlocks + mine) * kBoxBytes;
       const uint32_t from = block + mine;
       if constexpr (kKn) {
+        if (t.right_wide) {
+          if (pair % 4 != 0) continue;
+          there += 3 * mine * kBoxBytes;
+        }
         const auto column = static_cast<int>(columns[pair]), row = static_cast<int>(from * 64);
         if (t.sharers == 1) {
           sm90::tensor_load(there, maps[pair], full, column, row);
@@ -149,16 +157,43 @@ __device__ __forceinline__ void produce(
   }
 }
 
+/// The masks of a block's parts: each has its own, so that x is masked anew for each.
+struct Dropped {
+  const Args& args;
+  const DropKey* keys;      ///< [parts][rows] in shared memory
+  uint32_t parts_of_pairs;  ///< four bits each
+  __device__ uint32_t part(uint32_t pair) const { return parts_of_pairs >> (4 * pair) & 15; }
+
+  /// x's fragments, of columns k, k + 1, k + 8 and k + 9, to what part p keeps of them.
+  __device__ __forceinline__ void mask(
+      uint32_t p, uint32_t k, const uint32_t (&x)[2][4], uint32_t (&kept)[2][4]) const {
+    const DropMask mask = args.part[p].mask;
+    const DropKey* row = keys + p * kRows + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (uint32_t i = 0; i < 8; ++i) {  // rows + 0, 8, 16, 24; k or k + 8
+      const uint32_t column = k + (i & 1) * 8;
+      const DropKey key = row[i / 2 * 8];
+      uint32_t bits = drop_keeps(mask, key, column) ? 0x0000ffffu : 0;
+      if (drop_keeps(mask, key, column + 1)) bits |= 0xffff0000u;
+      const uint32_t at = (i & 1) * 2 + (i / 2 & 1);
+      kept[i / 4][at] = x[i / 4][at] & bits;
+    }
+  }
+};
+
 /// A warp's part of every stage, kPairs sixteens of columns, of which those from `pairs` on are
 /// worked out from the last one's and not wanted.
-template <typename T, bool kKn, uint32_t kMost, uint32_t kPairs>
+template <typename T, bool kKn, uint32_t kMost, uint32_t kPairs, bool kDrop>
 __device__ __forceinline__ void consume(
+    const Dropped& dropped,
+    bool right_wide,
     uint32_t barriers,
     uint32_t stages,
     uint32_t stage_count,
     uint32_t stage_bytes,
     uint32_t sharers,
     uint32_t first_of_share,
+    uint32_t inner0,
     uint32_t count,
     uint32_t pairs,
     float (&sums)[2][2 * kMost][4]) {
@@ -169,9 +204,10 @@ __device__ __forceinline__ void consume(
                         (((chunk + (lane >> 4)) ^ (lane & 7)) << 4);
   uint32_t right_at = stages + S::kXBytes;
   if constexpr (kKn) {
-    // Rows of 32 bytes, their halves exchanged in every other four of them.
-    right_at += block * kBoxBytes + (chunk * 8 + (lane & 15)) * 32 +
-                (((lane >> 4) ^ ((lane >> 2) & 1)) << 4);
+    // Rows of 32 bytes, their halves exchanged in every other four of them; or of 128, eighths.
+    const uint32_t row = chunk * 8 + (lane & 15), half = lane >> 4;
+    right_at += right_wide ? block * 4 * kBoxBytes + row * 128 + ((half ^ (lane & 7)) << 4)
+                           : block * kBoxBytes + row * 32 + ((half ^ ((lane >> 2) & 1)) << 4);
   } else {
     const uint32_t n = (lane & 7) + ((lane >> 4) << 3);
     right_at += block * kBoxBytes + n * 128 + (((chunk + ((lane >> 3) & 1)) ^ (n & 7)) << 4);
@@ -183,25 +219,37 @@ __device__ __forceinline__ void consume(
 #pragma unroll
     for (uint32_t step = 0; step < S::kWarpSteps; ++step) {
       uint32_t a[2][4], b[kPairs][4];
+      [[maybe_unused]] uint32_t masked[2][4];
 #pragma unroll
       for (uint32_t i = 0; i < 2; ++i) {
         mma::load_x4(a[i], ((from + x_at) ^ (step * 32)) + i * 16 * 128);
       }
 #pragma unroll
       for (uint32_t pair = 0; pair < kPairs; ++pair) {
-        const uint32_t at = (kMost > 4 ? min(pair, pairs - 1) : pair) * S::kBlocks * kBoxBytes;
+        const uint32_t which = kMost > 4 ? min(pair, pairs - 1) : pair;
         if constexpr (kKn) {
-          mma::load_x4_across(b[pair], from + right_at + step * 16 * 32 + at);
+          const uint32_t turn = right_wide ? (which & 3) * 32 : 0;
+          const uint32_t at = (right_wide ? which & ~3u : which) * S::kBlocks * kBoxBytes;
+          mma::load_x4_across(
+              b[pair], ((from + right_at) ^ turn) + step * (right_wide ? 2048 : 512) + at);
         } else {
+          const uint32_t at = which * S::kBlocks * kBoxBytes;
           mma::load_x4(b[pair], ((from + right_at) ^ (step * 32)) + at);
         }
       }
+      uint32_t(&kept)[2][4] = kDrop ? masked : a;
 #pragma unroll
       for (uint32_t pair = 0; pair < kPairs; ++pair) {
+        if constexpr (kDrop) {
+          if (pair == 0 || dropped.part(pair) != dropped.part(pair - 1)) {
+            const uint32_t k = inner0 + s * S::kInner + (step0 + step) * 16 + lane % 4 * 2;
+            dropped.mask(dropped.part(pair), k, a, masked);
+          }
+        }
 #pragma unroll
         for (uint32_t i = 0; i < 2; ++i) {
-          mma::multiply<T>(sums[i][2 * pair], a[i], b[pair][0], b[pair][1]);
-          mma::multiply<T>(sums[i][2 * pair + 1], a[i], b[pair][2], b[pair][3]);
+          mma::multiply<T>(sums[i][2 * pair], kept[i], b[pair][0], b[pair][1]);
+          mma::multiply<T>(sums[i][2 * pair + 1], kept[i], b[pair][2], b[pair][3]);
         }
       }
     }
@@ -229,8 +277,8 @@ __device__ __forceinline__ void send(
       : "memory");
 }
 
-template <typename T, bool kKn, uint32_t kPairs>
-__global__ void __launch_bounds__(kThreads, kPairs > 4 ? 1 : 2)
+template <typename T, bool kKn, uint32_t kPairs, bool kDrop>
+__global__ void __launch_bounds__(kThreads, kPairs > 4 || kDrop ? 1 : 2)
     shrink_tma_kernel(const __grid_constant__ TmaArgs t) {
   using S = TmaShape<kPairs>;
   extern __shared__ __align__(1024) char memory[];
@@ -251,6 +299,17 @@ __global__ void __launch_bounds__(kThreads, kPairs > 4 ? 1 : 2)
   if (threadIdx.x == kThreads - 1) {
     sm90::tensor_map_prefetch(&t.x);
     for (uint32_t p = 0; p < args.parts; ++p) sm90::tensor_map_prefetch(&t.right[p]);
+  }
+  auto* keys = reinterpret_cast<DropKey*>(memory + kKeysAt);
+  Dropped dropped = {args, keys, 0};
+  if constexpr (kDrop) {
+    if (warp < args.parts) {
+      keys[threadIdx.x] = drop_key(args.part[warp].mask, row0 + threadIdx.x % 32);
+    }
+    for (uint32_t pair = 0, part = 0; pair < pairs; ++pair) {
+      while (part + 1 < args.parts && args.part[part + 1].first <= column0 + pair * 16) ++part;
+      dropped.parts_of_pairs |= part << (4 * pair);
+    }
   }
   if (threadIdx.x == 0) {
     for (uint32_t s = 0; s < args.stages; ++s) {
@@ -285,13 +344,16 @@ __global__ void __launch_bounds__(kThreads, kPairs > 4 ? 1 : 2)
     __syncwarp();
   } else {
     const auto run = [&](auto some) {
-      consume<T, kKn, kPairs, decltype(some)::value>(
+      consume<T, kKn, kPairs, decltype(some)::value, kDrop>(
+          dropped,
+          t.right_wide,
           barriers,
           stages,
           args.stages,
           stage_bytes,
           t.sharers,
           first_of_share,
+          first * S::kInner,
           count,
           pairs,
           sums);
@@ -405,13 +467,13 @@ void make_maps(TmaArgs& t) {
     right.columns = kKn ? args.part[p].rank : args.k;
     right.stride = right.columns;
     right.box_rows = kKn ? blocks * 64 : 16;
-    right.box_columns = kKn ? 16 : 64;
+    right.box_columns = kKn && !t.right_wide ? 16 : 64;
     right.box_blocks = kKn ? 0 : blocks;
     t.right[p] = make_tensor_map(right);
   }
 }
 
-template <typename T, bool kKn, uint32_t kPairs>
+template <typename T, bool kKn, uint32_t kPairs, bool kDrop>
 void launch_tma(const Context& context, TmaArgs& t) {
   using S = TmaShape<kPairs>;
   Args& args = t.args;
@@ -425,12 +487,12 @@ void launch_tma(const Context& context, TmaArgs& t) {
   const uint32_t pairs = std::min(kPairs, ceil_div(args.columns, 16));
   const uint32_t stage = S::stage_bytes(pairs);
   // Two blocks on a multiprocessor where there are many.
-  const bool two = kPairs <= 4 && blocks > static_cast<uint32_t>(context.multiprocessors);
+  const bool two = kPairs <= 4 && !kDrop && blocks > static_cast<uint32_t>(context.multiprocessors);
   const uint32_t limit = (two ? 113 : 227) * 1024 - kBarrierBytes - S::kReceiveBytes;
   args.stages = std::min(kMaxStages, limit / stage);
   launch(
       context,
-      shrink_tma_kernel<T, kKn, kPairs>,
+      shrink_tma_kernel<T, kKn, kPairs, kDrop>,
       blocks,
       kThreads,
       kBarrierBytes + S::kReceiveBytes + std::max(args.stages * stage, S::kPartialBytes),
@@ -442,8 +504,8 @@ void launch_tma(const Context& context, TmaArgs& t) {
 }  // namespace
 
 bool can_shrink_sm90(const Context& context, const Args& args) {
-  return context.capability == 90 && args.x_vectors && args.right_vectors && !args.drop &&
-         args.parts > 0 && args.k > 0 && args.k % 64 == 0;
+  return context.capability == 90 && args.x_vectors && args.right_vectors && args.parts > 0 &&
+         args.k > 0 && args.k % 64 == 0;
 }
 
 void shrink_sm90(const Context& context, Args args) {
@@ -454,13 +516,17 @@ void shrink_sm90(const Context& context, Args args) {
     part.first = args.columns;
     args.columns += ceil_div(part.rank, 16) * 16;
   }
+  t.right_wide = args.right_is_kn && std::all_of(args.part, args.part + args.parts, [](auto& p) {
+                   return p.rank % 64 == 0;
+                 });
   t.args = args;
   const bool bf = args.x_dtype == DType::bf16;
   const bool wide = args.columns > 64;
   const auto go = [&](auto zero, auto kn) {
     using T = decltype(zero);
     constexpr bool kKn = decltype(kn)::value;
-    wide ? launch_tma<T, kKn, 8>(context, t) : launch_tma<T, kKn, 4>(context, t);
+    if (args.drop) return launch_tma<T, kKn, 4, true>(context, t);
+    wide ? launch_tma<T, kKn, 8, false>(context, t) : launch_tma<T, kKn, 4, false>(context, t);
   };
   if (args.right_is_kn) {
     bf ? go(bf16{}, std::true_type()) : go(f16{}, std::true_type());

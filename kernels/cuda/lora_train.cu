@@ -17,19 +17,14 @@
 //   tokens of each); the next 10 % would take the copy engine, as in lora_shrink_sm90.cu. Rank 64
 //   from a 32-bit small: 38 us, twice the products and two stages instead of four.
 #include <algorithm>
-#include <cmath>
 
-#include "kernels/cuda/lora_kernels.h"
-#include "kernels/cuda/skinny.cuh"
+#include "kernels/cuda/lora_train.cuh"
 
 namespace metal_lora::cuda {
 namespace {
 
-using namespace skinny;
+using namespace grads;
 
-constexpr uint32_t kMaxGrads = 16;
-constexpr uint32_t kMaxParts = 4;   ///< products that share `large`
-constexpr uint32_t kRanks = 64;     ///< of a block, all parts together
 constexpr uint32_t kColumns = 128;  ///< of large, of a block
 constexpr uint32_t kTokens = 64;    ///< of a stage
 constexpr uint32_t kThreads = 256;
@@ -37,124 +32,6 @@ constexpr uint32_t kWarpTokens = 32;       ///< of a stage: four warps over colu
 constexpr uint32_t kPitch = kColumns + 4;  ///< partial sums [ranks][columns]
 constexpr uint32_t kPartialBytes = 2 * kRanks * kPitch * 4;
 constexpr uint32_t kLargeBytes = kTokens * kColumns * 2;
-
-struct Part {
-  const void* small = nullptr;
-  uint32_t small_stride = 0;
-  uint32_t rank = 0;
-  uint32_t first = 0;  ///< rank of the tile: a multiple of 8
-  float factor = 1.0f;
-  float* grad = nullptr;
-  bool transposed = false;
-};
-
-/// Products that share `large`.
-struct Group {
-  const void* large = nullptr;
-  size_t large_stride = 0;
-  uint32_t columns = 0;
-  uint32_t ranks = 0;     ///< of the tiles, parts padded
-  uint32_t chunks = 1;    ///< of 64 ranks
-  uint32_t end_tile = 0;  ///< tiles of this group and all before it
-  uint16_t first_part = 0, parts = 0;
-  bool large_vectors = false, small_vectors = false, drop = false;
-  DType small_dtype = DType::f32;
-  DropMask mask;
-};
-
-struct Args {
-  uint32_t m = 0, splits = 1, stages = 2;
-  uint32_t pairs = 1;  ///< sixteens of ranks that shared memory is laid out for
-  uint32_t groups = 0;
-  DType large_dtype = DType::bf16;
-  Group group[kMaxGrads];
-  Part part[kMaxGrads];
-
-  /// Parts of all groups so far.
-  uint32_t used_parts() const {
-    return groups == 0 ? 0 : uint32_t{group[groups - 1].first_part} + group[groups - 1].parts;
-  }
-};
-
-/// What a block works on: blocks of a cluster share all but the tokens.
-struct Place {
-  uint32_t split, group, column0, rank0;
-};
-__device__ __forceinline__ Place place_of(const Args& args, uint32_t width) {
-  const uint32_t tile = blockIdx.x / args.splits;
-  uint32_t g = 0, before = 0;
-  while (tile >= args.group[g].end_tile) before = args.group[g++].end_tile;
-  const uint32_t chunks = args.group[g].chunks;
-  return {
-      blockIdx.x % args.splits,
-      g,
-      (tile - before) / chunks * width,
-      (tile - before) % chunks * kRanks};
-}
-
-/// The part of a group that a rank of its tiles belongs to, or null: padding.
-__device__ __forceinline__ const Part* part_of(
-    const Args& args, const Group& group, uint32_t rank) {
-  for (uint32_t p = group.first_part; p < group.first_part + group.parts; ++p) {
-    const Part& part = args.part[p];
-    if (rank >= part.first && rank - part.first < part.rank) return &part;
-  }
-  return nullptr;
-}
-
-/// Four neighbouring columns of one rank.
-__device__ __forceinline__ void put(
-    const Args& args, const Group& group, uint32_t rank, uint32_t column, float4 sum) {
-  const Part* part = part_of(args, group, rank);
-  if (!part) return;
-  const uint32_t r = rank - part->first;
-  const float v[4] = {
-      part->factor * sum.x, part->factor * sum.y, part->factor * sum.z, part->factor * sum.w};
-  if (!part->transposed && group.columns % 4 == 0) {
-    float* to = part->grad + size_t{r} * group.columns + column;
-    *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
-    return;
-  }
-#pragma unroll
-  for (uint32_t i = 0; i < 4; ++i) {
-    if (column + i >= group.columns) return;
-    part->grad
-        [part->transposed ? size_t{column + i} * part->rank + r
-                          : size_t{r} * group.columns + column + i] = v[i];
-  }
-}
-
-/// Sums the block's and the cluster's partial sums [ranks][pitch] and writes them where they
-/// belong, along the side on which the results are contiguous.
-template <uint32_t kWidth, uint32_t kRowPitch>
-__device__ __forceinline__ void finish(
-    const Args& args, const Place& place, float* partial, uint32_t warp_groups) {
-  const Group& group = args.group[place.group];
-  const uint32_t ranks = min(kRanks, group.ranks - place.rank0);
-  const uint32_t columns = min(kWidth, group.columns - place.column0);
-  const bool by_rank = args.part[group.first_part].transposed;
-  const uint32_t ranks_log2 = 32 - __clz(ranks - 1);  // ranks is 8 or more
-  constexpr uint32_t kQuads = kWidth / 4;
-  const auto rank_of = [&](uint32_t i) {
-    return by_rank ? i & ((1u << ranks_log2) - 1) : i / kQuads;
-  };
-  const auto column_of = [&](uint32_t i) { return (by_rank ? i >> ranks_log2 : i % kQuads) * 4; };
-  reduce_tile(
-      partial,
-      warp_groups,
-      kRanks * kRowPitch,
-      kQuads << ranks_log2,
-      args.splits,
-      place.split,
-      [&](uint32_t i) {
-        return rank_of(i) < ranks && column_of(i) < columns
-                   ? static_cast<int>(rank_of(i) * kRowPitch + column_of(i))
-                   : -1;
-      },
-      [&](uint32_t i, float4 sum) {
-        put(args, group, place.rank0 + rank_of(i), place.column0 + column_of(i), sum);
-      });
-}
 
 // ---- tensor cores ----
 
@@ -479,50 +356,6 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
   finish<kColumns, kPitch>(args, place, partial, 2);
 }
 
-// ---- f32, and storage types that do not go together ----
-
-__global__ void __launch_bounds__(kExactThreads)
-    grad_exact_kernel(const __grid_constant__ Args args) {
-  extern __shared__ __align__(128) char memory[];
-  allow_dependents();
-  auto& shared = *reinterpret_cast<ExactShared*>(memory);
-  const Place place = place_of(args, kExactTile);
-  const Group& group = args.group[place.group];
-  ExactOperands o;
-  o.left = group.large;
-  o.left_dtype = args.large_dtype;
-  o.row_stride = 1;
-  o.inner_stride = group.large_stride;
-  o.row0 = place.column0;
-  o.rows = group.columns;
-  const uint32_t steps = (args.m + kExactStep - 1) / kExactStep;
-  o.inner0 = place.split * steps / args.splits * kExactStep;
-  o.inner1 = min(args.m, (place.split + 1) * steps / args.splits * kExactStep);
-  o.right_dtype = group.small_dtype;
-  o.drop = group.drop;
-  o.mask = group.mask;
-  const size_t size = group.small_dtype == DType::f32 ? 4 : 2;
-  for (uint32_t i = threadIdx.x; i < kExactTile; i += kExactThreads) {
-    const uint32_t rank = place.rank0 + i;
-    const Part* part = part_of(args, group, rank);
-    shared.column[i] =
-        part ? static_cast<const char*>(part->small) + (rank - part->first) * size : nullptr;
-    shared.stride[i] = part ? part->small_stride : 0;
-  }
-  wait_for_previous();
-  __syncthreads();
-  float sums[4][4];
-  exact_tile(o, shared, sums);
-  auto* partial = reinterpret_cast<float*>(memory);
-  const uint32_t column = threadIdx.x / 16 * 4, rank = threadIdx.x % 16 * 4;
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    *reinterpret_cast<float4*>(partial + (rank + r) * kExactPitch + column) =
-        make_float4(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
-  }
-  finish<kExactTile, kExactPitch>(args, place, partial, 1);
-}
-
 // ---- the host's side ----
 
 static_assert(sizeof(Args) <= 4096, "kernel parameters");
@@ -592,33 +425,6 @@ void add(Args& args, const AdapterGrad& grad) {
                          grad.small_stride * size_of(grad.small_dtype) % 16 == 0;
 }
 
-uint32_t count_tiles(Args& args, uint32_t width) {
-  uint32_t tiles = 0;
-  for (uint32_t g = 0; g < args.groups; ++g) {
-    Group& group = args.group[g];
-    group.chunks = ceil_div(group.ranks, kRanks);
-    tiles += ceil_div(group.columns, width) * group.chunks;
-    group.end_tile = tiles;
-  }
-  return tiles;
-}
-
-/// Splits of the tokens that leave the multiprocessors the least to do one after the other; each
-/// doubling has to win 3 % for its sums.
-uint32_t splits_for(const Context& context, uint32_t tiles, uint32_t steps) {
-  uint32_t best = 1;
-  double least = 1e30;
-  const uint32_t most = context.capability >= 90 ? 8 : 1;
-  for (uint32_t splits = 1; splits <= most && splits <= std::max(1u, steps); splits *= 2) {
-    const double turns = std::ceil(double(tiles) * splits / context.multiprocessors);
-    const double time = turns * ceil_div(steps, splits) * (1.0 + 0.03 * std::log2(splits));
-    if (time >= least) continue;
-    least = time;
-    best = splits;
-  }
-  return best;
-}
-
 template <typename Large, typename Small, bool kDrop>
 void launch_grads(const Context& context, Args& args) {
   const uint32_t tiles = count_tiles(args, kColumns);
@@ -660,17 +466,7 @@ void launch_form(const Context& context, const Form& form, Args& args) {
     return args.large_dtype == DType::bf16 ? launch_form<bf16>(context, form, args)
                                            : launch_form<f16>(context, form, args);
   }
-  const uint32_t tiles = count_tiles(args, kExactTile);
-  args.splits = splits_for(context, tiles, ceil_div(args.m, kExactStep));
-  launch(
-      context,
-      grad_exact_kernel,
-      tiles * args.splits,
-      kExactThreads,
-      sizeof(ExactShared),
-      args.splits,
-      args,
-      "lora_grad");
+  grad_exact(context, args);
 }
 
 }  // namespace

@@ -196,6 +196,8 @@ TEST_F(LoraShrink, TakesManyColumns) {
   METAL_LORA_NEEDS_GPU();
   for (bool kn : {false, true}) {
     check({130, 1024, {32, 64, 8}, DType::bf16, kn});
+    check({70, 320, {64}, DType::bf16, kn});
+    check({100, 576, {64, 128}, DType::f16, kn});
     check({257, 640, {64, 64, 64, 64}, DType::bf16, kn});
     check({40, 640, {64, 60, 64}, DType::f16, kn});
     check({35, 200, {300, 7}, DType::bf16, kn});
@@ -209,6 +211,8 @@ TEST_F(LoraShrink, DropsTheSameElementsAsTheCpu) {
     check({33, 200, {8, 8, 16}, dtype, false, 0.3f});
     check({140, 576, {64, 3}, dtype, false, 0.1f});
     check({31, 129, {100}, dtype, true, 0.5f});
+    check({70, 640, {16, 8, 16}, dtype, false, 0.2f});
+    check({40, 256, {16, 24}, dtype, true, 0.4f});
   }
   check({20, 64, {8}, DType::bf16, false, 0.999f});
 }
