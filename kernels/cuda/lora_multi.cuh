@@ -227,8 +227,7 @@ inline constexpr uint32_t kStreamTokens = 128;
 /// Whether the streaming form takes it: compute capability 9.0, 16-bit x and W, up to
 /// kStreamTokens tokens, aligned operands.
 bool can_stream(const Context& context, const Stream& call);
-/// y = W·x + bias + scales·B_i·(A_i·x): one dispatch where the device can hold all blocks at once,
-/// otherwise shrink() and another.
+/// y = W·x + bias + scales·B_i·(A_i·x): shrink() and one more dispatch, which overlap.
 void stream(const Context& context, const Stream& call);
 
 }  // namespace metal_lora::cuda::multi

@@ -8,7 +8,9 @@
 // at the others leave at once. A lane's sum runs along k and the lanes meet in a fixed tree, the
 // same whatever else is in the tile.
 //
-// Ladder: not measured apart (see lora_multi.cu).
+// Ladder (H100, K = 4096, 128 adapters of rank 16, one a token, from memory; launches one behind
+// another): 64 tokens 9.3 us for 6.6 MB, 128 tokens 11.9 us for 10.6 MB. Mostly latency: index,
+// then A, then the end of the kernel; 0.7 and 0.9 TB/s.
 #include <algorithm>
 
 #include "kernels/cuda/lora_multi.cuh"

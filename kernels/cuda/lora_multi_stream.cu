@@ -1,15 +1,30 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// Up to 128 tokens with many adapters, the base at streaming speed. A cluster of blocks owns 128
-// rows of W and splits K; W's rows are the M side of wgmma and the tokens its N side, so every byte
-// of W is read once and x a few times from L2. Meanwhile seven warps of each block, which wait for
-// the shrink (that runs beside this kernel: programmatic dependent launch), work out the adapters'
-// share of the outputs that the block will finish, so that B's bytes stream beside W's. At the end
-// the cluster's sums meet through distributed shared memory in a fixed order, the share and the
-// bias are added in f32, and y is rounded and written once.
+// Up to 128 tokens with many adapters, the base at streaming speed. A tile of W's rows is shared by
+// blocks that split K; the rows are the M side of wgmma and the tokens its N side, so every byte of
+// W is read once and x a few times from L2. Meanwhile seven warps of each block work out the
+// adapters' share of the outputs: B's rows come while W streams, u when the shrink is done, which
+// runs in front of this kernel and beside it (programmatic dependent launch). At the end the
+// blocks' sums meet in a fixed order, share and bias are added in f32, and y is rounded and written
+// once.
 //
-// Ladder: not measured.
+// Ladder (H100, K = N = 4096, bf16, 128 adapters of rank 16, one a token, W and bank rotating over
+// more than L2; us for 64 and 128 tokens; cuBLAS's base alone 15.5 and 15.2; W and the adapters in
+// use take 15.2 and 18.0 us of plain reads at 3.1 TB/s):
+//   clusters of 4 over 128 rows, u and B read as needed       37.0, 53.0
+//   pairs of blocks (only 30 clusters of 4 fit, not 32)       33.6, 43.0
+//   no cooperative launch, so that launches overlap           27.8, 37.9
+//   expanding warps that do not wait for each other           25.7, 35.6
+//   64-row tiles up to 64 tokens, A asked for before W        24.2 (128 tokens: 36.6)
+//   multiplications without a test of the rank each           24.4, 34.7   1.58 and 2.29 of cuBLAS
+// With the bank and W the same in all calls: 23.6, 35.1 (cuBLAS, from L2: 8.3, 14.0). 16 tokens:
+// 21.0 of cuBLAS's 15.9. Tried: the shrink inside this kernel behind a barrier of all blocks
+// (42.8, 51.8: six dependent reads, each microseconds long while W streams); letting this kernel
+// start only when the shrink is done (30.5, 38.0); W's head and B asked into L2 by the shrink (no
+// change). The next 10%: u comes 7 us after the start and B·u takes 3.5 us of seven warps, so the
+// blocks wait for the expansion, not for W; tensor cores for B·u of groups, or all warps once W is
+// through.
 #include <algorithm>
 #include <type_traits>
 
@@ -21,13 +36,14 @@ namespace metal_lora::cuda::multi {
 namespace {
 
 /// All threads of the cluster; orders nothing that they wrote (which would wait for y's stores).
-__device__ __forceinline__ void cluster_meet() {
+[[maybe_unused]] __device__ __forceinline__ void cluster_meet() {
   asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+[[maybe_unused]] __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-__device__ __forceinline__ float4 load4_of_block(uint32_t address, uint32_t block) {
+[[maybe_unused]] __device__ __forceinline__ float4
+load4_of_block(uint32_t address, uint32_t block) {
   float4 v;
   asm volatile(
       "{\n.reg .b32 remote;\n"
@@ -131,7 +147,7 @@ __device__ __forceinline__ void consume(
   }
 }
 
-__device__ __forceinline__ void add_to(float4& sum, const float4& v) {
+[[maybe_unused]] __device__ __forceinline__ void add_to(float4& sum, const float4& v) {
   sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
 }
 

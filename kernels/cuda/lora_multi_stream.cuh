@@ -169,15 +169,19 @@ __device__ __forceinline__ void dot_u(
 #pragma unroll
     for (uint32_t i = 0; i < kTokens; ++i) {
       if (j >= rank[i]) continue;
+      const bool whole = j + kCount <= rank[i];
 #pragma unroll
       for (uint32_t e = 0; e < kCount; e += 4) {
         const float4 u4 = *reinterpret_cast<const float4*>(u[i] + j + e);
         const float us[4] = {u4.x, u4.y, u4.z, u4.w};
+        if (whole) {
 #pragma unroll
-        for (uint32_t q = 0; q < 4; ++q) {
-          const float value = j + e + q < rank[i] ? to_float(v[i].v[e + q]) : 0.0f;
-          const float factor = j + e + q < rank[i] ? us[q] : 0.0f;
-          sum[i] = fmaf(value, factor, sum[i]);
+          for (uint32_t q = 0; q < 4; ++q) sum[i] = fmaf(to_float(v[i].v[e + q]), us[q], sum[i]);
+        } else {  // what lies beyond the rank may be NaN
+#pragma unroll
+          for (uint32_t q = 0; q < 4; ++q) {
+            if (j + e + q < rank[i]) sum[i] = fmaf(to_float(v[i].v[e + q]), us[q], sum[i]);
+          }
         }
       }
     }
