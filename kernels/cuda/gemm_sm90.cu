@@ -19,9 +19,10 @@
 // of one or two steps for the first consumer (nothing: four stages do not hold it); results without
 // shared memory (-2 %); clusters of four for 128x128 with k in two (-45 %: too few fit at once); no
 // programmatic launch (-2 % to -15 % at M = 512).
-// A rank-16 pair costs 1 to 4 % of the base (a whole stage of loads, whatever its width); u made in
-// the same launch up to 2 % more where gemm_hides_shrinks, where a shrink ahead costs 3 to 15 %:
-// 1.02 of the base instead of 1.12 at M = K = N = 4096.
+// A rank-16 pair costs 1 to 5 % of the base (a whole stage of loads, whatever its width). Where
+// gemm_hides_shrinks, u made in the same launch costs up to 3 % more (q, k, v of 3072 columns: 7 %
+// at rank 16, 17 % at rank 64), and a shrink ahead 3 to 18 %: 1.02 of the base instead of 1.12 at
+// M = K = N = 4096 and rank 16.
 // The main loop takes 1025 cycles a step of 128x256x64, and the matrix unit needs 1024: long
 // products run at the clock that the power allows (1.1 to 1.4 GHz seen under load, 1.98 without).
 // The next 10 % at M = 512: fixed cost (1 to 2 µs a launch over cuBLASLt), and waves that fit (k in
