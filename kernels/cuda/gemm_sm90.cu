@@ -19,7 +19,7 @@
 // of one or two steps for the first consumer (nothing: four stages do not hold it); results without
 // shared memory (-2 %); clusters of four for 128x128 with k in two (-45 %: too few fit at once); no
 // programmatic launch (-2 % to -15 % at M = 512).
-// A rank-16 pair costs 1 to 5 % of the base (a whole stage of loads, whatever its width). Where
+// A rank-16 pair costs 1 to 7 % of the base (a whole stage of loads, whatever its width). Where
 // gemm_hides_shrinks, u made in the same launch costs up to 3 % more (q, k, v of 3072 columns: 7 %
 // at rank 16, 17 % at rank 64), and a shrink ahead 3 to 18 %: 1.02 of the base instead of 1.12 at
 // M = K = N = 4096 and rank 16.
