@@ -7,7 +7,7 @@ if(CMAKE_CUDA_COMPILER)
 else()
   set(cuda_here OFF)
 endif()
-option(METAL_LORA_CUDA "Build the CUDA kernels (nvcc)" OFF)
+option(METAL_LORA_CUDA "Build the CUDA kernels (nvcc)" ${cuda_here})
 set(METAL_LORA_CUDA_ARCHS "80-real;90-real;90-virtual" CACHE STRING
     "GPU architectures of the CUDA kernels; 90-real alone builds fastest")
 
