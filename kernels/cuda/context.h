@@ -37,6 +37,9 @@ struct Context {
   /// METAL_LORA_CUDA_COUNTERS words for tickets and flags, zeroed once: every kernel leaves them
   /// zero. One stream's at a time. Null: kernels do without.
   uint32_t* counters = nullptr;
+  /// A promise: weights and adapters were not written by kernels that may still run, so that a
+  /// programmatic dependent may read them before it waits. True within a step's graph.
+  bool weights_ready = false;
 };
 
 /// A CUDA call that failed, by name.

@@ -4,7 +4,6 @@
 // What the forms of lora_gemv share on the host's side: one call, prepared, and who runs it.
 #pragma once
 
-#include "kernels/cuda/dropout.cuh"
 #include "kernels/cuda/lora_kernels.h"
 
 namespace metal_lora::cuda::gemv {
@@ -28,7 +27,6 @@ struct Branch {
   uint32_t tile0 = 0;       ///< of its rows among all branches' tiles
   uint32_t rank_tile0 = 0;  ///< of its ranks, padded to tiles
   float scale = 0.0f;       ///< of (x·Aᵀ)·Bᵀ
-  DropMask mask;
 };
 
 /// Branches of one weight format in one dispatch.
@@ -37,16 +35,42 @@ struct Call {
   uint32_t m = 0, k = 0;
   uint32_t branches = 0;
   uint32_t tiles = 0, rank_tiles = 0;
-  uint32_t chunks = 0;       ///< k / 32
-  uint32_t unit = 1;         ///< chunks that stay in one block
-  uint32_t rank_splits = 1;  ///< warps that share a tile of ranks, each a part of the columns
-  uint32_t slice_chunks = 0; ///< the most that a block gets
+  uint32_t chunks = 0;            ///< k / 32
+  uint32_t unit = 1, units = 0;   ///< chunks that stay in one block, and how many such
+  uint32_t rank_items = 0;        ///< rank_tiles << rank_splits_log2; 0 where u is given
+  uint32_t rank_splits_log2 = 0;  ///< warps that share a tile of ranks, each a part of the columns
+  uint32_t rank_splits = 0;       ///< as a number; 0 where u is given
   uint32_t passes = 0;
+  uint32_t slice_chunks = 0;  ///< the most that a block gets
+  uint32_t blocks_log2 = 0;   ///< of a cluster
   DType y_dtype = DType::bf16, scales_dtype = DType::f32, adapter_dtype = DType::bf16;
-  bool shrink_by_fma = false;  ///< adapters of another type than x, or dropout
+  bool u_given = false;  ///< by an earlier kernel, in every branch's u
+  bool wide_b = false;   ///< every B is of x's type, 16-byte aligned, of a rank in eights
   bool double_quant = false;
+  bool weights_ready = false;  ///< Context's
+  bool only_ask = false;       ///< whether it could be launched
   Branch branch[kMaxBranches];
 };
+
+/// x is 16-bit, W of its type or quantised, and columns and pointers are aligned as copies want.
+bool can_stream(
+    const Context& context, uint32_t k, DType dtype, const void* x, const LoraBranch& branch);
+/// Whether two branches may share a dispatch of the streaming form.
+bool alike(const LoraBranch& a, const LoraBranch& b);
+using Launch = bool (*)(const Context&, const Call&, DType, const WeightParams&);
+/// The streaming form of branches that are alike, after a shrink of its own where that cannot be in
+/// it; false: they need more shared memory than there is. only_ask: launches nothing.
+bool stream(
+    const Context& context,
+    uint32_t m,
+    uint32_t k,
+    DType dtype,
+    const void* x,
+    const LoraBranch* branches,
+    size_t count,
+    DType y_dtype,
+    Launch launch,
+    bool only_ask = false);
 
 /// Each: whether the form could take the call (else nothing was launched).
 bool launch_dense(const Context& context, const Call& call, DType dtype);
@@ -54,6 +78,20 @@ bool launch_int4(const Context& context, const Call& call, DType dtype, uint32_t
 bool launch_int8(const Context& context, const Call& call, DType dtype, uint32_t group_size);
 bool launch_nf4(const Context& context, const Call& call, DType dtype);
 
+/// The same for 17 … 64 tokens.
+bool launch_skinny_dense(const Context& context, const Call& call, DType dtype);
+bool launch_skinny_int4(const Context& context, const Call& call, DType dtype, uint32_t group_size);
+bool launch_skinny_nf4(const Context& context, const Call& call, DType dtype);
+
+/// u = drop(x)·Aᵀ/(1-p) of any types, a warp a rank, for the branches that have a rank.
+void launch_generic_shrink(
+    const Context& context,
+    uint32_t m,
+    uint32_t k,
+    DType dtype,
+    const void* x,
+    const LoraBranch* branches,
+    size_t count);
 /// Any types, shapes and alignment: two dispatches, a warp a row.
 void launch_generic(
     const Context& context,

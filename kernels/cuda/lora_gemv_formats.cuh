@@ -14,8 +14,6 @@
 
 namespace metal_lora::cuda::gemv {
 
-inline constexpr uint32_t kStageBytes = 16 * 256;  ///< 16 rows of 256 bytes
-
 /// A value of any storage type as f32, and back.
 __device__ __forceinline__ float load_as_float(const void* p, DType dtype, size_t i) {
   if (dtype == DType::f32) return static_cast<const float*>(p)[i];
@@ -74,53 +72,65 @@ __device__ __forceinline__ uint4 interleave(uint4 v) {
 
 // ---- dense ----
 
+/// What is xor'ed into the number of a row's 16-byte slots, so that reads of 16 bytes of two rows
+/// and of 4 bytes of eight rows meet no bank conflict (of 8 bytes of four: two-way ones).
+__device__ __forceinline__ uint32_t swizzle(uint32_t row) {
+  return (row & 1) << 2 | (row >> 1 & 3);
+}
+/// (v & mask) | bits in one instruction: both constants in registers.
+__device__ __forceinline__ uint32_t mask_or(uint32_t v, uint32_t mask, uint32_t bits) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(r) : "r"(v), "r"(mask), "r"(bits));
+  return r;
+}
+
 /// A format says: bytes of a chunk in a row; chunks of a scale's group; and makes 8 weights of one
-/// row (4 registers of pairs) from a stage. swizzle(row): what is xor'ed into the number of a
-/// row's 16-byte slots, so that the reads below meet no bank conflict.
+/// row (4 registers of pairs) from a stage.
 template <typename T>
 struct Dense {
   using Storage = T;
-  static constexpr uint32_t kChunkBytes = 64, kGroupChunks = 0;
-  static constexpr uint32_t kExtraBytes = 0;
+  static constexpr uint32_t kRowBytes = 128, kChunkBytes = 64, kGroupChunks = 0;
+  static constexpr uint32_t kExtraBytes = 0, kStages = 3;
   static constexpr bool kInterleaved = false, kBiases = false, kNf4 = false, kDouble = false;
-  static __device__ __forceinline__ uint32_t swizzle(uint32_t row) { return (row & 1) << 2; }
+  template <uint32_t kPitch = kRowBytes>
   static __device__ __forceinline__ uint4
   weights(uint32_t stage, uint32_t row, uint32_t chunk, uint32_t t, uint32_t) {
-    return load_shared16(stage + row * 256 + (((4 * chunk + t) ^ swizzle(row)) << 4));
+    return load_shared16(stage + row * kPitch + (((4 * chunk + t) ^ swizzle(row)) << 4));
   }
 };
 
 // ---- affine ----
 
-inline constexpr uint32_t kScalePitch = 17;  ///< words of a row's scales: at most 16, no conflicts
+/// Words of a row's scales in a stage, f32 ones at most, and one more against bank conflicts.
+template <class Format>
+constexpr uint32_t scale_pitch() {
+  return Format::kRowBytes / Format::kChunkBytes / Format::kGroupChunks + 1;
+}
+template <class Format>
+constexpr uint32_t scale_bytes() {
+  return 16 * scale_pitch<Format>() * 4;
+}
 
 template <typename T, uint32_t kGroup>
 struct Int4 {
   using Storage = T;
-  static constexpr uint32_t kChunkBytes = 16, kGroupChunks = kGroup / kChunk;
-  static constexpr uint32_t kExtraBytes = 2 * 16 * kScalePitch * 4;
+  static constexpr uint32_t kRowBytes = 128, kChunkBytes = 16, kGroupChunks = kGroup / kChunk;
+  static constexpr uint32_t kExtraBytes = 2 * 16 * (8 / kGroupChunks + 1) * 4, kStages = 2;
   static constexpr bool kInterleaved = true, kBiases = true, kNf4 = false, kDouble = false;
-  static __device__ __forceinline__ uint32_t swizzle(uint32_t row) { return row & 7; }
   /// A code q in the upper bits of a mantissa is 1 + q/16 exactly: one shift and one logic
   /// operation a pair. w = scale·q + bias = 16·scale·v + (bias - 16·scale).
   static __device__ __forceinline__ uint4
   weights(uint32_t stage, uint32_t row, uint32_t chunk, uint32_t t, uint32_t) {
-    const uint32_t w = load_shared4(stage + row * 256 + ((chunk ^ swizzle(row)) << 4) + 4 * t);
-    if constexpr (std::is_same_v<T, bf16>) {
-      constexpr uint32_t kMask = 0x00780078u, kOne = 0x3f803f80u;
-      return make_uint4(
-          ((w << 3) & kMask) | kOne,
-          ((w >> 1) & kMask) | kOne,
-          ((w >> 5) & kMask) | kOne,
-          ((w >> 9) & kMask) | kOne);
-    } else {
-      constexpr uint32_t kMask = 0x03c003c0u, kOne = 0x3c003c00u;
-      return make_uint4(
-          ((w << 6) & kMask) | kOne,
-          ((w << 2) & kMask) | kOne,
-          ((w >> 2) & kMask) | kOne,
-          ((w >> 6) & kMask) | kOne);
-    }
+    const uint32_t w =
+        load_shared4(stage + row * kRowBytes + ((chunk ^ swizzle(row)) << 4) + 4 * t);
+    constexpr bool kBf16 = std::is_same_v<T, bf16>;
+    constexpr uint32_t kMask = kBf16 ? 0x00780078u : 0x03c003c0u;
+    constexpr uint32_t kOne = kBf16 ? 0x3f803f80u : 0x3c003c00u;
+    return make_uint4(
+        mask_or(kBf16 ? w << 3 : w << 6, kMask, kOne),
+        mask_or(kBf16 ? w >> 1 : w << 2, kMask, kOne),
+        mask_or(kBf16 ? w >> 5 : w >> 2, kMask, kOne),
+        mask_or(kBf16 ? w >> 9 : w >> 6, kMask, kOne));
   }
   static __device__ __forceinline__ float2 scale_and_bias(float scale, float bias) {
     return make_float2(16.0f * scale, fmaf(-16.0f, scale, bias));
@@ -130,10 +140,9 @@ struct Int4 {
 template <typename T, uint32_t kGroup>
 struct Int8 {
   using Storage = T;
-  static constexpr uint32_t kChunkBytes = 32, kGroupChunks = kGroup / kChunk;
-  static constexpr uint32_t kExtraBytes = 2 * 16 * kScalePitch * 4;
+  static constexpr uint32_t kRowBytes = 256, kChunkBytes = 32, kGroupChunks = kGroup / kChunk;
+  static constexpr uint32_t kExtraBytes = 2 * 16 * (8 / kGroupChunks + 1) * 4, kStages = 2;
   static constexpr bool kInterleaved = false, kBiases = true, kNf4 = false, kDouble = false;
-  static __device__ __forceinline__ uint32_t swizzle(uint32_t row) { return (row & 3) << 1; }
   /// Codes 0 … 255 are exact in either type.
   static __device__ __forceinline__ uint32_t pair(uint32_t word, uint32_t upper) {
     if constexpr (std::is_same_v<T, bf16>) {
@@ -153,7 +162,7 @@ struct Int8 {
   static __device__ __forceinline__ uint4
   weights(uint32_t stage, uint32_t row, uint32_t chunk, uint32_t t, uint32_t) {
     const uint32_t slot = (2 * chunk + t / 2) ^ swizzle(row);
-    const uint2 w = load_shared8(stage + row * 256 + (slot << 4) + (t & 1) * 8);
+    const uint2 w = load_shared8(stage + row * kRowBytes + (slot << 4) + (t & 1) * 8);
     return make_uint4(pair(w.x, 0), pair(w.x, 1), pair(w.y, 0), pair(w.y, 1));
   }
   static __device__ __forceinline__ float2 scale_and_bias(float scale, float bias) {
@@ -163,28 +172,29 @@ struct Int8 {
 
 // ---- nf4 ----
 
-inline constexpr uint32_t kAbsmaxPitch = 9;  ///< words of a row's 8 absmax values, no conflicts
-inline constexpr uint32_t kTableBytes = 256 * 32 * 4;
+inline constexpr uint32_t kAbsmaxPitch = 5;  ///< words of a row's 4 absmax values, no conflicts
+inline constexpr uint32_t kTableCopies = 16;
+inline constexpr uint32_t kTableBytes = 256 * kTableCopies * 4;
 
-/// A byte of codes is looked up in a table of pairs that every lane has in its own bank: levels
-/// rounded to x's type, as if W had been dequantised to it, but the absmax stays f32.
+/// A byte of codes is looked up in a table of pairs of which two lanes share a copy, in banks that
+/// no others use: levels rounded to x's type, as if W had been dequantised to it, but the absmax
+/// stays f32.
 template <typename T, bool kDoubleQuant>
 struct Nf4 {
   using Storage = T;
-  static constexpr uint32_t kChunkBytes = 16, kGroupChunks = 2;
+  static constexpr uint32_t kRowBytes = 128, kChunkBytes = 16, kGroupChunks = 2, kStages = 2;
   static constexpr uint32_t kExtraBytes = 16 * kAbsmaxPitch * 4 + (kDoubleQuant ? 16 * 2 * 4 : 0);
-  static constexpr bool kInterleaved = false, kBiases = false, kNf4 = true,
-                        kDouble = kDoubleQuant;
-  static __device__ __forceinline__ uint32_t swizzle(uint32_t row) { return row & 7; }
+  static constexpr bool kInterleaved = false, kBiases = false, kNf4 = true, kDouble = kDoubleQuant;
   /// table: the address of the lane's own copy.
   static __device__ __forceinline__ uint4
   weights(uint32_t stage, uint32_t row, uint32_t chunk, uint32_t t, uint32_t table) {
-    const uint32_t w = load_shared4(stage + row * 256 + ((chunk ^ swizzle(row)) << 4) + 4 * t);
+    const uint32_t w =
+        load_shared4(stage + row * kRowBytes + ((chunk ^ swizzle(row)) << 4) + 4 * t);
     return make_uint4(
-        load_shared4(table + ((w << 7) & 0x7f80u)),
-        load_shared4(table + ((w >> 1) & 0x7f80u)),
-        load_shared4(table + ((w >> 9) & 0x7f80u)),
-        load_shared4(table + ((w >> 17) & 0x7f80u)));
+        load_shared4(table + ((w << 6) & 0x3fc0u)),
+        load_shared4(table + ((w >> 2) & 0x3fc0u)),
+        load_shared4(table + ((w >> 10) & 0x3fc0u)),
+        load_shared4(table + ((w >> 18) & 0x3fc0u)));
   }
 };
 

@@ -3,8 +3,9 @@
 //
 // The form of lora_gemv that takes anything: f32 activations, weights of another type than x, odd
 // k, unaligned pointers. A warp a row, FFMA, lanes along k; u in a dispatch of its own.
-#include "kernels/cuda/lora_gemv.h"
+#include "kernels/cuda/dropout.cuh"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/lora_gemv.h"
 #include "kernels/cuda/lora_gemv_formats.cuh"
 
 namespace metal_lora::cuda::gemv {
@@ -36,8 +37,8 @@ __device__ float generic_u_value(
 }
 
 /// u [m, rank] of each branch: a warp a rank.
-__global__ void __launch_bounds__(kThreads) generic_shrink_kernel(
-    const __grid_constant__ GenericCall call) {
+__global__ void __launch_bounds__(kThreads)
+    generic_shrink_kernel(const __grid_constant__ GenericCall call) {
   allow_dependents();
   wait_for_previous();
   uint32_t rank = blockIdx.x * kWarps + threadIdx.x / 32;
@@ -50,8 +51,7 @@ __global__ void __launch_bounds__(kThreads) generic_shrink_kernel(
   const GenericBranch& b = call.branch[i];
   float sums[kTokens] = {};
   for (uint32_t column = lane; column < call.k; column += 32) {
-    const float a =
-        load_as_float(b.lora.a, b.lora.params.dtype, size_t{rank} * call.k + column);
+    const float a = load_as_float(b.lora.a, b.lora.params.dtype, size_t{rank} * call.k + column);
 #pragma unroll
     for (uint32_t t = 0; t < kTokens; ++t) {
       if (t >= call.m) break;
@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kThreads) generic_shrink_kernel(
 #pragma unroll
   for (uint32_t t = 0; t < kTokens; ++t) {
     const float sum = warp_sum(sums[t]);
-    if (t < call.m && lane == t) b.u[size_t{t} * b.lora.params.rank + rank] = sum * b.mask.keep_scale;
+    if (t < call.m && lane == t)
+      b.u[size_t{t} * b.lora.params.rank + rank] = sum * b.mask.keep_scale;
   }
 }
 
@@ -96,8 +97,8 @@ __device__ __forceinline__ float weight_at(const WeightView& w, uint32_t row, ui
 }
 
 template <WeightFormat kFormat>
-__global__ void __launch_bounds__(kThreads) generic_kernel(
-    const __grid_constant__ GenericCall call, const uint32_t branch) {
+__global__ void __launch_bounds__(kThreads)
+    generic_kernel(const __grid_constant__ GenericCall call, const uint32_t branch) {
   const GenericBranch& b = call.branch[branch];
   const uint32_t n = b.weight.params.n, rank = b.lora.params.rank;
   const uint32_t row = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -140,28 +141,29 @@ template <WeightFormat kFormat>
 void launch_rows(const Context& context, const GenericCall& call, uint32_t branch) {
   const uint32_t n = call.branch[branch].weight.params.n;
   launch_pdl(
-      generic_kernel<kFormat>, (n + kWarps - 1) / kWarps, kThreads, 0, context.stream, call, branch);
+      generic_kernel<kFormat>,
+      (n + kWarps - 1) / kWarps,
+      kThreads,
+      0,
+      context.stream,
+      call,
+      branch);
 }
 
-}  // namespace
-
-void launch_generic(
+GenericCall make_generic_call(
     const Context& context,
     uint32_t m,
     uint32_t k,
     DType dtype,
     const void* x,
     const LoraBranch* branches,
-    size_t count,
-    DType y_dtype) {
+    size_t count) {
   GenericCall call;
   call.x = x;
   call.m = m;
   call.k = k;
   call.dtype = dtype;
-  call.y_dtype = y_dtype;
   call.branches = static_cast<uint32_t>(count);
-  uint32_t ranks = 0;
   for (size_t i = 0; i < count; ++i) {
     GenericBranch& b = call.branch[i];
     const LoraParams& lora = branches[i].lora.params;
@@ -175,12 +177,43 @@ void launch_generic(
     if (lora.rank > 0 && b.u == nullptr) {
       b.u = static_cast<float*>(context.scratch->take(size_t{m} * lora.rank * sizeof(float)));
     }
-    ranks += lora.rank;
   }
-  if (ranks > 0) {
-    launch_pdl(
-        generic_shrink_kernel, (ranks + kWarps - 1) / kWarps, kThreads, 0, context.stream, call);
-  }
+  return call;
+}
+
+void shrink(const Context& context, const GenericCall& call) {
+  uint32_t ranks = 0;
+  for (uint32_t i = 0; i < call.branches; ++i) ranks += call.branch[i].lora.params.rank;
+  if (ranks == 0) return;
+  launch_pdl(
+      generic_shrink_kernel, (ranks + kWarps - 1) / kWarps, kThreads, 0, context.stream, call);
+}
+
+}  // namespace
+
+void launch_generic_shrink(
+    const Context& context,
+    uint32_t m,
+    uint32_t k,
+    DType dtype,
+    const void* x,
+    const LoraBranch* branches,
+    size_t count) {
+  shrink(context, make_generic_call(context, m, k, dtype, x, branches, count));
+}
+
+void launch_generic(
+    const Context& context,
+    uint32_t m,
+    uint32_t k,
+    DType dtype,
+    const void* x,
+    const LoraBranch* branches,
+    size_t count,
+    DType y_dtype) {
+  GenericCall call = make_generic_call(context, m, k, dtype, x, branches, count);
+  call.y_dtype = y_dtype;
+  shrink(context, call);
   for (uint32_t i = 0; i < call.branches; ++i) {
     if (call.branch[i].weight.params.n == 0) continue;
     switch (call.branch[i].weight.params.format) {

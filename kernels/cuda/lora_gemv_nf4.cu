@@ -1,6 +1,6 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
-#include "kernels/cuda/lora_gemv_stream.cuh"
+#include "kernels/cuda/lora_gemv_launch.cuh"
 
 namespace metal_lora::cuda::gemv {
 namespace {

@@ -8,7 +8,7 @@
 #include <array>
 #include <list>
 
-#include "kernels/cuda/lora_kernels.h"
+#include "kernels/cuda/lora_skinny.h"
 #include "tests/cuda/support.h"
 #include "tests/kernels/linear_reference.h"
 
@@ -153,12 +153,13 @@ Expectation expect(
       double value = base.value[size_t{t} * n + j];
       double magnitude = base.magnitude[size_t{t} * n + j], parts = 0;
       if (quantised && b.spec.format != WeightFormat::nf4) {
-        const uint32_t g = b.spec.group_size, codes = b.spec.format == WeightFormat::int4 ? 47 : 255;
+        const uint32_t g = b.spec.group_size,
+                       codes = b.spec.format == WeightFormat::int4 ? 47 : 255;
         for (uint32_t p = 0; p < k; ++p) {
           const size_t i = (size_t{j} * k + p) / g;
-          parts += std::fabs(x.values[size_t{t} * k + p]) *
-                   (std::fabs(b.weight.scales.values[i]) * codes +
-                    std::fabs(b.weight.biases.values[i]));
+          parts +=
+              std::fabs(x.values[size_t{t} * k + p]) *
+              (std::fabs(b.weight.scales.values[i]) * codes + std::fabs(b.weight.biases.values[i]));
         }
       }
       double error = (magnitude + parts) * steps + magnitude * level;
@@ -202,7 +203,8 @@ void check_case(
       b.y.poison();
       b.u.poison();
     }
-    cuda::lora_gemv(
+    const auto entry = m > cuda::kVectorMaxTokens ? cuda::lora_skinny : cuda::lora_gemv;
+    entry(
         device.context(),
         m,
         k,
@@ -318,8 +320,7 @@ TEST(CudaLoraGemv, Branches) {
        {WeightFormat::bf16, WeightFormat::int4, WeightFormat::nf4, WeightFormat::int8}) {
     BranchSpec q, k, v, o;
     q.format = k.format = v.format = o.format = format;
-    q.double_quant = k.double_quant = v.double_quant = o.double_quant =
-        format == WeightFormat::nf4;
+    q.double_quant = k.double_quant = v.double_quant = o.double_quant = format == WeightFormat::nf4;
     q.n = 260, q.rank = 16;
     k.n = 33, k.rank = 64;
     v.n = 64, v.rank = 0;
@@ -377,6 +378,31 @@ TEST(CudaLoraGemv, EmptySums) {
   check_case(2, 0, DType::bf16, DType::f32, {s});
 }
 
+TEST(CudaLoraSkinny, TokensAndFormats) {
+  METAL_LORA_NEEDS_GPU();
+  test::TestDevice device;
+  if (device.context().capability < 90) GTEST_SKIP() << "needs clusters";
+  int i = 0;
+  for (WeightFormat format : {WeightFormat::bf16, WeightFormat::int4, WeightFormat::nf4}) {
+    for (uint32_t m : {17u, 31u, 32u, 33u, 50u, 64u}) {
+      BranchSpec s;
+      s.format = format;
+      s.double_quant = i % 2;
+      s.n = i % 2 ? 300 : 33;
+      s.rank = i % 3 == 0 ? 64 : i % 3 * 8;
+      s.residual = i % 2;
+      s.u = i % 4;
+      check_case(m, i % 2 ? 1024 : 256, DType::bf16, i % 2 ? DType::f32 : DType::bf16, {s});
+      ++i;
+    }
+  }
+  BranchSpec q, k;
+  q.format = k.format = WeightFormat::f16;
+  q.adapter_dtype = k.adapter_dtype = DType::f16;
+  q.n = 4300, k.n = 100, k.rank = 8;
+  check_case(40, 96, DType::f16, DType::f16, {q, k});
+}
+
 TEST(CudaLoraGemv, TokensDoNotDependOnTheirNeighbours) {
   METAL_LORA_NEEDS_GPU();
   std::mt19937 rng(5);
@@ -412,7 +438,9 @@ TEST(CudaLoraGemv, TokensDoNotDependOnTheirNeighbours) {
   }
 }
 
-TEST(CudaLoraGemv, ChainInAGraph) {
+class CudaLoraGemvChain : public testing::TestWithParam<std::pair<WeightFormat, bool>> {};
+
+TEST_P(CudaLoraGemvChain, InAGraph) {
   METAL_LORA_NEEDS_GPU();
   // Each linear reads what the one before wrote, as programmatic dependents: the replayed chain
   // must give the bits of the calls one by one.
@@ -422,6 +450,9 @@ TEST(CudaLoraGemv, ChainInAGraph) {
   const Array x = random_array(rng, DType::bf16, 2 * k, 0.1);
   BranchSpec s;
   s.n = k;
+  s.format = GetParam().first;
+  auto context = device.context();
+  context.weights_ready = GetParam().second;
   Branch b(rng, 2, k, DType::bf16, s);
   auto view = b.view();
   constexpr int kLinears = 8;
@@ -429,8 +460,7 @@ TEST(CudaLoraGemv, ChainInAGraph) {
   for (int i = 0; i <= kLinears; ++i) values.emplace_back(x.bytes);
   const auto one = [&](int i) {
     view.y = values[i + 1].get();
-    cuda::lora_gemv(
-        device.context(), 2, k, DType::bf16, values[i].get(), &view, 1, DType::bf16);
+    cuda::lora_gemv(context, 2, k, DType::bf16, values[i].get(), &view, 1, DType::bf16);
   };
   for (int i = 0; i < kLinears; ++i) {
     one(i);
@@ -453,6 +483,16 @@ TEST(CudaLoraGemv, ChainInAGraph) {
   cudaGraphExecDestroy(executable);
   cudaGraphDestroy(graph);
 }
+
+INSTANTIATE_TEST_SUITE_P(
+    Formats,
+    CudaLoraGemvChain,
+    testing::Values(
+        std::pair{WeightFormat::bf16, false},
+        std::pair{WeightFormat::bf16, true},
+        std::pair{WeightFormat::int4, true},
+        std::pair{WeightFormat::nf4, true},
+        std::pair{WeightFormat::int8, true}));
 
 TEST(CudaLoraGemv, NamesWhatIsWrong) {
   cuda::Context context;
