@@ -5,7 +5,8 @@
 // forward + backward; then what it is made of (the portable products, in bf16 and f32). Weights
 // rotate so that L2 does not hold them. One line a case: microseconds, TFLOP/s, ratio.
 //
-//   lora_linear_bench [products|parts|linears|dropout]...    (default: all). Link with -lcublas.
+//   lora_linear_bench [products|parts|linears|branches|quantised|dropout]...    (default: all).
+//   Link with -lcublas.
 #include <cublas_v2.h>
 
 #include <cmath>
@@ -128,8 +129,7 @@ double tflops(double m, double n, double k, double us) {
 
 /// One product alone, gemm_generic and gemm against cuBLAS's.
 template <typename T>
-void bench_product(
-    DType dtype, bool right_is_kn, uint32_t m, uint32_t n, uint32_t k, int machines = 1) {
+void bench_product(DType dtype, bool right_is_kn, uint32_t m, uint32_t n, uint32_t k) {
   bench::Device device;
   Cublas cublas(device.context.stream);
   const auto copies = std::max<size_t>(
@@ -151,9 +151,7 @@ void bench_product(
   problem.out_stride = n;
   const auto ours = [&](bool generic) {
     problem.pair[0] = {left, k, next(), right_is_kn ? n : k, k};
-    mlc::Context context = device.context;
-    context.multiprocessors *= machines;  // as if there were more: a smaller tile
-    generic ? mlc::gemm_generic(context, group) : mlc::gemm(device.context, group);
+    generic ? mlc::gemm_generic(device.context, group) : mlc::gemm(device.context, group);
   };
   const auto type = dtype == DType::f32 ? CUDA_R_32F : CUDA_R_16BF;
   const auto us = compare_us(
@@ -195,7 +193,7 @@ void bench_linear(uint32_t k, uint32_t n, std::vector<uint32_t> ranks, float dro
   auto* dx = device.normal<mlc::bf16>(size_t{kMost} * k, 1.0f);
   size_t at = 0;
   const auto next = [&]() -> const mlc::WeightView& { return weights[++at % copies]; };
-  for (uint32_t m : {1u, 8u, 64u, 512u, 4096u}) {
+  for (uint32_t m : {1u, 8u, 32u, 64u, 128u, 512u, 4096u}) {
     if (dropout > 0.0f && m < 512) continue;
     const auto base = [&](bool backward) {
       const void* w = next().data;
@@ -243,6 +241,107 @@ void bench_linear(uint32_t k, uint32_t n, std::vector<uint32_t> ranks, float dro
       std::fflush(stdout);
     }
   }
+}
+
+/// Forward with a quantised base, beside cuBLAS's product of a bf16 one.
+void bench_quantised(uint32_t k, uint32_t n, uint32_t rank) {
+  bench::Device device;
+  Cublas cublas(device.context.stream);
+  const auto copies = std::max<size_t>(2, static_cast<size_t>(kRotationBytes / (2.0 * n * k)));
+  auto* dense = device.normal<mlc::bf16>(copies * n * k, 0.01f);
+  std::vector<mlc::WeightView> int4, nf4;
+  for (size_t i = 0; i < 4 * copies; ++i) {
+    int4.push_back(device.weight(n, k, WeightFormat::int4));
+    nf4.push_back(device.weight(n, k, WeightFormat::nf4));
+  }
+  const auto lora = device.lora(rank, n, k);
+  constexpr uint32_t kMost = 4096;
+  auto* x = device.normal<mlc::bf16>(size_t{kMost} * k, 1.0f);
+  auto* y = device.normal<mlc::bf16>(size_t{kMost} * n, 1.0f);
+  size_t at = 0;
+  for (uint32_t m : {1u, 16u, 64u, 128u, 512u, 4096u}) {
+    const auto run = [&](const std::vector<mlc::WeightView>& list) {
+      mlc::LoraBranch b;
+      b.weight = list[++at % list.size()];
+      b.lora = lora;
+      b.y = y;
+      mlc::lora_linear_forward(device.context, m, k, DType::bf16, x, &b, 1);
+    };
+    const auto us = compare_us(
+        device,
+        {[&] { cublas.product(false, CUDA_R_16BF, m, n, k, x, dense + ++at % copies * n * k, y); },
+         [&] { run(int4); },
+         [&] { run(nf4); }});
+    std::printf(
+        "quantised k %u n %u m %4u rank %u: cublas bf16 %.2f us, int4 %.2f us ratio %.3f, nf4 %.2f "
+        "us ratio %.3f\n",
+        k,
+        n,
+        m,
+        rank,
+        us[0],
+        us[1],
+        us[1] / us[0],
+        us[2],
+        us[2] / us[0]);
+    std::fflush(stdout);
+  }
+}
+
+/// Linears that share x in one call, beside one cuBLAS product for each.
+void bench_branches(uint32_t k, const std::vector<uint32_t>& n, uint32_t rank, uint32_t m) {
+  bench::Device device;
+  Cublas cublas(device.context.stream);
+  auto* x = device.normal<mlc::bf16>(size_t{m} * k, 1.0f);
+  auto* dx = device.normal<mlc::bf16>(size_t{m} * k, 1.0f);
+  constexpr size_t kCopies = 3;
+  std::vector<mlc::LoraBranch> branches[kCopies];
+  for (auto& list : branches) {
+    for (uint32_t columns : n) {
+      mlc::LoraBranch b;
+      b.weight = device.weight(columns, k, WeightFormat::bf16);
+      b.lora = device.lora(rank, columns, k);
+      b.y = device.normal<mlc::bf16>(size_t{m} * columns, 1.0f);
+      b.dy = device.normal<mlc::bf16>(size_t{m} * columns, 1.0f);
+      b.u = device.normal<float>(size_t{m} * rank, 1.0f);
+      b.u_saved = b.u;
+      b.da = device.normal<float>(size_t{rank} * k, 1.0f);
+      b.db = device.normal<float>(size_t{rank} * columns, 1.0f);
+      list.push_back(b);
+    }
+  }
+  size_t at = 0;
+  const auto base = [&](bool backward) {
+    for (const auto& b : branches[++at % kCopies]) {
+      const uint32_t columns = b.weight.params.n;
+      cublas.product(false, CUDA_R_16BF, m, columns, k, x, b.weight.data, b.y);
+      if (backward) cublas.product(true, CUDA_R_16BF, m, k, columns, b.dy, b.weight.data, dx);
+    }
+  };
+  const auto ours = [&](bool backward) {
+    const auto& list = branches[++at % kCopies];
+    mlc::lora_linear_forward(device.context, m, k, DType::bf16, x, list.data(), list.size());
+    if (!backward) return;
+    mlc::lora_linear_backward(device.context, m, k, DType::bf16, x, list.data(), list.size(), dx);
+  };
+  const auto us = compare_us(
+      device,
+      {[&] { base(false); }, [&] { ours(false); }, [&] { base(true); }, [&] { ours(true); }});
+  std::printf(
+      "%zu linears k %u n %u … m %u rank %u: forward %.2f us, base %.2f us, ratio %.3f; forward + "
+      "backward %.2f us, base %.2f us, ratio %.3f\n",
+      n.size(),
+      k,
+      n[0],
+      m,
+      rank,
+      us[1],
+      us[0],
+      us[1] / us[0],
+      us[3],
+      us[2],
+      us[3] / us[2]);
+  std::fflush(stdout);
 }
 
 /// What a linear is made of, each part on its own.
@@ -364,22 +463,27 @@ int main(int argc, char** argv) {
       bench_product<mlc::bf16>(DType::bf16, true, 4096, 4096, 4096);
       bench_product<mlc::bf16>(DType::bf16, false, 4096, 11008, 4096);
       bench_product<mlc::bf16>(DType::bf16, false, 512, 4096, 4096);
-      bench_product<mlc::bf16>(DType::bf16, false, 512, 4096, 4096, 2);
       bench_product<mlc::bf16>(DType::bf16, false, 64, 4096, 4096);
       bench_product<mlc::bf16>(DType::bf16, false, 4095, 4095, 4095);
       bench_product<float>(DType::f32, false, 4096, 4096, 4096);
       bench_product<float>(DType::f32, true, 4096, 4096, 4096);
       bench_product<float>(DType::f32, false, 512, 4096, 4096);
-      bench_product<float>(DType::f32, false, 512, 4096, 4096, 2);
     }
     if (wants("parts")) {
-      for (uint32_t m : {64u, 512u, 4096u}) bench_parts(4096, 4096, 16, m);
+      for (uint32_t m : {64u, 128u, 512u, 4096u}) bench_parts(4096, 4096, 16, m);
       bench_parts(4096, 11008, 16, 4096);
     }
     if (wants("linears")) {
       bench_linear(4096, 4096, {0, 8, 16, 64}, 0.0f);
       bench_linear(4096, 11008, {16}, 0.0f);
     }
+    if (wants("branches")) {
+      for (uint32_t m : {512u, 4096u}) {
+        bench_branches(4096, {4096, 1024, 1024}, 16, m);
+        bench_branches(4096, {11008, 11008}, 16, m);
+      }
+    }
+    if (wants("quantised")) bench_quantised(4096, 4096, 16);
     if (wants("dropout")) bench_linear(4096, 4096, {16}, 0.1f);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());

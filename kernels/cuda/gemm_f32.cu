@@ -5,7 +5,11 @@
 // of the pairs, whatever the tile. Operands are turned in shared memory so that a thread reads its
 // rows and columns as float4; the next step's values wait in registers meanwhile.
 //
-// Ladder: not measured yet.
+// Ladder (H100, beside cuBLAS's f32 without tf32 in the same run):
+//   4096 cubed: 42.5 TFLOP/s, 0.84 of cuBLAS, 0.64 of 67 (128 FFMA a cycle at the highest clock);
+//   right [k, n]: 43.9, 0.84
+//   m = 512, n = k = 4096: 64x64 tiles 29.1, 0.59; 128x128 36.0, 0.73
+// 80 % of the inner loop's instructions are FFMA; the rest of the distance is not profiled.
 #include "kernels/cuda/gemm_tiles.cuh"
 
 namespace metal_lora::cuda {
@@ -231,8 +235,8 @@ void launch(const Context& context, TiledGroup tiled) {
 
 void gemm_f32(const Context& context, const GemmGroup& group) {
   TiledGroup tiled = tile_group(group, 128);
-  const bool large = group.m > 64 && tiled.tiles_m * tiled.tiles_n >=
-                                         static_cast<uint32_t>(context.multiprocessors);
+  const bool large = group.m > 64 && 4 * tiled.tiles_m * tiled.tiles_n >=
+                                         3 * static_cast<uint32_t>(context.multiprocessors);
   if (!large) tiled = tile_group(group, 64);
   tiled.pairs_out = true;
   for (int i = 0; i < group.problems; ++i) {

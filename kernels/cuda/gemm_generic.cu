@@ -6,7 +6,17 @@
 // mma.sync. An element's sum is the same chain of mma whatever the tile, so that a row's result
 // does not depend on m.
 //
-// Ladder: not measured yet.
+// Ladder (H100, bf16, beside cuBLAS of the same run, which uses wgmma; medians, clocks fall under
+// load):
+//   m = n = k = 4096: 128x128, 4 stages of 32: 376 TFLOP/s, 0.47 of cuBLAS (another run 327, 0.43)
+//   the same, right [k, n]: 348, 0.46;  n = 11008: 362, 0.51
+//   m = 512, n = k = 4096: 64x64 tiles 241, 0.35; in a build with the loads below 209 and, with
+//   128x128 tiles, 249: so large ones from 3/4 of the machine on
+//   tried and dropped: 128x256 tiles of 8 warps (358, 0.46; n = 11008: 314, 0.43), loads of
+//   fragments between the products (329, 0.43)
+//   rows of odd length, 4095 cubed: 58 TFLOP/s; by way of gemm_stage.cu 537, 4.0 of cuBLAS
+// A100, for which it is meant, is not measured. On H100 mma.sync cannot reach wgmma's rate; the
+// next tenth would take knowing what its warps wait for (not profiled).
 #include <stdexcept>
 #include <string>
 
@@ -365,8 +375,8 @@ void run(const Context& context, const GemmGroup& group) {
   TiledGroup tiled = tile_group(group, 128);
   const bool aligned = find_units(tiled);
   // A large tile reads half as much; small ones fill the machine.
-  const bool large = group.m > 64 && tiled.tiles_m * tiled.tiles_n >=
-                                         static_cast<uint32_t>(context.multiprocessors);
+  const bool large = group.m > 64 && 4 * tiled.tiles_m * tiled.tiles_n >=
+                                         3 * static_cast<uint32_t>(context.multiprocessors);
   if (!large || !aligned) {
     tiled = tile_group(group, 64);
     find_units(tiled);

@@ -19,7 +19,7 @@ struct PackJob {
   uint32_t to_stride = 0;
 };
 struct PackCall {
-  static constexpr int kMaxJobs = 8;
+  static constexpr int kMaxJobs = 12;
   int jobs = 0;
   PackJob job[kMaxJobs];
 };
