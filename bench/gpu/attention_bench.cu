@@ -2,7 +2,8 @@
 // SPDX-License-Identifier: MIT
 //
 // Attention of a training step (packed segments, forward and backward) and of a decode step over
-// long caches. Argument: train or decode (none: both). attention_torch.py times PyTorch's on the same shapes.
+// long caches. Argument: train or decode (none: both). attention_torch.py times PyTorch's on the
+// same shapes.
 #include <cstring>
 
 #include "bench/gpu/bench.cuh"
@@ -45,22 +46,45 @@ void train(Device& device, const Training& t) {
   const auto forward = [&](int i) {
     const int c = i % kCopies;
     cuda::attention_forward(
-        device.context, p, qkv[c], qkv[c] + q_width, qkv[c] + q_width + kv_width, segment_start,
-        out[c], lse[c]);
+        device.context,
+        p,
+        qkv[c],
+        qkv[c] + q_width,
+        qkv[c] + q_width + kv_width,
+        segment_start,
+        out[c],
+        lse[c]);
   };
   const auto backward = [&](int i) {
     const int c = i % kCopies;
     cuda::attention_backward(
-        device.context, p, qkv[c], qkv[c] + q_width, qkv[c] + q_width + kv_width, segment_start,
-        out[c], lse[c], dout[c], dqkv[c], dqkv[c] + q_width, dqkv[c] + q_width + kv_width);
+        device.context,
+        p,
+        qkv[c],
+        qkv[c] + q_width,
+        qkv[c] + q_width + kv_width,
+        segment_start,
+        out[c],
+        lse[c],
+        dout[c],
+        dqkv[c],
+        dqkv[c] + q_width,
+        dqkv[c] + q_width + kv_width);
   };
   const double flops = 4.0 * t.segments * t.q_heads * t.head_dim * 0.5 * t.length * t.length;
   const float forward_us = graph_us(device, forward), backward_us = graph_us(device, backward);
   std::printf(
       "train %u x %u, heads %u/%u, dim %u: forward %.1f us %.0f TFLOP/s, backward %.1f us %.0f "
       "TFLOP/s\n",
-      t.segments, t.length, t.q_heads, t.kv_heads, t.head_dim, forward_us,
-      flops / forward_us * 1e-6, backward_us, 2.5 * flops / backward_us * 1e-6);
+      t.segments,
+      t.length,
+      t.q_heads,
+      t.kv_heads,
+      t.head_dim,
+      forward_us,
+      flops / forward_us * 1e-6,
+      backward_us,
+      2.5 * flops / backward_us * 1e-6);
 }
 
 void decode(Device& device, uint32_t queries, uint32_t keys, uint32_t capacity, uint32_t head_dim) {
@@ -89,8 +113,13 @@ void decode(Device& device, uint32_t queries, uint32_t keys, uint32_t capacity, 
         device.context, p, q, k[i % copies], v[i % copies], nullptr, out, nullptr, offset);
   });
   std::printf(
-      "decode %u of %u keys (capacity %u), heads 32/8, dim %u: %.2f us %.0f GB/s\n", queries, keys,
-      capacity, head_dim, us, 4.0 * keys * p.k_stride / us * 1e-3);
+      "decode %u of %u keys (capacity %u), heads 32/8, dim %u: %.2f us %.0f GB/s\n",
+      queries,
+      keys,
+      capacity,
+      head_dim,
+      us,
+      4.0 * keys * p.k_stride / us * 1e-3);
 }
 
 void copy_base(Device& device) {

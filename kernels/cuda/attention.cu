@@ -50,7 +50,7 @@ bool aligned(const void* p, size_t stride) {
 bool fits_tiles(const attention::Arguments& a) {
   const AttentionParams& p = a.p;
   return p.dtype != DType::f32 && p.head_dim % 8 == 0 && aligned(a.q, p.q_stride) &&
-      aligned(a.k, p.k_stride) && aligned(a.v, p.v_stride) && aligned(a.out, p.o_stride);
+         aligned(a.k, p.k_stride) && aligned(a.v, p.v_stride) && aligned(a.out, p.o_stride);
 }
 
 }  // namespace
@@ -100,7 +100,7 @@ void attention_backward(
   a.dk = dk;
   a.dv = dv;
   const bool tiled = fits_tiles(a) && p.head_dim <= 128 && aligned(dout, p.o_stride) &&
-      aligned(dq, p.q_stride) && aligned(dk, p.k_stride) && aligned(dv, p.v_stride);
+                     aligned(dq, p.q_stride) && aligned(dk, p.k_stride) && aligned(dv, p.v_stride);
   tiled ? attention::backward_tiled(context, a) : attention::backward_plain(context, a);
 }
 

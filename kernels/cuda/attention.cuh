@@ -31,9 +31,9 @@ struct Arguments {
   void* dk = nullptr;
   void* dv = nullptr;
   // Of the rows rounded up to kInfoRows; behind the last one infinity, 0 and INT_MAX.
-  float2* row_info = nullptr;   ///< [q_heads, rows]: logsumexp·log2(e), Σ dout·out
-  int32_t* row_first = nullptr; ///< [rows]: first key
-  int2* block_first = nullptr;  ///< per kInfoRows queries: smallest and largest first key
+  float2* row_info = nullptr;    ///< [q_heads, rows]: logsumexp·log2(e), Σ dout·out
+  int32_t* row_first = nullptr;  ///< [rows]: first key
+  int2* block_first = nullptr;   ///< per kInfoRows queries: smallest and largest first key
 };
 
 // Forms; `attention.cu` chooses.
@@ -66,27 +66,18 @@ __device__ __forceinline__ int first_key(const Arguments& a, int offset, int i) 
 __device__ __forceinline__ int last_key(const Arguments& a, int offset, int i) {
   return min(offset + i, static_cast<int>(a.p.kv_tokens) - 1);
 }
-/// Smallest and largest first key of queries [begin, end), by all threads of the block.
-__device__ __forceinline__ int2 first_keys(
-    const Arguments& a, int offset, int begin, int end, int (&shared)[2]) {
+/// Smallest and largest first key of queries [begin, end), the same in every lane: each warp reads
+/// them itself, which is faster than waiting for another one.
+__device__ __forceinline__ int2 first_keys(const Arguments& a, int offset, int begin, int end) {
   if (a.segment_start == nullptr) {  // rises with i
     return make_int2(first_key(a, offset, begin), first_key(a, offset, end - 1));
   }
-  if (threadIdx.x == 0) shared[0] = INT_MAX, shared[1] = 0;
-  __syncthreads();
   int low = INT_MAX, high = 0;
-  for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += blockDim.x) {
+  for (int i = begin + static_cast<int>(threadIdx.x) % 32; i < end; i += 32) {
     const int first = first_key(a, offset, i);
     low = min(low, first), high = max(high, first);
   }
-  low = __reduce_min_sync(0xffffffffu, low);
-  high = __reduce_max_sync(0xffffffffu, high);
-  if (threadIdx.x % 32 == 0) {
-    atomicMin(&shared[0], low);
-    atomicMax(&shared[1], high);
-  }
-  __syncthreads();
-  return make_int2(shared[0], shared[1]);
+  return make_int2(__reduce_min_sync(0xffffffffu, low), __reduce_max_sync(0xffffffffu, high));
 }
 
 // ---- tiles: rows of kDim 16-bit elements, 16-byte chunks swizzled by the row ----

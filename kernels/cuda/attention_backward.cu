@@ -65,7 +65,13 @@ __device__ __forceinline__ void multiply_columns(
 }
 template <typename T, int kDim>
 __device__ __forceinline__ void store_sums(
-    void* to, size_t stride, int row, int rows, int head_dim, const float (&sums)[kDim / 8][4], float scale) {
+    void* to,
+    size_t stride,
+    int row,
+    int rows,
+    int head_dim,
+    const float (&sums)[kDim / 8][4],
+    float scale) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -126,8 +132,8 @@ __device__ __forceinline__ void keys_block(
         head_dim);
     if (threadIdx.x < kRows) {
       const int i = row + threadIdx.x;
-      auto* info = reinterpret_cast<float2*>(
-          generic_stages + stage * S::kStageBytes + 2 * S::kTileBytes);
+      auto* info =
+          reinterpret_cast<float2*>(generic_stages + stage * S::kStageBytes + 2 * S::kTileBytes);
       info[threadIdx.x] = a.row_info[static_cast<size_t>(head) * padded_rows(a) + i];
       reinterpret_cast<int*>(info + kRows)[threadIdx.x] = a.row_first[i];
     }
@@ -164,7 +170,7 @@ __device__ __forceinline__ void keys_block(
     multiply_rows<T, kDim>(s, k_tile, warp * 16, q_tile);
     multiply_rows<T, kDim>(dp, v_tile, warp * 16, do_tile);
     const bool partly = begin + kRows - 1 > offset + block * kRows ||
-        begin < a.block_first[block].y || (block + 1) * kRows > tokens;
+                        begin < a.block_first[block].y || (block + 1) * kRows > tokens;
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n) {
 #pragma unroll
@@ -297,8 +303,7 @@ __device__ __forceinline__ void queries_block(
 }
 
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
-    backward_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2) backward_kernel(const Arguments a) {
   extern __shared__ __align__(1024) uint8_t memory[];
   begin_dependent();
   const int key_blocks = (a.p.kv_tokens + kRows - 1) / kRows;
@@ -326,11 +331,10 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 3 : 2)
 template <typename T>
 __global__ void __launch_bounds__(256) prepare_kernel(const Arguments a) {
   begin_dependent();
-  __shared__ int reduced[2];
   const int tokens = a.p.q_tokens, head = blockIdx.y, lane = threadIdx.x % 8;
   const int begin = blockIdx.x * kRows;
   if (head == 0) {
-    const int2 range = first_keys(a, a.p.kv_offset, begin, min(begin + kRows, tokens), reduced);
+    const int2 range = first_keys(a, a.p.kv_offset, begin, min(begin + kRows, tokens));
     if (threadIdx.x == 0) a.block_first[blockIdx.x] = range;
     if (threadIdx.x < kRows) {
       const int i = begin + threadIdx.x;
@@ -406,8 +410,8 @@ void backward_tiled(const Context& context, const Arguments& arguments) {
   const size_t rows = padded_rows(a);
   a.row_info = static_cast<float2*>(context.scratch->take(rows * a.p.q_heads * sizeof(float2)));
   a.row_first = static_cast<int32_t*>(context.scratch->take(rows * sizeof(int32_t)));
-  a.block_first = static_cast<int2*>(
-      context.scratch->take((a.p.q_tokens + kRows - 1) / kRows * sizeof(int2)));
+  a.block_first =
+      static_cast<int2*>(context.scratch->take((a.p.q_tokens + kRows - 1) / kRows * sizeof(int2)));
   a.p.dtype == DType::bf16 ? run<bf16>(context, a) : run<f16>(context, a);
 }
 

@@ -6,6 +6,13 @@
 // that share a kv head are the rows of one product. How many keys a block takes follows from the
 // position alone, so that a position's sums always have the same order. The last block to finish
 // adds the partial sums up.
+//
+// Ladder, H100, bf16, 1 query, 32/8 heads, dim 64, 1024 / 8192 / 32768 keys:
+//   two launches                     6.7 / 15.1 / 32.7 us
+//   the last block combines          6.6 / 13.2 / 30.5 us
+//   eight warps a block              6.3 / 12.1 / 29.0 us (2.3 TB/s; a copy moves 2.4)
+// An empty launch is 1.15 us, partial sums and their ticket are 1.4, adding them up 1.7; a cluster
+// that combines through shared memory could save about 1.5.
 #include <algorithm>
 
 #include "kernels/cuda/attention_forward.cuh"

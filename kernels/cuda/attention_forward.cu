@@ -44,9 +44,8 @@ __device__ __forceinline__ void store_rows(
             mma::pack2<T>(o[m][n][2 * half] * inverse, o[m][n][2 * half + 1] * inverse);
       }
       if (a.logsumexp != nullptr && lane % 4 == 0) {
-        a.logsumexp[static_cast<size_t>(head) * a.p.q_tokens + i] = sum == 0.0f
-            ? -INFINITY
-            : (state.top[m][half] * scale + __log2f(sum)) * (1.0f / kLog2e);
+        a.logsumexp[static_cast<size_t>(head) * a.p.q_tokens + i] =
+            sum == 0.0f ? -INFINITY : (state.top[m][half] * scale + __log2f(sum)) * (1.0f / kLog2e);
       }
     }
   }
@@ -57,7 +56,6 @@ __global__ void __launch_bounds__(Tile::kThreads) forward_kernel(const Arguments
   constexpr int kDim = Tile::kDim, kKeys = Tile::kKeys, kRows = Tile::kRows;
   constexpr int kBlocks = kKeys / 8, kOut = kDim / 8, kTileBytes = kKeys * kDim * 2;
   extern __shared__ __align__(1024) uint8_t memory[];
-  __shared__ int reduced[2];
   const uint32_t queries = mma::shared_address(memory);
   const uint32_t stages = queries + Tile::kQueries * kDim * 2;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -67,7 +65,7 @@ __global__ void __launch_bounds__(Tile::kThreads) forward_kernel(const Arguments
   begin_dependent();
 
   const int offset = offset_of(a), end = min(begin + Tile::kQueries, tokens);
-  const int2 firsts = first_keys(a, offset, begin, end, reduced);
+  const int2 firsts = first_keys(a, offset, begin, end);
   const int last = last_key(a, offset, end - 1);
   const auto* q = static_cast<const uint16_t*>(a.q) + head * head_dim;
   const auto* k = static_cast<const uint16_t*>(a.k) + kv_head * head_dim;

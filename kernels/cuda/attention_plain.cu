@@ -9,8 +9,8 @@ namespace metal_lora::cuda::attention {
 namespace {
 
 constexpr int kRows = 32, kThreads = 256, kLanes = kThreads / kRows;  // of one row
-constexpr int kColumns = kRows / kLanes;     ///< scores of one thread
-constexpr int kMaxSums = 256 / kLanes;       ///< of one thread's row
+constexpr int kColumns = kRows / kLanes;                              ///< scores of one thread
+constexpr int kMaxSums = 256 / kLanes;                                ///< of one thread's row
 constexpr int kPitch = kRows + 1;
 
 struct Thread {
@@ -28,18 +28,27 @@ __device__ __forceinline__ float row_max(float v) {
 }
 
 /// An odd pitch: neighbouring rows lie in different banks.
-__device__ __forceinline__ int pitch_of(const Arguments& a) { return a.p.head_dim | 1; }
+__device__ __forceinline__ int pitch_of(const Arguments& a) {
+  return a.p.head_dim | 1;
+}
 
 template <typename T>
 __device__ void load_rows(
-    const Arguments& a, float* tile, const void* from, size_t stride, int head, int begin, int end) {
+    const Arguments& a,
+    float* tile,
+    const void* from,
+    size_t stride,
+    int head,
+    int begin,
+    int end) {
   const int head_dim = a.p.head_dim, pitch = pitch_of(a);
   for (int at = threadIdx.x; at < kRows * head_dim; at += kThreads) {
     const int row = at / head_dim, column = at % head_dim;
-    tile[row * pitch + column] = begin + row < end
-        ? to_float(static_cast<const T*>(from)
-                       [(begin + row) * stride + static_cast<size_t>(head) * head_dim + column])
-        : 0.0f;
+    tile[row * pitch + column] =
+        begin + row < end
+            ? to_float(static_cast<const T*>(
+                  from)[(begin + row) * stride + static_cast<size_t>(head) * head_dim + column])
+            : 0.0f;
   }
 }
 template <typename T>
@@ -96,14 +105,13 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const Arguments a) {
   extern __shared__ float memory[];
   __shared__ float p[kRows * kPitch];
-  __shared__ int reduced[2];
   begin_dependent();
   const Thread t;
   const int head_dim = a.p.head_dim, pitch = pitch_of(a), tokens = a.p.q_tokens;
   const int begin = blockIdx.x * kRows, head = blockIdx.y, i = begin + t.row;
   const int kv_head = head / (a.p.q_heads / a.p.kv_heads), offset = offset_of(a);
   float *q = memory, *k = q + kRows * pitch, *v = k + kRows * pitch;
-  const int2 firsts = first_keys(a, offset, begin, min(begin + kRows, tokens), reduced);
+  const int2 firsts = first_keys(a, offset, begin, min(begin + kRows, tokens));
   const int last = last_key(a, offset, min(begin + kRows, tokens) - 1);
   const int first_mine = i < tokens ? first_key(a, offset, i) : INT_MAX;
   const int last_mine = last_key(a, offset, i);
@@ -164,8 +172,7 @@ __device__ float2 row_info(const Arguments& a, int head, int i) {
     }
   }
   sum = row_sum(sum);
-  const float lse =
-      there ? a.logsumexp[static_cast<size_t>(head) * a.p.q_tokens + i] : -INFINITY;
+  const float lse = there ? a.logsumexp[static_cast<size_t>(head) * a.p.q_tokens + i] : -INFINITY;
   return make_float2(lse == -INFINITY ? INFINITY : lse * kLog2e, sum);
 }
 
@@ -173,14 +180,13 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) queries_kernel(const Arguments a) {
   extern __shared__ float memory[];
   __shared__ float ds[kRows * kPitch];
-  __shared__ int reduced[2];
   begin_dependent();
   const Thread t;
   const int head_dim = a.p.head_dim, pitch = pitch_of(a), tokens = a.p.q_tokens;
   const int begin = blockIdx.x * kRows, head = blockIdx.y, i = begin + t.row;
   const int kv_head = head / (a.p.q_heads / a.p.kv_heads), offset = a.p.kv_offset;
   float *q = memory, *g = q + kRows * pitch, *k = g + kRows * pitch, *v = k + kRows * pitch;
-  const int2 firsts = first_keys(a, offset, begin, min(begin + kRows, tokens), reduced);
+  const int2 firsts = first_keys(a, offset, begin, min(begin + kRows, tokens));
   const int last = last_key(a, offset, min(begin + kRows, tokens) - 1);
   const int first_mine = i < tokens ? first_key(a, offset, i) : INT_MAX;
   load_rows<T>(a, q, a.q, a.p.q_stride, head, begin, tokens);
@@ -215,7 +221,7 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(const Arguments a) {
   extern __shared__ float memory[];
   __shared__ float p[kRows * kPitch], ds[kRows * kPitch];
   __shared__ float2 infos[kRows];
-  __shared__ int reduced[2], first_of[kRows];
+  __shared__ int first_of[kRows];
   begin_dependent();
   const Thread t;
   const int head_dim = a.p.head_dim, pitch = pitch_of(a), tokens = a.p.q_tokens;
@@ -227,7 +233,7 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(const Arguments a) {
   float dk[kMaxSums] = {}, dv[kMaxSums] = {};
   for (int row = max(begin - offset, 0) / kRows * kRows; row < tokens; row += kRows) {
     __syncthreads();
-    const int2 firsts = first_keys(a, offset, row, min(row + kRows, tokens), reduced);
+    const int2 firsts = first_keys(a, offset, row, min(row + kRows, tokens));
     if (firsts.x >= begin + kRows) continue;
     for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       __syncthreads();
@@ -262,7 +268,9 @@ __global__ void __launch_bounds__(kThreads) keys_kernel(const Arguments a) {
 size_t shared_bytes(const Arguments& a, int tiles) {
   return tiles * kRows * size_t{a.p.head_dim | 1} * sizeof(float);
 }
-uint32_t blocks_of(uint32_t rows) { return (rows + kRows - 1) / kRows; }
+uint32_t blocks_of(uint32_t rows) {
+  return (rows + kRows - 1) / kRows;
+}
 
 }  // namespace
 

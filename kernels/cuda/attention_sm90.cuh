@@ -14,10 +14,10 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-#define METAL_LORA_F16(i)                                                                   \
-  "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]), "+f"(d[i + 1][0]),            \
-      "+f"(d[i + 1][1]), "+f"(d[i + 1][2]), "+f"(d[i + 1][3]), "+f"(d[i + 2][0]),           \
-      "+f"(d[i + 2][1]), "+f"(d[i + 2][2]), "+f"(d[i + 2][3]), "+f"(d[i + 3][0]),           \
+#define METAL_LORA_F16(i)                                                         \
+  "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3]), "+f"(d[i + 1][0]),  \
+      "+f"(d[i + 1][1]), "+f"(d[i + 1][2]), "+f"(d[i + 1][3]), "+f"(d[i + 2][0]), \
+      "+f"(d[i + 2][1]), "+f"(d[i + 2][2]), "+f"(d[i + 2][3]), "+f"(d[i + 3][0]), \
       "+f"(d[i + 3][1]), "+f"(d[i + 3][2]), "+f"(d[i + 3][3])
 #define METAL_LORA_LIST32                                                          \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
@@ -26,13 +26,19 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   METAL_LORA_LIST32                                                                       \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52," \
   "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define METAL_LORA_WGMMA_REGISTERS(n, type, list, a0, a1, a2, a3, b, p, t, ...)              \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #p ", 0;\n"                          \
-               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" list     \
-               "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", add, 1, 1, %" #t ";\n}"   \
-               : __VA_ARGS__                                                                 \
-               : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right),         \
-                 "r"(accumulate), "n"(kRightMajorN))
+#define METAL_LORA_WGMMA_REGISTERS(n, type, list, a0, a1, a2, a3, b, p, t, ...)            \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #p                                 \
+               ", 0;\n"                                                                    \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" list   \
+               "}, {%" #a0 ",%" #a1 ",%" #a2 ",%" #a3 "}, %" #b ", add, 1, 1, %" #t ";\n}" \
+               : __VA_ARGS__                                                               \
+               : "r"(left[0]),                                                             \
+                 "r"(left[1]),                                                             \
+                 "r"(left[2]),                                                             \
+                 "r"(left[3]),                                                             \
+                 "l"(right),                                                               \
+                 "r"(accumulate),                                                          \
+                 "n"(kRightMajorN))
 
 /// d [64, 8·kBlocks] (+)= left [64, 16], each warp's 16 rows as mma.sync's, · right.
 template <typename T, int kRightMajorN, int kBlocks>
@@ -43,31 +49,76 @@ __device__ __forceinline__ void wgmma_registers(
   if constexpr (kBlocks == 8) {
     if constexpr (kBf16) {
       METAL_LORA_WGMMA_REGISTERS(
-          64, "bf16", METAL_LORA_LIST32, 32, 33, 34, 35, 36, 37, 38, METAL_LORA_F16(0),
+          64,
+          "bf16",
+          METAL_LORA_LIST32,
+          32,
+          33,
+          34,
+          35,
+          36,
+          37,
+          38,
+          METAL_LORA_F16(0),
           METAL_LORA_F16(4));
     } else {
       METAL_LORA_WGMMA_REGISTERS(
-          64, "f16", METAL_LORA_LIST32, 32, 33, 34, 35, 36, 37, 38, METAL_LORA_F16(0),
+          64,
+          "f16",
+          METAL_LORA_LIST32,
+          32,
+          33,
+          34,
+          35,
+          36,
+          37,
+          38,
+          METAL_LORA_F16(0),
           METAL_LORA_F16(4));
     }
   } else {
     if constexpr (kBf16) {
       METAL_LORA_WGMMA_REGISTERS(
-          128, "bf16", METAL_LORA_LIST64, 64, 65, 66, 67, 68, 69, 70, METAL_LORA_F16(0),
-          METAL_LORA_F16(4), METAL_LORA_F16(8), METAL_LORA_F16(12));
+          128,
+          "bf16",
+          METAL_LORA_LIST64,
+          64,
+          65,
+          66,
+          67,
+          68,
+          69,
+          70,
+          METAL_LORA_F16(0),
+          METAL_LORA_F16(4),
+          METAL_LORA_F16(8),
+          METAL_LORA_F16(12));
     } else {
       METAL_LORA_WGMMA_REGISTERS(
-          128, "f16", METAL_LORA_LIST64, 64, 65, 66, 67, 68, 69, 70, METAL_LORA_F16(0),
-          METAL_LORA_F16(4), METAL_LORA_F16(8), METAL_LORA_F16(12));
+          128,
+          "f16",
+          METAL_LORA_LIST64,
+          64,
+          65,
+          66,
+          67,
+          68,
+          69,
+          70,
+          METAL_LORA_F16(0),
+          METAL_LORA_F16(4),
+          METAL_LORA_F16(8),
+          METAL_LORA_F16(12));
     }
   }
 }
-#define METAL_LORA_WGMMA_SHARED(type)                                                       \
-  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                            \
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                  \
-               " {" METAL_LORA_LIST32 "}, %32, %33, add, 1, 1, 0, 0;\n}"                    \
-               : METAL_LORA_F16(0), METAL_LORA_F16(4)                                       \
-               : "l"(left), "l"(right), "r"(accumulate))
+#define METAL_LORA_WGMMA_SHARED(type)                                                    \
+  asm volatile(                                                                          \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                   \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" METAL_LORA_LIST32 \
+      "}, %32, %33, add, 1, 1, 0, 0;\n}"                                                 \
+      : METAL_LORA_F16(0), METAL_LORA_F16(4)                                             \
+      : "l"(left), "l"(right), "r"(accumulate))
 
 /// d [64, 64] (+)= left [64, 16] · right^T, both in shared memory.
 template <typename T>

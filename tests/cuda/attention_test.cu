@@ -17,7 +17,9 @@ using host::AttentionValues;
 using host::Shape;
 using test::DeviceBuffer;
 
-size_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+size_t size_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
 
 std::vector<uint8_t> encode(DType dtype, const std::vector<float>& x) {
   std::vector<uint8_t> bytes(x.size() * size_of(dtype));
@@ -90,18 +92,37 @@ struct Problem {
     AttentionParams params = p;
     if (offset_on_device) params.kv_offset = 77777;
     attention_forward(
-        device.context(), params, dev_q.get(), dev_k.get(), dev_v.get(),
-        starts.get<const int32_t>(), out.get(), lse.get<float>(),
+        device.context(),
+        params,
+        dev_q.get(),
+        dev_k.get(),
+        dev_v.get(),
+        starts.get<const int32_t>(),
+        out.get(),
+        lse.get<float>(),
         offset_on_device ? offset.get<const int32_t>() : nullptr);
     if (backward) {
       attention_backward(
-          device.context(), p, dev_q.get(), dev_k.get(), dev_v.get(), starts.get<const int32_t>(),
-          out.get(), lse.get<const float>(), dev_dout.get(), dq.get(), dk.get(), dv.get());
+          device.context(),
+          p,
+          dev_q.get(),
+          dev_k.get(),
+          dev_v.get(),
+          starts.get<const int32_t>(),
+          out.get(),
+          lse.get<const float>(),
+          dev_dout.get(),
+          dq.get(),
+          dk.get(),
+          dv.get());
     }
     device.finish();
     return {
-        out.download<uint8_t>(), lse.download<uint8_t>(), dq.download<uint8_t>(),
-        dk.download<uint8_t>(), dv.download<uint8_t>()};
+        out.download<uint8_t>(),
+        lse.download<uint8_t>(),
+        dq.download<uint8_t>(),
+        dk.download<uint8_t>(),
+        dv.download<uint8_t>()};
   }
 
   Shape shape;
@@ -111,9 +132,9 @@ struct Problem {
 
 std::string name_of(const Shape& s, DType dtype) {
   return "q " + std::to_string(s.q_tokens) + " kv " + std::to_string(s.kv_tokens) + " heads " +
-      std::to_string(s.q_heads) + "/" + std::to_string(s.kv_heads) + " dim " +
-      std::to_string(s.head_dim) + " offset " + std::to_string(s.kv_offset) + " window " +
-      std::to_string(s.window) + " dtype " + std::to_string(static_cast<int>(dtype));
+         std::to_string(s.q_heads) + "/" + std::to_string(s.kv_heads) + " dim " +
+         std::to_string(s.head_dim) + " offset " + std::to_string(s.kv_offset) + " window " +
+         std::to_string(s.window) + " dtype " + std::to_string(static_cast<int>(dtype));
 }
 
 /// Elements between tokens belong to nobody: they must be as they were.
@@ -145,8 +166,7 @@ void check_case(const Shape& s, DType dtype, uint32_t seed, bool offset_on_devic
   EXPECT_TRUE(got == r.run(backward, offset_on_device)) << what << " differs between two runs";
   const host::Reference want(s, r.values(), rounding_of(dtype));
   expect_rows(r, got.out, r.p.o_stride, s.q_heads, want.out, want.out_bound, what + " out");
-  host::expect_within(
-      decode(DType::f32, got.lse), want.lse, want.lse_bound, what + " logsumexp");
+  host::expect_within(decode(DType::f32, got.lse), want.lse, want.lse_bound, what + " logsumexp");
   if (!backward) return;
   expect_rows(r, got.dq, r.p.q_stride, s.q_heads, want.dq, want.dq_bound, what + " dq");
   expect_rows(r, got.dk, r.p.k_stride, s.kv_heads, want.dk, want.dk_bound, what + " dk");
@@ -169,7 +189,7 @@ TEST(CudaAttention, MatchesF64) {
       {257, 257, 1, 1, 128, 0, 100, {}, 8},
       {70, 70, 1, 1, 40, 0, 17, {}, 1},  // window
       {150, 150, 2, 1, 32, 0, 70, segment_starts({149, 1}), 8},
-      {40, 107, 4, 2, 64, 67, 0, {}},  // cached prefill
+      {40, 107, 4, 2, 64, 67, 0, {}},     // cached prefill
       {129, 300, 3, 1, 64, 150, 64, {}},  // and keys behind the end
       {12, 300, 3, 1, 32, 288, 64, {}},
       {3, 1100, 3, 1, 64, 1097, 0, {}},
@@ -193,12 +213,18 @@ TEST(CudaAttention, MatchesF64) {
 TEST(CudaAttention, DecodesFromACache) {
   METAL_LORA_NEEDS_GPU();
   const std::vector<Shape> shapes = {
-      {1, 4000, 8, 2, 64, 0, 0, {}},      {1, 4000, 8, 2, 64, 31, 0, {}},
-      {1, 4000, 4, 1, 64, 1999, 0, {}},   {1, 1500, 8, 8, 128, 1300, 0, {}},
-      {1, 1500, 3, 1, 256, 1300, 0, {}},  {4, 1500, 8, 2, 64, 1496, 0, {}},
-      {16, 1500, 8, 1, 64, 700, 0, {}},   {7, 1500, 6, 2, 80, 900, 333, {}},
-      {2, 600, 4, 4, 32, 127, 0, {}, 8},  {3, 600, 4, 2, 33, 300, 0, {}},
-      {100, 900, 4, 2, 64, 300, 0, {}},   {17, 900, 4, 2, 128, 500, 50, {}},
+      {1, 4000, 8, 2, 64, 0, 0, {}},
+      {1, 4000, 8, 2, 64, 31, 0, {}},
+      {1, 4000, 4, 1, 64, 1999, 0, {}},
+      {1, 1500, 8, 8, 128, 1300, 0, {}},
+      {1, 1500, 3, 1, 256, 1300, 0, {}},
+      {4, 1500, 8, 2, 64, 1496, 0, {}},
+      {16, 1500, 8, 1, 64, 700, 0, {}},
+      {7, 1500, 6, 2, 80, 900, 333, {}},
+      {2, 600, 4, 4, 32, 127, 0, {}, 8},
+      {3, 600, 4, 2, 33, 300, 0, {}},
+      {100, 900, 4, 2, 64, 300, 0, {}},
+      {17, 900, 4, 2, 128, 500, 50, {}},
   };
   uint32_t seed = 1001;
   for (const Shape& s : shapes) {
