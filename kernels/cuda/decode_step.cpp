@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "kernels/cuda/decode_parts.h"
+#include "kernels/cuda/stage_scratch.h"
 
 namespace metal_lora::cuda {
 namespace {
@@ -25,23 +26,6 @@ size_t aligned(size_t bytes) {
 size_t bytes_of(DType dtype) {
   return dtype == DType::f32 ? 4 : 2;
 }
-
-/// What each call takes anew from one region; the stream orders the calls.
-class StageScratch final : public Scratch {
- public:
-  explicit StageScratch(char* base) : base_(base) {}
-  void* take(size_t bytes) override {
-    if (used_ + aligned(bytes) > kStageScratchBytes) {
-      throw std::length_error("[decode_step] a kernel wants more scratch than there is");
-    }
-    return base_ + std::exchange(used_, used_ + aligned(bytes));
-  }
-  void reset() { used_ = 0; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 }  // namespace
 
@@ -90,7 +74,7 @@ class DecodeStep::Run {
         l_(step.layout()),
         key_(key),
         base_(static_cast<char*>(key.workspace)),
-        stage_(base_ + l_.stage),
+        stage_(base_ + l_.stage, kStageScratchBytes, nullptr),
         context_(context) {
     context_.scratch = &stage_;
   }

@@ -1,219 +1,29 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// Memory of a step (bf16, per token and layer, Llama's geometry with 8 KiB of dims): the residual
-// stream before each half (2), rotated q, k and v, the attention's output, gate and up: 50 KiB for
-// dims 2048 and ffn 8192. Norms' outputs (8 KiB) and SwiGLU's (16 KiB) are kept where there is room
-// and made again where not.
-#include "kernels/cuda/train_step.h"
-
+// Ladder (1.07 B geometry, 4 x 1024 tokens, rank 16, bf16, H100; ms a step, of which about 24 are
+// products at 690 TFLOP/s):
+//   first whole step                                                    43.6   94,000 tokens/s
+//   norms' and SwiGLU's outputs kept where memory allows, loss in one read   41.3
+//   attention's backward by wgmma, rope a token a block                 40.7   100,600 tokens/s
+//   u and v made inside the products: not measured in the step (a product with its own shrink costs
+//   1.02 of the bare one instead of 1.12)
+// The next 10 %: SwiGLU in the epilogues of the gate and up product and of down's dx (saves reading
+// 134 MB a layer twice, about 1.4 ms), dB beside v in one read of dy (1 ms), the residual read
+// ahead of o's and down's epilogue (0.5 ms).
 #include <algorithm>
-#include <array>
 #include <span>
 
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/lora_quantized.h"
-#include "kernels/cuda/pack_adapter.h"
+#include "kernels/cuda/stage_scratch.h"
+#include "kernels/cuda/train_layout.h"
 
 namespace metal_lora::cuda {
-namespace {
-
-constexpr size_t kElement = 2;  // bytes of a bf16 or f16
-constexpr size_t kLossScratchBytes = size_t{320} << 20;
-constexpr size_t kStageScratchBytes = size_t{64} << 20;
-
-size_t aligned(size_t bytes) {
-  return (bytes + 255) / 256 * 256;
-}
-
-/// Ranks are padded in the 16-bit copies, so that every row starts on 16 bytes.
-uint32_t padded(uint32_t rank) {
-  return (rank + 7) / 8 * 8;
-}
-
-/// Gives out offsets.
-class Bump {
- public:
-  explicit Bump(size_t start = 0) : at_(start) {}
-  size_t take(size_t bytes) {
-    const size_t offset = at_;
-    at_ += aligned(bytes);
-    return offset;
-  }
-  size_t end() const { return at_; }
-
- private:
-  size_t at_;
-};
-
-/// What one kernel call takes, from a fixed region; more than that from the caller's.
-class StageScratch final : public Scratch {
- public:
-  StageScratch(char* base, size_t bytes, Scratch* beyond)
-      : base_(base), bytes_(bytes), beyond_(beyond) {}
-  void* take(size_t bytes) override {
-    const size_t size = aligned(bytes);
-    if (used_ + size > bytes_) return beyond_->take(bytes);
-    void* p = base_ + used_;
-    used_ += size;
-    return p;
-  }
-  /// Between calls: the stream orders them.
-  void reset() { used_ = 0; }
-
- private:
-  char* base_;
-  size_t bytes_;
-  Scratch* beyond_;
-  size_t used_ = 0;
-};
-
-std::array<const TrainLinear*, 7> linears_of(const TrainLayer& layer) {
-  return {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down};
-}
-
-bool is_dense(const WeightParams& w, DType dtype) {
-  return w.format == (dtype == DType::bf16 ? WeightFormat::bf16 : WeightFormat::f16);
-}
-
-enum Slot { kQ, kK, kV, kO, kGate, kUp, kDown, kSlots };
-
-/// Linears with the same input: the first and how many.
-constexpr std::pair<int, int> kGroups[] = {{kQ, 3}, {kO, 1}, {kGate, 2}, {kDown, 1}};
-
-}  // namespace
-
-/// Offsets into the workspace.
-struct TrainStep::Layout {
-  struct Layer {
-    size_t h = 0, qkv = 0, attended = 0, logsumexp = 0, h2 = 0;
-    size_t gate_up = 0, x1 = 0, x2 = 0, act = 0;
-    bool keeps_gate_up = false, keeps_norms = false, keeps_act = false;
-    std::array<size_t, kSlots> u{};  ///< linears with one input: columns of one matrix
-    std::array<uint32_t, kSlots> u_stride{};
-  };
-  size_t packed = 0, flags = 0, rope = 0, final_h = 0, normed = 0, d_normed = 0;
-  std::vector<Layer> layers;
-  // One at a time.
-  size_t loss_scratch = 0;
-  size_t d_act = 0, d_attended = 0, d_qkv = 0, d_x = 0;
-  std::array<size_t, 2> d_h{};
-  std::array<size_t, kSlots> v{};
-  size_t dense = 0, dense_bytes = 0;
-  size_t stage = 0;
-  size_t bytes = 0;
-  // Of the packed adapters, in elements.
-  std::vector<std::array<PackedAdapter, kSlots>> adapters;
-};
-
-TrainStep::Layout TrainStep::layout() const {
-  const auto& m = model_;
-  const size_t t = max_tokens_;
-  const size_t qkv_width = (m.q_heads + 2 * m.kv_heads) * size_t{m.head_dim};
-  const size_t q_width = m.q_heads * size_t{m.head_dim};
-  Layout l;
-  Bump bump;
-  size_t packed = 0;
-  for (const auto& layer : m.layers) {
-    auto& adapters = l.adapters.emplace_back();
-    const auto linears = linears_of(layer);
-    for (int s = 0; s < kSlots; ++s) {
-      const auto& linear = *linears[s];
-      auto& p = adapters[s];
-      p.rank = linear.rank;
-      p.padded_rank = padded(linear.rank);
-      p.in = linear.weight.params.k;
-      p.out = linear.weight.params.n;
-      p.from_a = linear.a;
-      p.from_b = linear.b;
-      p.to_a = packed;
-      packed += aligned(size_t{p.padded_rank} * p.in * kElement) / kElement;
-      p.to_b = packed;
-      packed += aligned(size_t{p.padded_rank} * p.out * kElement) / kElement;
-    }
-  }
-  l.packed = bump.take(packed * kElement);
-  l.flags = bump.take(gemm_flag_count(max_tokens_) * sizeof(uint32_t));
-  l.rope = bump.take(t * m.head_dim * sizeof(float));
-  // One for all layers that do not keep their own.
-  const auto shared = [&](uint32_t kept, size_t bytes) {
-    return kept < m.layers.size() ? bump.take(bytes) : 0;
-  };
-  const size_t wide_bytes = t * m.ffn * kElement, dims_bytes = t * m.dims * kElement;
-  const size_t gate_up = shared(kept_.gate_up, 2 * wide_bytes);
-  const size_t x1 = shared(kept_.norms, dims_bytes), x2 = shared(kept_.norms, dims_bytes);
-  const size_t act = shared(kept_.act, wide_bytes);
-  for (size_t i = 0; i < m.layers.size(); ++i) {
-    auto& layer = l.layers.emplace_back();
-    const size_t from_last = m.layers.size() - 1 - i;
-    layer.keeps_gate_up = from_last < kept_.gate_up;
-    layer.keeps_norms = from_last < kept_.norms;
-    layer.keeps_act = from_last < kept_.act;
-    layer.gate_up = layer.keeps_gate_up ? bump.take(2 * wide_bytes) : gate_up;
-    layer.x1 = layer.keeps_norms ? bump.take(dims_bytes) : x1;
-    layer.x2 = layer.keeps_norms ? bump.take(dims_bytes) : x2;
-    layer.act = layer.keeps_act ? bump.take(wide_bytes) : act;
-    layer.h = bump.take(t * m.dims * kElement);
-    layer.qkv = bump.take(t * qkv_width * kElement);
-    layer.attended = bump.take(t * q_width * kElement);
-    layer.logsumexp = bump.take(t * m.q_heads * sizeof(float));
-    layer.h2 = bump.take(t * m.dims * kElement);
-    for (const auto& [first, count] : kGroups) {
-      uint32_t width = 0;
-      for (int s = first; s < first + count; ++s) width += l.adapters[i][s].padded_rank;
-      size_t column = bump.take(t * width * kElement);
-      for (int s = first; s < first + count; ++s) {
-        layer.u[s] = column;
-        layer.u_stride[s] = width;
-        column += l.adapters[i][s].padded_rank * kElement;
-      }
-    }
-  }
-  l.final_h = bump.take(t * m.dims * kElement);
-  l.normed = bump.take(t * m.dims * kElement);
-  l.d_normed = bump.take(t * m.dims * kElement);
-
-  Bump loss(bump.end());
-  l.loss_scratch = loss.take(kLossScratchBytes);
-  Bump backward(bump.end());
-  l.d_act = backward.take(t * m.ffn * kElement);
-  l.d_attended = backward.take(t * q_width * kElement);
-  l.d_qkv = backward.take(t * qkv_width * kElement);
-  l.d_x = backward.take(t * m.dims * kElement);
-  for (auto& d_h : l.d_h) d_h = backward.take(t * m.dims * kElement);
-  for (int s = 0; s < kSlots; ++s) {
-    uint32_t rank = 0;
-    for (const auto& adapters : l.adapters) rank = std::max(rank, adapters[s].padded_rank);
-    l.v[s] = backward.take(t * rank * kElement);
-  }
-  Bump last(std::max(loss.end(), backward.end()));
-
-  for (const auto& layer : m.layers) {
-    const auto linears = linears_of(layer);
-    const auto dense_bytes = [&](std::initializer_list<Slot> slots) {
-      size_t bytes = 0;
-      for (Slot s : slots) {
-        const auto& w = linears[s]->weight.params;
-        if (!is_dense(w, m.dtype)) bytes += aligned(size_t{w.n} * w.k * kElement);
-      }
-      return bytes;
-    };
-    l.dense_bytes = std::max(
-        {l.dense_bytes,
-         dense_bytes({kQ, kK, kV}),
-         dense_bytes({kO}),
-         dense_bytes({kGate, kUp}),
-         dense_bytes({kDown})});
-  }
-  l.dense = last.take(l.dense_bytes);
-  l.stage = last.take(kStageScratchBytes);
-  l.bytes = last.end();
-  return l;
-}
 
 TrainStep::TrainStep(const TrainModel& model, uint32_t max_tokens, const Retention& kept)
     : model_(model), max_tokens_(max_tokens), kept_(kept) {
-  workspace_bytes_ = layout().bytes;
+  workspace_bytes_ = make_train_layout(model_, max_tokens_, kept_).bytes;
 }
 
 Retention TrainStep::fit(const TrainModel& model, uint32_t max_tokens, size_t budget_bytes) {
@@ -240,13 +50,13 @@ class TrainStep::Run {
       const float* parameters,
       float* grads)
       : model_(step.model_),
-        layout_(step.layout()),
+        layout_(make_train_layout(step.model_, step.max_tokens_, step.kept_)),
         base_(static_cast<char*>(workspace)),
         batch_(batch),
         parameters_(parameters),
         grads_(grads),
         tokens_(batch.tokens),
-        stage_(base_ + layout_.stage, kStageScratchBytes, context.scratch),
+        stage_(base_ + layout_.stage, kTrainStageScratchBytes, context.scratch),
         context_(context) {
     context_.scratch = &stage_;
   }
@@ -272,7 +82,7 @@ class TrainStep::Run {
   }
 
  private:
-  using Layer = Layout::Layer;
+  using Layer = TrainLayout::Layer;
   /// Where one linear's rows go or come from.
   struct Rows {
     void* data = nullptr;
@@ -280,9 +90,11 @@ class TrainStep::Run {
   };
 
   void* at(size_t offset) const { return base_ + offset; }
-  const void* packed(size_t element) const { return base_ + layout_.packed + element * kElement; }
+  const void* packed(size_t element) const {
+    return base_ + layout_.packed + element * kTrainElement;
+  }
   static void* columns(void* data, size_t column) {
-    return static_cast<char*>(data) + column * kElement;
+    return static_cast<char*>(data) + column * kTrainElement;
   }
 
   /// A kernel call, whose scratch is free again after it.
@@ -351,7 +163,7 @@ class TrainStep::Run {
   const void* dense(const WeightView& w) {
     if (is_dense(w.params, model_.dtype)) return w.data;
     void* to = at(layout_.dense + dense_used_);
-    dense_used_ += aligned(size_t{w.params.n} * w.params.k * kElement);
+    dense_used_ += aligned_bytes(size_t{w.params.n} * w.params.k * kTrainElement);
     call([&](const Context& c) { dequantize(c, w, model_.dtype, to); });
     return to;
   }
@@ -367,7 +179,7 @@ class TrainStep::Run {
   /// y_i = x·W_iᵀ + bias + u_i·B_iᵀ (+ residual) of the linears first … first + count - 1.
   void linears_forward(
       size_t index,
-      Slot first,
+      TrainSlot first,
       std::span<const Rows> y,
       const void* x,
       const void* residual = nullptr) {
@@ -419,7 +231,7 @@ class TrainStep::Run {
   }
 
   GemmShrink inside_forward(
-      size_t index, Slot first, size_t count, const void* x, uint32_t k) const {
+      size_t index, TrainSlot first, size_t count, const void* x, uint32_t k) const {
     const auto linears = linears_of(model_.layers[index]);
     const auto& kept = layout_.layers[index];
     GemmShrink s;
@@ -459,7 +271,7 @@ class TrainStep::Run {
   }
 
   /// u_i = scale_i·x·A_iᵀ of linears that share x, which is read once.
-  void shrink_forward(size_t index, Slot first, size_t count, const void* x, uint32_t k) {
+  void shrink_forward(size_t index, TrainSlot first, size_t count, const void* x, uint32_t k) {
     const auto linears = linears_of(model_.layers[index]);
     const auto& kept = layout_.layers[index];
     ShrinkCall s = shrink_call({const_cast<void*>(x), k}, k, false);
@@ -502,7 +314,7 @@ class TrainStep::Run {
 
   /// dx = Σ_i dy_i·W_i + v_i·A_i, v_i = scale_i·dy_i·B_i, which stay in layout_.v. Without dx only
   /// the v.
-  void linears_backward(size_t index, Slot first, std::span<const Rows> dy, void* dx) {
+  void linears_backward(size_t index, TrainSlot first, std::span<const Rows> dy, void* dx) {
     const auto linears = linears_of(model_.layers[index]);
     const auto& adapters = layout_.adapters[index];
     GemmGroup g = group(true);
@@ -609,7 +421,7 @@ class TrainStep::Run {
     p.dims = model_.dims;
     p.vocab = model_.head.params.n;
     p.dtype = model_.dtype;
-    StageScratch scratch(base_ + layout_.loss_scratch, kLossScratchBytes, &stage_);
+    StageScratch scratch(base_ + layout_.loss_scratch, kTrainLossScratchBytes, &stage_);
     stage_.reset();
     Context c = context_;
     c.scratch = &scratch;
@@ -707,7 +519,7 @@ class TrainStep::Run {
     const size_t qkv = qkv_width(), gate_up_stride = 2 * size_t{model_.ffn};
     void* d_qkv = at(layout_.d_qkv);
     void* d_gate_up = at(kept.gate_up);
-    const std::array<Rows, kSlots> x = {
+    const std::array<Rows, kTrainSlots> x = {
         Rows{at(kept.x1), model_.dims},
         Rows{at(kept.x1), model_.dims},
         Rows{at(kept.x1), model_.dims},
@@ -715,7 +527,7 @@ class TrainStep::Run {
         Rows{at(kept.x2), model_.dims},
         Rows{at(kept.x2), model_.dims},
         Rows{at(kept.act), model_.ffn}};
-    const std::array<Rows, kSlots> dy = {
+    const std::array<Rows, kTrainSlots> dy = {
         Rows{d_qkv, qkv},
         Rows{columns(d_qkv, q_width()), qkv},
         Rows{columns(d_qkv, q_width() + kv_width()), qkv},
@@ -724,7 +536,7 @@ class TrainStep::Run {
         Rows{columns(d_gate_up, model_.ffn), gate_up_stride},
         Rows{d_out, model_.dims}};
     std::vector<AdapterGrad> grads;
-    for (int s = 0; s < kSlots; ++s) {
+    for (int s = 0; s < kTrainSlots; ++s) {
       const auto& adapter = layout_.adapters[index][s];
       if (adapter.rank == 0) continue;
       AdapterGrad a;
@@ -753,7 +565,7 @@ class TrainStep::Run {
   }
 
   const TrainModel& model_;
-  const Layout layout_;
+  const TrainLayout layout_;
   char* base_;
   TrainBatch batch_;
   const float* parameters_;

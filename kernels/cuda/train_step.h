@@ -83,8 +83,6 @@ class TrainStep {
 
  private:
   class Run;
-  struct Layout;
-  Layout layout() const;
 
   TrainModel model_;
   uint32_t max_tokens_ = 0;
