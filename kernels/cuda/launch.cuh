@@ -26,6 +26,19 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+/// Whether the current device knows such launches (compute capability 9.0); one device a process.
+inline bool has_programmatic_launch() {
+  static const bool has = [] {
+    int device = 0, major = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+    return major >= 9;
+  }();
+  return has;
+}
+
 /// kernel<<<grid, block, shared_bytes, stream>>>(args…) that may overlap with its predecessor; the
 /// kernel calls wait_for_previous().
 template <typename... Parameters, typename... Args>
@@ -45,7 +58,7 @@ void launch_pdl(
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = has_programmatic_launch() ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...), "launch");
 }
 
