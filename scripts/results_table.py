@@ -135,7 +135,8 @@ def gpu(folder):
         "Decode on a GPU, batch 1, the same model with an unmerged rank-16 adapter",
         lambda row: f"ours, {row['base']} base",
     )
-    return [*lines, f"{result['machine']['gpu']}, {result['date']}, commit {result['commit'][:10]}.", ""]
+    machine = f"{result['machine']['gpu']}, {result['date']}, commit {result['commit'][:10]}."
+    return [*lines, f"{machine} {result['note']}" if "note" in result else machine, ""]
 
 
 def render(folder):
