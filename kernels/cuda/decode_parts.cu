@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: MIT
 //
 // All of these move a few KiB: what they cost is their launch. Programmatic dependent launch hides
-// most of it (figures in bench/results).
+// most of it (not measured one by one).
 #include "kernels/cuda/decode_parts.h"
 
 #include <stdexcept>

@@ -65,9 +65,9 @@ bool has_train_step();
 
 /// {loss, gradient}: Σ weights·loss (f32 scalar) of a packed stream and its gradient by the flat
 /// parameters [count] f32. tokens, targets int32 [tokens]; weights f32 [tokens]. Tokens and targets
-/// must be in range (checked where their values are at hand). The workspace is the plan's and
-/// grows to the longest stream seen; layers' gate and up are worked out again in the backward pass
-/// as far as the plan's budget wants it.
+/// must be in range: the caller's promise, which the trainer keeps by checking its data as it
+/// loads. The workspace is the plan's and grows to the longest stream seen; layers' gate and up are
+/// worked out again in the backward pass as far as the plan's budget wants it.
 std::pair<mlx::core::array, mlx::core::array> train_step(
     const std::shared_ptr<TrainPlan>& plan,
     const mlx::core::array& parameters,
