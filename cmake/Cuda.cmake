@@ -1,6 +1,13 @@
 # METAL_LORA_CUDA: whether this build has CUDA kernels. They need nvcc (CUDA 12.8 or later), at build
 # time only; programs built with them run on machines without a GPU, too.
 include(CheckLanguage)
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  # Where the machine has none: PyPI's nvidia-cuda-nvcc (scripts/requirements-cuda.txt).
+  find_program(METAL_LORA_NVCC nvcc HINTS /usr/local/cuda/bin PATHS ${MLX_ROOT}/../nvidia/cu13/bin)
+  if(METAL_LORA_NVCC)
+    set(CMAKE_CUDA_COMPILER ${METAL_LORA_NVCC})
+  endif()
+endif()
 check_language(CUDA)
 if(CMAKE_CUDA_COMPILER)
   set(cuda_here ON)
@@ -14,8 +21,7 @@ set(METAL_LORA_CUDA_ARCHS "80-real;90-real;90-virtual" CACHE STRING
 if(METAL_LORA_CUDA)
   if(NOT CMAKE_CUDA_COMPILER)
     message(FATAL_ERROR "METAL_LORA_CUDA needs nvcc, and CMake finds none.\n"
-      "hint: install NVIDIA's cuda-nvcc package, Debian's nvidia-cuda-toolkit, or"
-      " pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl, and pass"
+      "hint: scripts/setup --cuda installs PyPI's; or install NVIDIA's cuda-nvcc package, or pass"
       " -DCMAKE_CUDA_COMPILER=<path of nvcc>")
   endif()
   set(CMAKE_CUDA_ARCHITECTURES ${METAL_LORA_CUDA_ARCHS})

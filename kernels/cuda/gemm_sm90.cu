@@ -285,6 +285,13 @@ void launch_width(const Context& context, int tile_n, const Args& args) {
 
 }  // namespace
 
+/// Whether a group has nothing to write.
+bool is_empty(const GemmGroup& group) {
+  uint32_t columns = 0;
+  for (int i = 0; i < group.problems; ++i) columns += group.problem[i].n;
+  return group.m == 0 || columns == 0;
+}
+
 /// For the bench and the tests: takes form `form` of the table (-1: the cheapest).
 int form_count() {
   return static_cast<int>(std::size(kForms));
@@ -299,9 +306,7 @@ int chosen_form(const Context& context, const GemmGroup& group) {
   return static_cast<int>(&choose_form(context, group) - kForms);
 }
 void gemm_with_form(const Context& context, const GemmGroup& group, int form_index) {
-  uint32_t columns = 0;
-  for (int i = 0; i < group.problems; ++i) columns += group.problem[i].n;
-  if (group.m == 0 || columns == 0) return;
+  if (is_empty(group)) return;
   const Form& form = form_index < 0 ? choose_form(context, group) : kForms[form_index];
   Args args;
   Maps maps(args, group.dtype);
@@ -362,7 +367,7 @@ bool can_gemm_sm90(const Context& context, const GemmGroup& group) {
 }
 
 bool gemm_hides_shrinks(const Context& context, const GemmGroup& group) {
-  if (!can_gemm_sm90(context, group)) return false;
+  if (!can_gemm_sm90(context, group) || sm90::is_empty(group)) return false;
   GemmGroup base = group;
   base.shrinks = 0;
   const sm90::Form& form = sm90::choose_form(context, base);
