@@ -37,5 +37,11 @@ if(METAL_LORA_CUDA)
   set(CMAKE_CUDA_STANDARD 20)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   set(CMAKE_CUDA_EXTENSIONS OFF)
-  find_package(CUDAToolkit REQUIRED)
+  # Not CMake's FindCUDAToolkit: it asks for the shared runtime, which PyPI's packages name otherwise.
+  find_library(METAL_LORA_CUDART cudart_static HINTS ${CMAKE_CUDA_COMPILER_LIBRARY_ROOT}
+               PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib lib/x86_64-linux-gnu REQUIRED)
+  add_library(metal_lora_cudart INTERFACE)
+  target_include_directories(metal_lora_cudart SYSTEM
+                             INTERFACE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+  target_link_libraries(metal_lora_cudart INTERFACE ${METAL_LORA_CUDART} Threads::Threads dl rt)
 endif()

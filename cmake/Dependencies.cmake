@@ -19,8 +19,10 @@ if(NOT METAL_LORA_PYTHON)
     set(METAL_LORA_PYTHON python3)
   endif()
 endif()
+# Found without importing it: MLX for CUDA loads only beside a driver.
 execute_process(
-  COMMAND ${METAL_LORA_PYTHON} -m mlx --cmake-dir
+  COMMAND ${METAL_LORA_PYTHON} -c
+          "import importlib.util as u; print(list(u.find_spec('mlx').submodule_search_locations)[0])"
   OUTPUT_VARIABLE MLX_ROOT OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET
   RESULT_VARIABLE mlx_rc)
 if(NOT mlx_rc EQUAL 0)
@@ -34,7 +36,12 @@ string(REPLACE ";" "." mlx_version "${mlx_version_parts}")
 if(NOT mlx_version STREQUAL METAL_LORA_MLX_VERSION)
   message(FATAL_ERROR "MLX must be ${METAL_LORA_MLX_VERSION} but ${MLX_ROOT} is ${mlx_version}")
 endif()
-find_package(MLX CONFIG REQUIRED PATHS ${MLX_ROOT} NO_DEFAULT_PATH)
+# Its targets alone: MLXConfig.cmake of the CUDA wheel demands a CUDA toolkit and cuDNN's headers.
+include(${MLX_ROOT}/share/cmake/MLX/MLXTargets.cmake)
 # Its headers are not ours to warn about.
 set_target_properties(mlx PROPERTIES INTERFACE_SYSTEM_INCLUDE_DIRECTORIES
                       "$<TARGET_PROPERTY:mlx,INTERFACE_INCLUDE_DIRECTORIES>")
+if(CMAKE_SYSTEM_NAME STREQUAL "Linux")
+  # libcuda.so.1 comes with the driver, which a machine that only builds need not have.
+  target_link_options(mlx INTERFACE -Wl,--allow-shlib-undefined)
+endif()
