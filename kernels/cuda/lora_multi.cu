@@ -3,7 +3,7 @@
 //
 // Many adapters on one base. Two forms:
 //   stream (Hopper, 16-bit, up to 128 tokens): shrink, then one kernel that streams W and works out
-//   the adapters' share beside it (lora_multi_stream.cu);
+//   the adapters' share beside it (lora_multi_stream_sm90.cu);
 //   grouped (anything): shrink; the base's product in f32, by lora_gemv up to 16 tokens and by
 //   gemm() beyond, W dequantised first where it is not dense; then the share of each adapter's
 //   tokens is added to it, in f32, and rounded once.
@@ -13,7 +13,7 @@
 // Rounding: y once, from base + bias + share in f32; u is f32 throughout.
 //
 // Ladder (H100, K = N = 4096, bf16, rank 16; us; cuBLAS's base alone in brackets): stream: see
-// lora_multi_stream.cu. Grouped, 256 tokens of 128 adapters: reads of the base one behind another
+// lora_multi_stream_sm90.cu. Grouped, 256 tokens of 128 adapters: reads of the base one behind another
 // 73, all at once 54 (18); 1024 tokens of 8 adapters: 129 (45), of which 88 without any adapter.
 // The f32 copy of the base and its second pass are what the next step would save: an expand inside
 // the tiled product.

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: MIT
 //
 // What the blocks of the streaming form share, and the warps that work out the adapters' part of
-// it beside the stream of W. Included by lora_multi_stream.cu alone.
+// it beside the stream of W. Included by lora_multi_stream_sm90.cu alone.
 #pragma once
 
 #include <cuda.h>

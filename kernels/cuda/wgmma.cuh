@@ -12,6 +12,11 @@
 
 #include "kernels/cuda/device.cuh"
 
+// A file that CMake compiles for other architectures, too, would hold empty kernels for Hopper.
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#error "wgmma.cuh needs sm_90a: name the file that includes it *_sm90.cu"
+#endif
+
 namespace metal_lora::cuda::sm90 {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
