@@ -62,7 +62,7 @@ constexpr Form kForms[] = {
 };
 
 /// A step of a narrow tile, and what a shrink of its own costs when the product begins meanwhile.
-constexpr float kNarrowStepNs = 236;
+constexpr float kNarrowStepNs = 235;
 constexpr float kShrinkNs = 3000;
 
 uint32_t ceil_div(uint32_t a, uint32_t b) {
@@ -96,16 +96,11 @@ uint32_t spare_clusters(const Context& context, const GemmGroup& group, const Fo
 uint32_t narrow_tiles(const GemmGroup& group, const Form& form) {
   return group.shrinks * ceil_div(group.m, kTileM * form.cluster_m);
 }
-/// Whether u is there when the first tiles ask for it. Where all tiles run at once, clusters
-/// without any make it meanwhile; otherwise a narrow tile costs about a third of one 256 wide:
-/// three each fit into what the spare clusters have left.
+/// Whether the spare clusters make u within the time of a tile, when the first of them ask for it.
 bool shrinks_hide(const Context& context, const GemmGroup& group, const Form& form) {
-  const uint32_t narrow = narrow_tiles(group, form), spare = spare_clusters(context, group, form);
-  if (tiles_of(group, form) < slots_of(context, form)) {
-    return kNarrowStepNs * ceil_div(narrow, spare) <= form.step_ns;
-  }
-  return form.tile_n == 256 && 3 * spare >= narrow &&
-         tiles_of(group, form) * form.cluster_m >= 2u * context.multiprocessors;
+  const uint32_t each =
+      ceil_div(narrow_tiles(group, form), spare_clusters(context, group, form));
+  return kNarrowStepNs * each <= form.step_ns;
 }
 
 struct Choice {
@@ -176,7 +171,8 @@ void fill_args(
   args.tiles_m = ceil_div(group.m, kTileM * form.cluster_m);
   args.pair0_ready = group.pair0_ready;
   args.out_f32 = group.out_dtype == DType::f32;
-  const uint32_t left_box = kTileM / form.cluster_n;
+  if (group.m < kTileM && form.cluster_m == 1) args.tile_rows = ceil_div(group.m, 16) * 16;
+  const uint32_t left_box = args.tile_rows / form.cluster_n;
   const uint32_t right_box = (group.right_is_kn ? kStepK : form.tile_n) / form.cluster_m;
   int problems = 0;
   uint32_t pairs = 0;
@@ -225,8 +221,8 @@ void fill_shrinks(
     const GemmShrink& from = group.shrink[i];
     ShrinkArgs& to = args.shrink[args.shrinks++];
     to.k = from.k;
-    to.left_map = maps.add(from.left, group.m, from.k, from.left_stride, kTileM);
-    to.bytes = kTileM * kStepK * 2;
+    to.left_map = maps.add(from.left, group.m, from.k, from.left_stride, args.tile_rows);
+    to.bytes = args.tile_rows * kStepK * 2;
     std::fill(std::begin(to.part_of_block), std::end(to.part_of_block), kMaxParts);
     uint32_t block = 0;
     for (int p = 0; p < from.parts; ++p) {

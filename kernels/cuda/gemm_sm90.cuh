@@ -55,7 +55,8 @@ __device__ __forceinline__ void produce(
   using L = Layout<kTileN>;
   Ring<L::kStages> ring;
   bool waited = false;
-  const uint32_t left_rows = kTileM / args.cluster_n;
+  const uint32_t left_rows = args.tile_rows / args.cluster_n;
+  const uint32_t stage_bytes = L::kRightBytes + args.tile_rows * 128;
   const uint32_t right_rows = (kRightIsKn ? kStepK : kTileN) / args.cluster_m;
   for_each_shrink(args, cluster, [&](const ShrinkArgs& shrink, uint32_t block) {
     if (!waited) dependency_wait();
@@ -103,7 +104,7 @@ __device__ __forceinline__ void produce(
         const uint32_t barrier = full + 8 * ring.stage;
         const uint32_t left = shared + ring.stage * L::kStageBytes;
         const uint32_t right = left + L::kLeftBytes;
-        barrier_expect(barrier, L::kStageBytes);
+        barrier_expect(barrier, stage_bytes);
         load_box(
             left + cluster.rank_n * left_rows * 128, left_map, barrier, k0, m0, cluster.row_mask);
         const uint32_t part = cluster.rank_m * right_rows;

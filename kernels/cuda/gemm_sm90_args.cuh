@@ -51,6 +51,7 @@ struct Args {
   PairArgs pair[kMaxPairs];
   ProblemArgs problem[GemmGroup::kMaxProblems];
   uint32_t m = 0;
+  uint32_t tile_rows = kTileM;            ///< that are loaded: zeros beyond m cost as much as rows
   uint32_t tiles_m = 0, tiles_n = 0;      ///< in tiles of a cluster; n of all problems
   uint32_t band = 1;                      ///< rows of tiles that are swept together along n
   uint32_t cluster_m = 1, cluster_n = 1;  ///< blocks of a cluster that share columns, rows

@@ -9,7 +9,7 @@
 namespace metal_lora::cuda {
 
 /// The largest m of the skinny form.
-inline constexpr uint32_t kSkinnyMaxTokens = 128;
+inline constexpr uint32_t kSkinnyMaxTokens = 256;
 
 /// Whether lora_skinny takes the group: can_gemm_sm90, right [n, k], results of the operands' type,
 /// one left that all problems' first pairs share, and each problem's second pair, where there is
@@ -21,9 +21,10 @@ bool prefers_lora_skinny(const Context& context, const GemmGroup& group);
 void lora_skinny(const Context& context, const GemmGroup& group);
 
 namespace sm90 {
-/// For the bench and the tests: blocks of a cluster along k and along n; 0: as lora_skinny chooses.
+/// For the bench and the tests: blocks of a cluster along k (0: as lora_skinny chooses) and along n,
+/// tokens of a tile: 32, 64 or 128 (0: as many as there are).
 struct SkinnyForm {
-  uint32_t parts_k = 0, parts_n = 1;
+  uint32_t parts_k = 0, parts_n = 1, tokens = 0;
 };
 SkinnyForm skinny_form(const Context& context, const GemmGroup& group);
 void skinny_with_form(const Context& context, const GemmGroup& group, SkinnyForm form);

@@ -25,9 +25,9 @@ constexpr uint32_t kMaxBlocks = 8;  ///< of a cluster
 constexpr uint32_t kMaxStages = 12;
 constexpr uint32_t kProducer = 32;  ///< threads
 constexpr uint32_t kThreads = 3 * 128 + kProducer;
-constexpr uint32_t kSharedBytes = 226 * 1024;
+constexpr uint32_t kSharedBytes = 112 * 1024;  ///< two blocks on a multiprocessor
 constexpr uint32_t kBarrierBytes = 1024;
-constexpr uint32_t kRankPad = 8;  ///< of rows of u in shared memory: no bank conflicts
+constexpr uint32_t kRankPad = 8;  ///< of rows of u and B in shared memory: no bank conflicts
 
 struct SkinnyProblem {
   CUtensorMap w, a;
@@ -52,6 +52,7 @@ struct SkinnyArgs {
   uint32_t parts_k = 1, parts_n = 1;
   uint32_t tiles_m = 1;
   uint32_t stages = 0, stage_bytes = 0;  ///< W, x, A
+  uint32_t early = 0;                    ///< steps of W that L2 is asked for ahead
 };
 
 __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int column, int row) {
@@ -99,12 +100,11 @@ template <uint32_t kTokens>
 __device__ __forceinline__ void produce(
     const SkinnyArgs& args, const SkinnyPlace& place, uint32_t barriers, uint32_t stages) {
   const SkinnyProblem& problem = args.problem[place.problem];
-  const uint32_t early = min(args.stages, place.count);
+  const uint32_t early = min(args.early, place.count);
   for (uint32_t s = 0; s < early; ++s) {  // L2 may have W before the kernels ahead are over
     tensor_prefetch(&problem.w, (place.first + s) * kStepK, place.n0);
   }
   dependency_wait();
-  dependents_launch();
   const uint32_t x_rows = kTokens / args.parts_n, a_rows = problem.rank_columns / args.parts_n;
   const auto all = static_cast<uint16_t>(((1u << args.parts_n) - 1) << place.first_block);
   const uint32_t bytes = (kRowsW + kTokens + problem.rank_columns) * 128;
@@ -180,32 +180,41 @@ __device__ __forceinline__ void leave_sums(
   }
 }
 
-/// The cluster's sum of four neighbours.
+/// The cluster's sum of four neighbours, four parts under way at a time.
 __device__ __forceinline__ float4
 sum_parts(const SkinnyArgs& args, const SkinnyPlace& place, uint32_t at) {
-  float4 v[kMaxBlocks];
+  float4 sum = make_float4(0, 0, 0, 0);
+  for (uint32_t p0 = 0; p0 < args.parts_k; p0 += 4) {
+    float4 v[4];
 #pragma unroll
-  for (uint32_t p = 0; p < kMaxBlocks; ++p) {
-    if (p < args.parts_k) v[p] = load_block(at, p * args.parts_n + place.rank_n);
-  }
+    for (uint32_t i = 0; i < 4; ++i) {
+      v[i] = load_block(at, min(p0 + i, args.parts_k - 1) * args.parts_n + place.rank_n);
+    }
 #pragma unroll
-  for (uint32_t p = 1; p < kMaxBlocks; ++p) {
-    if (p >= args.parts_k) break;
-    v[0].x += v[p].x;
-    v[0].y += v[p].y;
-    v[0].z += v[p].z;
-    v[0].w += v[p].w;
+    for (uint32_t i = 0; i < 4; ++i) {
+      if (p0 + i >= args.parts_k) break;
+      sum.x += v[i].x;
+      sum.y += v[i].y;
+      sum.z += v[i].z;
+      sum.w += v[i].w;
+    }
   }
-  return v[0];
+  return sum;
 }
 
-/// Two neighbours of a row of B, zeros beyond the rank.
+/// This block's rows of B to shared memory, zeros beyond n and the rank. Rows of rank_columns and
+/// kRankPad.
 template <typename T>
-__device__ __forceinline__ uint32_t load_b(const SkinnyProblem& problem, uint32_t n, uint32_t c) {
-  if (n >= problem.n || c >= problem.rank) return 0;
-  const T* from = static_cast<const T*>(problem.b) + n * problem.b_stride + c;
-  if (c + 1 < problem.rank) return *reinterpret_cast<const uint32_t*>(from);
-  return *reinterpret_cast<const uint16_t*>(from);
+__device__ __forceinline__ void load_b(const SkinnyProblem& problem, uint32_t n0, uint32_t to) {
+  const uint32_t chunks = problem.rank_columns / 8;
+  for (uint32_t i = threadIdx.x; i < kRowsW * chunks; i += kThreads) {
+    const uint32_t row = i / chunks, c = i % chunks * 8, n = n0 + row;
+    const uint32_t left = n < problem.n && c < problem.rank ? problem.rank - c : 0;
+    const T* from = static_cast<const T*>(problem.b) + (left ? n * problem.b_stride + c : 0);
+    const uint32_t at = to + (row * (problem.rank_columns + kRankPad) + c) * 2;
+    mma::copy_async<16>(at, from, min(left, 8u) * 2);
+  }
+  mma::copies_commit();
 }
 
 template <typename T>
@@ -220,6 +229,7 @@ __device__ __forceinline__ void finish_rows(
     const SkinnyArgs& args,
     const SkinnyPlace& place,
     const T* low,
+    const T* b,
     uint32_t sums,
     uint32_t pitch,
     uint32_t token0,
@@ -229,7 +239,6 @@ __device__ __forceinline__ void finish_rows(
   const SkinnyProblem& problem = args.problem[place.problem];
   const uint32_t g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   const uint32_t low_pitch = problem.rank_columns + kRankPad;
-  const uint32_t n_of_b = place.n0 + column + 4 * (g / 2) + g % 2;
   const uint32_t n = place.n0 + column + 4 * q;
   float4 sum[2];
 #pragma unroll
@@ -239,18 +248,16 @@ __device__ __forceinline__ void finish_rows(
     if (row < end) sum[h] = sum_parts(args, place, sums + (row * pitch + column + 4 * q) * 4);
   }
   float d[2][4] = {};
-  const auto* u = reinterpret_cast<const uint32_t*>(low) + ((token - token0 + g) * low_pitch) / 2 + q;
-  for (uint32_t c = 0; c < problem.rank_columns; c += 16) {
-    const uint32_t* at = u + c / 2;
-    const uint32_t a[4] = {at[0], at[4 * low_pitch], at[4], at[4 * low_pitch + 4]};
-#pragma unroll
-    for (uint32_t t = 0; t < 2; ++t) {
-      mma::multiply<T>(
-          d[t],
-          a,
-          load_b<T>(problem, n_of_b + 2 * t, c + 2 * q),
-          load_b<T>(problem, n_of_b + 2 * t, c + 2 * q + 8));
-    }
+  const auto words = [&](const T* rows, uint32_t row) {
+    return reinterpret_cast<const uint32_t*>(rows + row * low_pitch) + q;
+  };
+  const uint32_t* u = words(low, token - token0 + g);
+  const uint32_t* right = words(b, column + 4 * (g / 2) + g % 2);
+  for (uint32_t c = 0; c < problem.rank_columns / 2; c += 8) {
+    const uint32_t a[4] = {
+        u[c], u[c + 4 * low_pitch], u[c + 4], u[c + 4 * low_pitch + 4]};
+    mma::multiply<T>(d[0], a, right[c], right[c + 4]);
+    mma::multiply<T>(d[1], a, right[c + low_pitch], right[c + low_pitch + 4]);
   }
 #pragma unroll
   for (uint32_t h = 0; h < 2; ++h) {
@@ -282,7 +289,7 @@ __device__ __forceinline__ void finish_rows(
 }
 
 template <typename T, uint32_t kTokens>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kTokens > 64 ? 1 : 2)
     skinny_kernel(const __grid_constant__ SkinnyArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t raw[];
@@ -308,12 +315,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   __syncthreads();
   if (args.parts_n > 1) cluster_sync_relaxed();
+  if (threadIdx.x == 0) dependents_launch();
+  if (adapts && threadIdx.x < kRowsW) {
+    const uint32_t n = min(place.n0 + threadIdx.x, problem.n - 1);
+    const auto* row = static_cast<const T*>(problem.b) + n * problem.b_stride;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(row));
+  }
   const uint32_t columns = kRowsW + problem.rank_columns, pitch = columns + 4;
   auto* sums = reinterpret_cast<float*>(memory);
+  auto* low = reinterpret_cast<T*>(memory + kTokens * pitch * 4);
+  const T* b = low + kTokens * (problem.rank_columns + kRankPad);
+  const uint32_t b_at = shared_address(b);
   if (warp == 12) {
     if (threadIdx.x % 32 == 0) produce<kTokens>(args, place, barriers, stages);
     __syncwarp();
+    dependency_wait();
     __syncthreads();
+    if (adapts) load_b<T>(problem, place.n0, b_at);
   } else {
     dependency_wait();
     float d[kTokens / 2];
@@ -321,6 +339,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const uint32_t left = warpgroup < 2 ? warpgroup * 64 * 128 : (kRowsW + kTokens) * 128;
     if (works) consume<T, kTokens>(args, place, barriers, stages, left, d);
     __syncthreads();  // all stages are read
+    if (adapts) load_b<T>(problem, place.n0, b_at);
     if (works) leave_sums<kTokens>(sums, pitch, columns, warpgroup * 64, d);
   }
   cluster_sync();
@@ -329,7 +348,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t token0 = place.rank_k * (kTokens / 8) / args.parts_k * 8;
   const uint32_t end = (place.rank_k + 1) * (kTokens / 8) / args.parts_k * 8;
   const uint32_t from = shared_address(sums);
-  auto* low = reinterpret_cast<T*>(memory + kTokens * pitch * 4);
   const uint32_t quads = problem.rank_columns / 4;
   for (uint32_t i = threadIdx.x; i < (end - token0) * quads; i += kThreads) {
     const uint32_t row = token0 + i / quads, c = i % quads * 4;
@@ -345,18 +363,21 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     }
   }
+  mma::copies_wait<0>();
   __syncthreads();
   if (warp < 12) {
     const uint32_t pieces = (end - token0 + 15) / 16 * (kRowsW / 16);
     for (uint32_t piece = warp; piece < pieces; piece += 12) {
       const uint32_t token = token0 + piece / (kRowsW / 16) * 16;
       const uint32_t column = piece % (kRowsW / 16) * 16;
-      finish_rows<T>(args, place, low, from, pitch, token0, token, end, column);
+      finish_rows<T>(args, place, low, b, from, pitch, token0, token, end, column);
     }
   }
   cluster_sync_relaxed();  // nobody goes while others read here
 #endif
 }
+
+const uint32_t early_steps = getenv("EARLY") ? atoi(getenv("EARLY")) : 4;
 
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
@@ -370,7 +391,7 @@ uint32_t clusters_of(const GemmGroup& group, const SkinnyForm& form) {
   for (int i = 0; i < group.problems; ++i) {
     tiles += ceil_div(group.problem[i].n, kRowsW * form.parts_n);
   }
-  return tiles * ceil_div(group.m, tokens_of(group.m));
+  return tiles * ceil_div(group.m, form.tokens);
 }
 
 /// The part that makes the left of a problem's second pair.
@@ -416,16 +437,19 @@ void launch(const Context& context, SkinnyArgs& args, uint32_t clusters, uint32_
   const auto kernel = skinny_kernel<T, kTokens>;
   args.stage_bytes = (kRowsW + kTokens + rank_columns) * 128;
   // The A side reads 64 rows, whatever the rank: the last stage's lie within the block's memory.
-  const uint32_t room = kSharedBytes - 2 * kBarrierBytes - (kMaxRank - rank_columns) * 128;
-  args.stages = std::min(kMaxStages, room / args.stage_bytes);
+  const uint32_t slack = rank_columns > 0 ? (kMaxRank - rank_columns) * 128 : 0;
+  const uint32_t shared = kTokens > 64 ? 2 * kSharedBytes : kSharedBytes;
+  args.stages = std::min(kMaxStages, (shared - 2 * kBarrierBytes - slack) / args.stage_bytes);
+  args.early = early_steps;
   check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+      cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
       "lora_skinny");
   const uint32_t blocks = args.parts_k * args.parts_n;
   cudaLaunchConfig_t config = {};
   config.gridDim = clusters * blocks;
   config.blockDim = kThreads;
-  config.dynamicSmemBytes = kSharedBytes;
+  config.dynamicSmemBytes = shared;
   config.stream = context.stream;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -439,8 +463,12 @@ void launch(const Context& context, SkinnyArgs& args, uint32_t clusters, uint32_
 
 template <typename T>
 void launch_tokens(
-    const Context& context, SkinnyArgs& args, uint32_t clusters, uint32_t rank_columns) {
-  switch (tokens_of(args.m)) {
+    const Context& context,
+    SkinnyArgs& args,
+    uint32_t tokens,
+    uint32_t clusters,
+    uint32_t rank_columns) {
+  switch (tokens) {
     case 32:
       return launch<T, 32>(context, args, clusters, rank_columns);
     case 64:
@@ -457,7 +485,7 @@ SkinnyForm skinny_form(const Context& context, const GemmGroup& group) {
   const uint32_t steps = ceil_div(group.problem[0].pair[0].k, kStepK);
   uint32_t best_cost = 0;
   for (uint32_t parts : {1u, 2u, 4u, 8u}) {
-    const SkinnyForm form = {parts, 1};
+    const SkinnyForm form = {parts, 1, tokens_of(group.m)};
     const uint32_t slots = context.multiprocessors / parts;
     const uint32_t waves = ceil_div(clusters_of(group, form), slots);
     const uint32_t cost = waves * (ceil_div(steps, parts) + 4) + parts;
@@ -474,7 +502,8 @@ void skinny_with_form(const Context& context, const GemmGroup& group, SkinnyForm
   args.m = group.m;
   args.parts_k = form.parts_k;
   args.parts_n = form.parts_n;
-  const uint32_t tokens = tokens_of(group.m);
+  if (form.tokens == 0) form.tokens = tokens_of(group.m);
+  const uint32_t tokens = form.tokens;
   args.tiles_m = ceil_div(group.m, tokens);
   uint32_t problems = 0, rank_columns = 0;
   for (int i = 0; i < group.problems; ++i) {
@@ -489,8 +518,8 @@ void skinny_with_form(const Context& context, const GemmGroup& group, SkinnyForm
   args.x = make_tensor_map(
       {base.left, group.dtype, group.m, base.k, base.left_stride, tokens / form.parts_n});
   const uint32_t clusters = clusters_of(group, form);
-  group.dtype == DType::bf16 ? launch_tokens<bf16>(context, args, clusters, rank_columns)
-                             : launch_tokens<f16>(context, args, clusters, rank_columns);
+  group.dtype == DType::bf16 ? launch_tokens<bf16>(context, args, tokens, clusters, rank_columns)
+                             : launch_tokens<f16>(context, args, tokens, clusters, rank_columns);
 }
 
 }  // namespace sm90
