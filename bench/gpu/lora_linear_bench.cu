@@ -508,7 +508,7 @@ void bench_forms(uint32_t k, uint32_t n, uint32_t rank, uint32_t m) {
     calls.push_back([&, form] { mlc::sm90::gemm_with_form(context, group_of(true), form); });
   }
   if (mlc::can_lora_skinny(context, group)) {
-    for (uint32_t parts_k : {1u, 2u, 3u, 4u, 6u, 8u}) {
+    for (uint32_t parts_k : {1u, 2u, 4u, 8u}) {
       for (uint32_t parts_n : {1u, 2u}) {
         for (uint32_t tokens : {32u, 64u, 128u}) {
           if (parts_k * parts_n > 8 || tokens > 2 * m || 2 * tokens < m) continue;

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: MIT
 //
 // y of up to 128 tokens, adapter included, in one launch: bound by reading W from memory. The
-// matrix unit's tall side (64) takes rows of W, its wide side the tokens; a block has 128 rows of W
+// matrix unit's tall side (64) takes rows of W, its wide side the tokens; a block has 64 rows of W
 // and a share of k, so that all multiprocessors read. A third warpgroup multiplies the same x by A:
 // every block needs u of its share of k, and the matrix unit waits for W anyway. Blocks of a
 // cluster leave their sums in shared memory, each adds up some of the tokens of all (y and u), in
@@ -18,13 +18,13 @@ namespace metal_lora::cuda {
 namespace sm90 {
 namespace {
 
-constexpr uint32_t kRowsW = 128;
+constexpr uint32_t kRowsW = 64;
 constexpr uint32_t kStepK = 64;
 constexpr uint32_t kMaxRank = 64;
 constexpr uint32_t kMaxBlocks = 8;  ///< of a cluster
 constexpr uint32_t kMaxStages = 12;
-constexpr uint32_t kProducer = 32;  ///< threads
-constexpr uint32_t kThreads = 3 * 128 + kProducer;
+constexpr uint32_t kConsumers = 8;  ///< warps: W's, then A's
+constexpr uint32_t kThreads = 32 * (kConsumers + 1);
 constexpr uint32_t kSharedBytes = 112 * 1024;  ///< two blocks on a multiprocessor
 constexpr uint32_t kBarrierBytes = 1024;
 constexpr uint32_t kRankPad = 8;  ///< of rows of u and B in shared memory: no bank conflicts
@@ -60,6 +60,14 @@ __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int colu
                "r"(column),
                "r"(row)
                : "memory");
+}
+__device__ __forceinline__ float4 load_own(uint32_t shared) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(shared)
+               : "memory");
+  return v;
 }
 __device__ __forceinline__ float4 load_block(uint32_t shared, uint32_t block) {
   float4 v;
@@ -127,6 +135,8 @@ __device__ __forceinline__ void produce(
     }
     if (++stage == args.stages) stage = 0, parity ^= 1;
   }
+  // Not before: what the next kernel asks L2 for ahead would be gone when it is wanted.
+  dependents_launch();
 }
 
 /// One warpgroup: 64 rows of W, or A's, by all tokens.
@@ -188,7 +198,11 @@ sum_parts(const SkinnyArgs& args, const SkinnyPlace& place, uint32_t at) {
     float4 v[4];
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
-      v[i] = load_block(at, min(p0 + i, args.parts_k - 1) * args.parts_n + place.rank_n);
+      if (p0 + i == place.rank_k) {
+        v[i] = load_own(at);
+      } else if (p0 + i < args.parts_k) {
+        v[i] = load_block(at, (p0 + i) * args.parts_n + place.rank_n);
+      }
     }
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
@@ -230,8 +244,7 @@ __device__ __forceinline__ void finish_rows(
     const SkinnyPlace& place,
     const T* low,
     const T* b,
-    uint32_t sums,
-    uint32_t pitch,
+    const float4 (&sum)[2],
     uint32_t token0,
     uint32_t token,
     uint32_t end,
@@ -240,13 +253,6 @@ __device__ __forceinline__ void finish_rows(
   const uint32_t g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   const uint32_t low_pitch = problem.rank_columns + kRankPad;
   const uint32_t n = place.n0 + column + 4 * q;
-  float4 sum[2];
-#pragma unroll
-  for (uint32_t h = 0; h < 2; ++h) {
-    const uint32_t row = token + g + 8 * h;
-    sum[h] = make_float4(0, 0, 0, 0);
-    if (row < end) sum[h] = sum_parts(args, place, sums + (row * pitch + column + 4 * q) * 4);
-  }
   float d[2][4] = {};
   const auto words = [&](const T* rows, uint32_t row) {
     return reinterpret_cast<const uint32_t*>(rows + row * low_pitch) + q;
@@ -289,7 +295,7 @@ __device__ __forceinline__ void finish_rows(
 }
 
 template <typename T, uint32_t kTokens>
-__global__ void __launch_bounds__(kThreads, kTokens > 64 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, 2)
     skinny_kernel(const __grid_constant__ SkinnyArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t raw[];
@@ -302,20 +308,19 @@ __global__ void __launch_bounds__(kThreads, kTokens > 64 ? 1 : 2)
   const int warpgroup = warp / 4;
   const bool adapts = problem.rank > 0;
   if (threadIdx.x == 0) {
-    const uint32_t readers = (adapts ? 12 : 8) * args.parts_n;
+    const uint32_t readers = (adapts ? 8 : 4) * args.parts_n;
     for (uint32_t s = 0; s < args.stages; ++s) {
       barrier_init(barriers + 16 * s, 1);
       barrier_init(barriers + 16 * s + 8, readers);
     }
     barrier_init_fence();
-  } else if (warp == 12) {
+  } else if (warp == kConsumers) {
     if (threadIdx.x % 32 == 0) tensor_map_prefetch(&problem.w);
     if (threadIdx.x % 32 == 1) tensor_map_prefetch(&args.x);
     if (threadIdx.x % 32 == 2 && adapts) tensor_map_prefetch(&problem.a);
   }
   __syncthreads();
   if (args.parts_n > 1) cluster_sync_relaxed();
-  if (threadIdx.x == 0) dependents_launch();
   if (adapts && threadIdx.x < kRowsW) {
     const uint32_t n = min(place.n0 + threadIdx.x, problem.n - 1);
     const auto* row = static_cast<const T*>(problem.b) + n * problem.b_stride;
@@ -326,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, kTokens > 64 ? 1 : 2)
   auto* low = reinterpret_cast<T*>(memory + kTokens * pitch * 4);
   const T* b = low + kTokens * (problem.rank_columns + kRankPad);
   const uint32_t b_at = shared_address(b);
-  if (warp == 12) {
+  if (warp == kConsumers) {
     if (threadIdx.x % 32 == 0) produce<kTokens>(args, place, barriers, stages);
     __syncwarp();
     dependency_wait();
@@ -335,8 +340,8 @@ __global__ void __launch_bounds__(kThreads, kTokens > 64 ? 1 : 2)
   } else {
     dependency_wait();
     float d[kTokens / 2];
-    const bool works = warpgroup < 2 || adapts;
-    const uint32_t left = warpgroup < 2 ? warpgroup * 64 * 128 : (kRowsW + kTokens) * 128;
+    const bool works = warpgroup == 0 || adapts;
+    const uint32_t left = warpgroup == 0 ? 0 : (kRowsW + kTokens) * 128;
     if (works) consume<T, kTokens>(args, place, barriers, stages, left, d);
     __syncthreads();  // all stages are read
     if (adapts) load_b<T>(problem, place.n0, b_at);
@@ -348,6 +353,19 @@ __global__ void __launch_bounds__(kThreads, kTokens > 64 ? 1 : 2)
   const uint32_t token0 = place.rank_k * (kTokens / 8) / args.parts_k * 8;
   const uint32_t end = (place.rank_k + 1) * (kTokens / 8) / args.parts_k * 8;
   const uint32_t from = shared_address(sums);
+  const uint32_t pieces = warp < kConsumers ? (end - token0 + 15) / 16 * (kRowsW / 16) : 0;
+  const auto token_of = [&](uint32_t piece) { return token0 + piece / (kRowsW / 16) * 16; };
+  const auto column_of = [&](uint32_t piece) { return piece % (kRowsW / 16) * 16; };
+  float4 sum[2];
+  const auto sum_piece = [&](uint32_t piece) {
+#pragma unroll
+    for (uint32_t h = 0; h < 2; ++h) {
+      const uint32_t row = min(token_of(piece) + threadIdx.x % 32 / 4 + 8 * h, end - 1);
+      const uint32_t column = column_of(piece) + threadIdx.x % 4 * 4;
+      sum[h] = sum_parts(args, place, from + (row * pitch + column) * 4);
+    }
+  };
+  if (warp < pieces) sum_piece(warp);  // while u is on its way
   const uint32_t quads = problem.rank_columns / 4;
   for (uint32_t i = threadIdx.x; i < (end - token0) * quads; i += kThreads) {
     const uint32_t row = token0 + i / quads, c = i % quads * 4;
@@ -365,13 +383,9 @@ __global__ void __launch_bounds__(kThreads, kTokens > 64 ? 1 : 2)
   }
   mma::copies_wait<0>();
   __syncthreads();
-  if (warp < 12) {
-    const uint32_t pieces = (end - token0 + 15) / 16 * (kRowsW / 16);
-    for (uint32_t piece = warp; piece < pieces; piece += 12) {
-      const uint32_t token = token0 + piece / (kRowsW / 16) * 16;
-      const uint32_t column = piece % (kRowsW / 16) * 16;
-      finish_rows<T>(args, place, low, b, from, pitch, token0, token, end, column);
-    }
+  for (uint32_t piece = warp; piece < pieces; piece += kConsumers) {
+    if (piece > static_cast<uint32_t>(warp)) sum_piece(piece);
+    finish_rows<T>(args, place, low, b, sum, token0, token_of(piece), end, column_of(piece));
   }
   cluster_sync_relaxed();  // nobody goes while others read here
 #endif
@@ -438,7 +452,7 @@ void launch(const Context& context, SkinnyArgs& args, uint32_t clusters, uint32_
   args.stage_bytes = (kRowsW + kTokens + rank_columns) * 128;
   // The A side reads 64 rows, whatever the rank: the last stage's lie within the block's memory.
   const uint32_t slack = rank_columns > 0 ? (kMaxRank - rank_columns) * 128 : 0;
-  const uint32_t shared = kTokens > 64 ? 2 * kSharedBytes : kSharedBytes;
+  const uint32_t shared = kTokens > 64 && getenv("WIDE") ? 2 * kSharedBytes : kSharedBytes;
   args.stages = std::min(kMaxStages, (shared - 2 * kBarrierBytes - slack) / args.stage_bytes);
   args.early = early_steps;
   check(
