@@ -508,16 +508,19 @@ void bench_forms(uint32_t k, uint32_t n, uint32_t rank, uint32_t m) {
     calls.push_back([&, form] { mlc::sm90::gemm_with_form(context, group_of(true), form); });
   }
   if (mlc::can_lora_skinny(context, group)) {
-    for (uint32_t parts_k : {1u, 2u, 4u, 8u}) {
-      for (uint32_t parts_n : {1u, 2u}) {
-        for (uint32_t tokens : {32u, 64u, 128u}) {
-          if (parts_k * parts_n > 8 || tokens > 2 * m || 2 * tokens < m) continue;
+    for (uint32_t rows : {64u, 128u}) {
+      for (uint32_t parts : {1u, 2u, 3u, 4u}) {
+        for (bool wide : {false, true}) {
+          const mlc::sm90::SkinnyForm form = {parts, rows, wide};
+          if (!mlc::sm90::skinny_form_fits(group, form)) continue;
+          const mlc::sm90::SkinnyForm taken = mlc::sm90::skinny_form(context, group);
           names.push_back(
-              "skinny k/" + std::to_string(parts_k) + " n*" + std::to_string(parts_n) + " of " +
-              std::to_string(tokens));
-          calls.push_back([&, parts_k, parts_n, tokens] {
-            mlc::sm90::skinny_with_form(context, group_of(true), {parts_k, parts_n, tokens});
-          });
+              "skinny " + std::to_string(rows) + " k/" + std::to_string(parts) +
+              (wide ? " wide" : ""));
+          if (taken.parts == parts && taken.rows == rows && taken.wide == wide) {
+            names.back() += " (taken)";
+          }
+          calls.push_back([&, form] { mlc::sm90::skinny_with_form(context, group_of(true), form); });
         }
       }
     }

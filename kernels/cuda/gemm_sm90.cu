@@ -382,6 +382,11 @@ bool gemm_hides_shrinks(const Context& context, const GemmGroup& group) {
   GemmGroup base = group;
   base.shrinks = 0;
   const sm90::Choice inside = sm90::choose_form(context, group);
+  // A launch of its own finds room beside few tiles, and is over before a narrow tile is.
+  if (inside.form && 2 * sm90::tiles_of(group, *inside.form) <= sm90::slots_of(context, *inside.form) &&
+      inside.form->step_ns < 1.5f * sm90::kNarrowStepNs) {
+    return false;
+  }
   return inside.form && inside.ns <= sm90::choose_form(context, base).ns + sm90::kShrinkNs;
 }
 

@@ -162,10 +162,8 @@ class Linear {
     for (int i = 0; i < count_; ++i) may = may && !drops(branches_[i].lora);
     return may;
   }
-  bool takes_shrinks(GemmGroup& group) const {
-    if (group.shrinks == 0) return false;
-    if (gemm_flag_count(m_) <= METAL_LORA_CUDA_COUNTERS) group.flags = context_.counters;
-    return gemm_hides_shrinks(context_, group);
+  bool takes_shrinks(const GemmGroup& group) const {
+    return group.shrinks > 0 && gemm_hides_shrinks(context_, group);
   }
   void take_low(Operands& o, uint32_t columns) const {
     o.low_stride = columns;
@@ -177,6 +175,7 @@ class Linear {
     group.m = m_;
     group.dtype = group.out_dtype = dtype_;
     group.right_is_kn = right_is_kn;
+    if (gemm_flag_count(m_) <= METAL_LORA_CUDA_COUNTERS) group.flags = context_.counters;
     return group;
   }
 

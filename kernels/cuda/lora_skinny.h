@@ -9,7 +9,7 @@
 namespace metal_lora::cuda {
 
 /// The largest m of the skinny form.
-inline constexpr uint32_t kSkinnyMaxTokens = 256;
+inline constexpr uint32_t kSkinnyMaxTokens = 128;
 
 /// Whether lora_skinny takes the group: can_gemm_sm90, right [n, k], results of the operands' type,
 /// one left that all problems' first pairs share, and each problem's second pair, where there is
@@ -21,11 +21,14 @@ bool prefers_lora_skinny(const Context& context, const GemmGroup& group);
 void lora_skinny(const Context& context, const GemmGroup& group);
 
 namespace sm90 {
-/// For the bench and the tests: blocks of a cluster along k (0: as lora_skinny chooses) and along n,
-/// tokens of a tile: 32, 64 or 128 (0: as many as there are).
+/// For the bench and the tests.
 struct SkinnyForm {
-  uint32_t parts_k = 0, parts_n = 1, tokens = 0;
+  uint32_t parts = 0;  ///< of k: blocks of a cluster, at most 8; 0: as lora_skinny chooses
+  uint32_t rows = 64;  ///< of W, of a tile: 64 or 128
+  bool wide = false;   ///< a block has a multiprocessor for itself
 };
+/// Whether three stages find room.
+bool skinny_form_fits(const GemmGroup& group, const SkinnyForm& form);
 SkinnyForm skinny_form(const Context& context, const GemmGroup& group);
 void skinny_with_form(const Context& context, const GemmGroup& group, SkinnyForm form);
 }  // namespace sm90

@@ -2,11 +2,10 @@
 // SPDX-License-Identifier: MIT
 //
 // y of up to 128 tokens, adapter included, in one launch: bound by reading W from memory. The
-// matrix unit's tall side (64) takes rows of W, its wide side the tokens; a block has 64 rows of W
-// and a share of k, so that all multiprocessors read. A third warpgroup multiplies the same x by A:
-// every block needs u of its share of k, and the matrix unit waits for W anyway. Blocks of a
-// cluster leave their sums in shared memory, each adds up some of the tokens of all (y and u), in
-// the order of k, and puts u·Bᵀ on top.
+// matrix unit's tall side (64) takes rows of W, its wide side the tokens; a block has 64 or 128 rows
+// of W and a share of k, so that most multiprocessors read. One more warpgroup multiplies the same x
+// by A: the matrix unit waits for W anyway. Blocks of a cluster leave their sums in shared memory,
+// each adds up some of the tokens of all (y and u), in the order of k, and puts u·Bᵀ on top.
 #include <algorithm>
 
 #include "kernels/cuda/lora_skinny.h"
@@ -18,21 +17,19 @@ namespace metal_lora::cuda {
 namespace sm90 {
 namespace {
 
-constexpr uint32_t kRowsW = 64;
 constexpr uint32_t kStepK = 64;
 constexpr uint32_t kMaxRank = 64;
-constexpr uint32_t kMaxBlocks = 8;  ///< of a cluster
 constexpr uint32_t kMaxStages = 12;
-constexpr uint32_t kConsumers = 8;  ///< warps: W's, then A's
-constexpr uint32_t kThreads = 32 * (kConsumers + 1);
 constexpr uint32_t kSharedBytes = 112 * 1024;  ///< two blocks on a multiprocessor
 constexpr uint32_t kBarrierBytes = 1024;
+/// Steps of W that L2 is asked for before the kernels ahead are over.
+constexpr uint32_t kEarly = 8;
 constexpr uint32_t kRankPad = 8;  ///< of rows of u and B in shared memory: no bank conflicts
 
 struct SkinnyProblem {
   CUtensorMap w, a;
   uint32_t n = 0;
-  uint32_t tiles = 0;         ///< of kRowsW, in clusters' units
+  uint32_t tiles = 0;
   uint32_t rank = 0;          ///< 0: no adapter
   uint32_t rank_columns = 0;  ///< rank in sixteens
   const void* b = nullptr;
@@ -49,18 +46,10 @@ struct SkinnyArgs {
   CUtensorMap x;
   SkinnyProblem problem[GemmGroup::kMaxProblems];
   uint32_t m = 0, k = 0;
-  uint32_t parts_k = 1, parts_n = 1;
-  uint32_t tiles_m = 1;
+  uint32_t parts = 1;                    ///< of k: blocks of a cluster
   uint32_t stages = 0, stage_bytes = 0;  ///< W, x, A
-  uint32_t early = 0;                    ///< steps of W that L2 is asked for ahead
 };
 
-__device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map),
-               "r"(column),
-               "r"(row)
-               : "memory");
-}
 __device__ __forceinline__ float4 load_own(uint32_t shared) {
   float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -83,56 +72,39 @@ __device__ __forceinline__ float4 load_block(uint32_t shared, uint32_t block) {
 
 /// Where a block stands, and its share of the work.
 struct SkinnyPlace {
-  uint32_t rank_k, rank_n, first_block;  ///< first_block: of those that share x and A
-  uint32_t problem, n0, m0;
+  uint32_t part, problem, n0;
   uint32_t first, count;  ///< steps
-  __device__ __forceinline__ SkinnyPlace(const SkinnyArgs& args, uint32_t tokens) {
-    const uint32_t blocks = args.parts_k * args.parts_n, rank = blockIdx.x % blocks;
-    rank_k = rank / args.parts_n;
-    rank_n = rank % args.parts_n;
-    first_block = rank_k * args.parts_n;
-    uint32_t tile = blockIdx.x / blocks;
-    m0 = tile % args.tiles_m * tokens;  // tiles of the same W one after the other: L2 has it
-    tile /= args.tiles_m;
+  __device__ __forceinline__ SkinnyPlace(const SkinnyArgs& args, uint32_t rows) {
+    part = blockIdx.x % args.parts;
+    uint32_t tile = blockIdx.x / args.parts;
     problem = 0;
     while (tile >= args.problem[problem].tiles) tile -= args.problem[problem++].tiles;
-    n0 = (tile * args.parts_n + rank_n) * kRowsW;
+    n0 = tile * rows;
     const uint32_t steps = (args.k + kStepK - 1) / kStepK;
-    first = rank_k * steps / args.parts_k;
-    count = (rank_k + 1) * steps / args.parts_k - first;
+    first = part * steps / args.parts;
+    count = (part + 1) * steps / args.parts - first;
   }
 };
 
-/// One thread: every stage. Blocks with the same x load a part of it and of A each, for all.
-template <uint32_t kTokens>
+/// One thread: every stage.
+template <uint32_t kRows, uint32_t kTokens>
 __device__ __forceinline__ void produce(
     const SkinnyArgs& args, const SkinnyPlace& place, uint32_t barriers, uint32_t stages) {
   const SkinnyProblem& problem = args.problem[place.problem];
-  const uint32_t early = min(args.early, place.count);
-  for (uint32_t s = 0; s < early; ++s) {  // L2 may have W before the kernels ahead are over
+  for (uint32_t s = 0; s < min(kEarly, place.count); ++s) {
     tensor_prefetch(&problem.w, (place.first + s) * kStepK, place.n0);
   }
   dependency_wait();
-  const uint32_t x_rows = kTokens / args.parts_n, a_rows = problem.rank_columns / args.parts_n;
-  const auto all = static_cast<uint16_t>(((1u << args.parts_n) - 1) << place.first_block);
-  const uint32_t bytes = (kRowsW + kTokens + problem.rank_columns) * 128;
+  const uint32_t bytes = (kRows + kTokens + problem.rank_columns) * 128;
   uint32_t stage = 0, parity = 1;
   for (uint32_t s = 0; s < place.count; ++s) {
     const uint32_t full = barriers + 16 * stage, w = stages + stage * args.stage_bytes;
-    const uint32_t x = w + kRowsW * 128, a = x + kTokens * 128;
-    const uint32_t k0 = (place.first + s) * kStepK;
-    const uint32_t x_row = place.rank_n * x_rows, a_row = place.rank_n * a_rows;
+    const uint32_t x = w + kRows * 128, k0 = (place.first + s) * kStepK;
     barrier_wait(full + 8, parity);
     barrier_expect(full, bytes);
     tensor_load(w, &problem.w, full, k0, place.n0);
-    if (args.parts_n == 1) {
-      tensor_load(x, &args.x, full, k0, place.m0);
-      if (a_rows > 0) tensor_load(a, &problem.a, full, k0, 0);
-    } else {
-      tensor_load_multicast(
-          x + x_row * 128, &args.x, full, k0, place.m0 + x_row, all);
-      if (a_rows > 0) tensor_load_multicast(a + a_row * 128, &problem.a, full, k0, a_row, all);
-    }
+    tensor_load(x, &args.x, full, k0, 0);
+    if (problem.rank > 0) tensor_load(x + kTokens * 128, &problem.a, full, k0, 0);
     if (++stage == args.stages) stage = 0, parity ^= 1;
   }
   // Not before: what the next kernel asks L2 for ahead would be gone when it is wanted.
@@ -140,7 +112,7 @@ __device__ __forceinline__ void produce(
 }
 
 /// One warpgroup: 64 rows of W, or A's, by all tokens.
-template <typename T, uint32_t kTokens>
+template <typename T, uint32_t kRows, uint32_t kTokens>
 __device__ __forceinline__ void consume(
     const SkinnyArgs& args,
     const SkinnyPlace& place,
@@ -148,8 +120,7 @@ __device__ __forceinline__ void consume(
     uint32_t stages,
     uint32_t left_offset,
     float (&d)[kTokens / 2]) {
-  const uint32_t lane = threadIdx.x % 32;
-  const bool releases = lane < args.parts_n;
+  const bool releases = threadIdx.x % 32 == 0;
   uint32_t stage = 0, parity = 0, reading = 0;
 #pragma unroll
   for (uint32_t i = 0; i < kTokens / 2; ++i) d[i] = 0.0f;
@@ -157,21 +128,18 @@ __device__ __forceinline__ void consume(
     const uint32_t full = barriers + 16 * stage, at = stages + stage * args.stage_bytes;
     barrier_wait(full, parity);
     const uint64_t left = wgmma_descriptor(at + left_offset, 16);
-    const uint64_t right = wgmma_descriptor(at + kRowsW * 128, 16);
+    const uint64_t right = wgmma_descriptor(at + kRows * 128, 16);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i) wgmma<T, 0>(d, left + 2 * i, right + 2 * i, 1);
     wgmma_commit();
     wgmma_wait<1>();
-    if (s > 0 && releases) barrier_arrive_remote(barriers + 16 * reading + 8, place.first_block + lane);
+    if (s > 0 && releases) barrier_arrive(barriers + 16 * reading + 8);
     reading = stage;
     if (++stage == args.stages) stage = 0, parity ^= 1;
   }
   wgmma_wait<0>();
   wgmma_sums_fence(d);
-  if (place.count > 0 && releases) {
-    barrier_arrive_remote(barriers + 16 * reading + 8, place.first_block + lane);
-  }
 }
 
 /// A block's sums by the tokens: rows of `pitch` floats, 128 of y and then u.
@@ -194,19 +162,19 @@ __device__ __forceinline__ void leave_sums(
 __device__ __forceinline__ float4
 sum_parts(const SkinnyArgs& args, const SkinnyPlace& place, uint32_t at) {
   float4 sum = make_float4(0, 0, 0, 0);
-  for (uint32_t p0 = 0; p0 < args.parts_k; p0 += 4) {
+  for (uint32_t p0 = 0; p0 < args.parts; p0 += 4) {
     float4 v[4];
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
-      if (p0 + i == place.rank_k) {
+      if (p0 + i == place.part) {
         v[i] = load_own(at);
-      } else if (p0 + i < args.parts_k) {
-        v[i] = load_block(at, (p0 + i) * args.parts_n + place.rank_n);
+      } else if (p0 + i < args.parts) {
+        v[i] = load_block(at, p0 + i);
       }
     }
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
-      if (p0 + i >= args.parts_k) break;
+      if (p0 + i >= args.parts) break;
       sum.x += v[i].x;
       sum.y += v[i].y;
       sum.z += v[i].z;
@@ -218,10 +186,10 @@ sum_parts(const SkinnyArgs& args, const SkinnyPlace& place, uint32_t at) {
 
 /// This block's rows of B to shared memory, zeros beyond n and the rank. Rows of rank_columns and
 /// kRankPad.
-template <typename T>
+template <typename T, uint32_t kRows, uint32_t kThreads>
 __device__ __forceinline__ void load_b(const SkinnyProblem& problem, uint32_t n0, uint32_t to) {
   const uint32_t chunks = problem.rank_columns / 8;
-  for (uint32_t i = threadIdx.x; i < kRowsW * chunks; i += kThreads) {
+  for (uint32_t i = threadIdx.x; i < kRows * chunks; i += kThreads) {
     const uint32_t row = i / chunks, c = i % chunks * 8, n = n0 + row;
     const uint32_t left = n < problem.n && c < problem.rank ? problem.rank - c : 0;
     const T* from = static_cast<const T*>(problem.b) + (left ? n * problem.b_stride + c : 0);
@@ -267,8 +235,8 @@ __device__ __forceinline__ void finish_rows(
   }
 #pragma unroll
   for (uint32_t h = 0; h < 2; ++h) {
-    const uint32_t row = token + g + 8 * h, m = place.m0 + row;
-    if (row >= end || m >= args.m || n >= problem.n) continue;
+    const uint32_t m = token + g + 8 * h;
+    if (m >= min(end, args.m) || n >= problem.n) continue;
     float v[4] = {
         sum[h].x + d[0][2 * h],
         sum[h].y + d[0][2 * h + 1],
@@ -294,21 +262,28 @@ __device__ __forceinline__ void finish_rows(
   }
 }
 
-template <typename T, uint32_t kTokens>
-__global__ void __launch_bounds__(kThreads, 2)
+/// Threads of a block: a warpgroup for each 64 rows of W, one for A, the producer's warp.
+constexpr uint32_t threads_for(uint32_t rows) {
+  return 2 * rows + 128 + 32;
+}
+
+template <typename T, uint32_t kRows, uint32_t kTokens>
+__global__ void __launch_bounds__(threads_for(kRows), kRows * kTokens > 8192 ? 1 : 2)
     skinny_kernel(const __grid_constant__ SkinnyArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr uint32_t kThreads = threads_for(kRows), kConsumers = kThreads / 32 - 1;
+  constexpr uint32_t kAdapter = kRows / 64;  // A's warpgroup
   extern __shared__ uint8_t raw[];
   const uint32_t barriers = (shared_address(raw) + 1023) & ~1023u;
   const uint32_t stages = barriers + kBarrierBytes;
   auto* memory = raw + (stages - shared_address(raw));
-  const SkinnyPlace place(args, kTokens);
+  const SkinnyPlace place(args, kRows);
   const SkinnyProblem& problem = args.problem[place.problem];
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  const int warpgroup = warp / 4;
+  const uint32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const uint32_t warpgroup = warp / 4;
   const bool adapts = problem.rank > 0;
   if (threadIdx.x == 0) {
-    const uint32_t readers = (adapts ? 8 : 4) * args.parts_n;
+    const uint32_t readers = adapts ? kConsumers : kConsumers - 4;
     for (uint32_t s = 0; s < args.stages; ++s) {
       barrier_init(barriers + 16 * s, 1);
       barrier_init(barriers + 16 * s + 8, readers);
@@ -320,42 +295,41 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (threadIdx.x % 32 == 2 && adapts) tensor_map_prefetch(&problem.a);
   }
   __syncthreads();
-  if (args.parts_n > 1) cluster_sync_relaxed();
-  if (adapts && threadIdx.x < kRowsW) {
+  if (adapts && threadIdx.x < kRows) {
     const uint32_t n = min(place.n0 + threadIdx.x, problem.n - 1);
     const auto* row = static_cast<const T*>(problem.b) + n * problem.b_stride;
     asm volatile("prefetch.global.L2 [%0];" ::"l"(row));
   }
-  const uint32_t columns = kRowsW + problem.rank_columns, pitch = columns + 4;
+  const uint32_t columns = kRows + problem.rank_columns, pitch = columns + 4;
   auto* sums = reinterpret_cast<float*>(memory);
   auto* low = reinterpret_cast<T*>(memory + kTokens * pitch * 4);
   const T* b = low + kTokens * (problem.rank_columns + kRankPad);
   const uint32_t b_at = shared_address(b);
   if (warp == kConsumers) {
-    if (threadIdx.x % 32 == 0) produce<kTokens>(args, place, barriers, stages);
+    if (threadIdx.x % 32 == 0) produce<kRows, kTokens>(args, place, barriers, stages);
     __syncwarp();
     dependency_wait();
     __syncthreads();
-    if (adapts) load_b<T>(problem, place.n0, b_at);
+    if (adapts) load_b<T, kRows, kThreads>(problem, place.n0, b_at);
   } else {
     dependency_wait();
     float d[kTokens / 2];
-    const bool works = warpgroup == 0 || adapts;
-    const uint32_t left = warpgroup == 0 ? 0 : (kRowsW + kTokens) * 128;
-    if (works) consume<T, kTokens>(args, place, barriers, stages, left, d);
+    const bool works = warpgroup < kAdapter || adapts;
+    const uint32_t left = warpgroup < kAdapter ? warpgroup * 64 * 128 : (kRows + kTokens) * 128;
+    if (works) consume<T, kRows, kTokens>(args, place, barriers, stages, left, d);
     __syncthreads();  // all stages are read
-    if (adapts) load_b<T>(problem, place.n0, b_at);
+    if (adapts) load_b<T, kRows, kThreads>(problem, place.n0, b_at);
     if (works) leave_sums<kTokens>(sums, pitch, columns, warpgroup * 64, d);
   }
   cluster_sync();
 
   // This block's tokens, in eights.
-  const uint32_t token0 = place.rank_k * (kTokens / 8) / args.parts_k * 8;
-  const uint32_t end = (place.rank_k + 1) * (kTokens / 8) / args.parts_k * 8;
+  const uint32_t token0 = place.part * (kTokens / 8) / args.parts * 8;
+  const uint32_t end = (place.part + 1) * (kTokens / 8) / args.parts * 8;
   const uint32_t from = shared_address(sums);
-  const uint32_t pieces = warp < kConsumers ? (end - token0 + 15) / 16 * (kRowsW / 16) : 0;
-  const auto token_of = [&](uint32_t piece) { return token0 + piece / (kRowsW / 16) * 16; };
-  const auto column_of = [&](uint32_t piece) { return piece % (kRowsW / 16) * 16; };
+  const uint32_t pieces = warp < kConsumers ? (end - token0 + 15) / 16 * (kRows / 16) : 0;
+  const auto token_of = [&](uint32_t piece) { return token0 + piece / (kRows / 16) * 16; };
+  const auto column_of = [&](uint32_t piece) { return piece % (kRows / 16) * 16; };
   float4 sum[2];
   const auto sum_piece = [&](uint32_t piece) {
 #pragma unroll
@@ -369,43 +343,39 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint32_t quads = problem.rank_columns / 4;
   for (uint32_t i = threadIdx.x; i < (end - token0) * quads; i += kThreads) {
     const uint32_t row = token0 + i / quads, c = i % quads * 4;
-    const float4 u = sum_parts(args, place, from + (row * pitch + kRowsW + c) * 4);
+    const float4 u = sum_parts(args, place, from + (row * pitch + kRows + c) * 4);
     const float v[4] = {u.x, u.y, u.z, u.w};
-    const bool keeps = problem.plain && place.n0 == 0 && place.m0 + row < args.m;
+    const bool keeps = problem.plain && place.n0 == 0 && row < args.m;
     T* to = low + (row - token0) * (problem.rank_columns + kRankPad) + c;
 #pragma unroll
     for (uint32_t j = 0; j < 4; ++j) {
       to[j] = from_float<T>(problem.factor * v[j]);
       if (keeps && c + j < problem.rank) {
-        problem.plain[size_t{place.m0 + row} * problem.rank + c + j] = v[j];
+        problem.plain[size_t{row} * problem.rank + c + j] = v[j];
       }
     }
   }
   mma::copies_wait<0>();
   __syncthreads();
   for (uint32_t piece = warp; piece < pieces; piece += kConsumers) {
-    if (piece > static_cast<uint32_t>(warp)) sum_piece(piece);
+    if (piece > warp) sum_piece(piece);
     finish_rows<T>(args, place, low, b, sum, token0, token_of(piece), end, column_of(piece));
   }
   cluster_sync_relaxed();  // nobody goes while others read here
 #endif
 }
 
-const uint32_t early_steps = getenv("EARLY") ? atoi(getenv("EARLY")) : 4;
-
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
 }
+/// As few as hold all: each costs L2 and the matrix unit, used or not.
 uint32_t tokens_of(uint32_t m) {
   return m <= 32 ? 32 : m <= 64 ? 64 : 128;
 }
-
-uint32_t clusters_of(const GemmGroup& group, const SkinnyForm& form) {
+uint32_t tiles_of(const GemmGroup& group, uint32_t rows) {
   uint32_t tiles = 0;
-  for (int i = 0; i < group.problems; ++i) {
-    tiles += ceil_div(group.problem[i].n, kRowsW * form.parts_n);
-  }
-  return tiles * ceil_div(group.m, form.tokens);
+  for (int i = 0; i < group.problems; ++i) tiles += ceil_div(group.problem[i].n, rows);
+  return tiles;
 }
 
 /// The part that makes the left of a problem's second pair.
@@ -422,18 +392,13 @@ void fill_problem(
     SkinnyProblem& to, const GemmGroup& group, const GemmProblem& from, const SkinnyForm& form) {
   const GemmPair& base = from.pair[0];
   to.n = from.n;
-  to.tiles = ceil_div(from.n, kRowsW * form.parts_n);
-  to.w = make_tensor_map({base.right, group.dtype, from.n, base.k, base.right_stride, kRowsW});
+  to.tiles = ceil_div(from.n, form.rows);
+  to.w = make_tensor_map({base.right, group.dtype, from.n, base.k, base.right_stride, form.rows});
   if (const GemmShrink::Part* part = part_of(group, from); part && part->rank > 0) {
     to.rank = part->rank;
     to.rank_columns = ceil_div(part->rank, 16) * 16;
     to.a = make_tensor_map(
-        {part->right,
-         group.dtype,
-         part->rank,
-         base.k,
-         part->right_stride,
-         to.rank_columns / form.parts_n});
+        {part->right, group.dtype, part->rank, base.k, part->right_stride, to.rank_columns});
     to.b = from.pair[1].right;
     to.b_stride = from.pair[1].right_stride;
     to.factor = part->factor;
@@ -446,94 +411,136 @@ void fill_problem(
   to.residual_stride = from.residual_stride;
 }
 
-template <typename T, uint32_t kTokens>
-void launch(const Context& context, SkinnyArgs& args, uint32_t clusters, uint32_t rank_columns) {
-  const auto kernel = skinny_kernel<T, kTokens>;
-  args.stage_bytes = (kRowsW + kTokens + rank_columns) * 128;
+uint32_t rank_columns_of(const GemmGroup& group) {
+  uint32_t most = 0;
+  for (int i = 0; i < group.problems; ++i) {
+    const GemmShrink::Part* part = part_of(group, group.problem[i]);
+    if (part) most = std::max(most, ceil_div(part->rank, 16) * 16);
+  }
+  return most;
+}
+
+template <typename T, uint32_t kRows, uint32_t kTokens>
+void launch(
+    const Context& context,
+    SkinnyArgs& args,
+    const SkinnyForm& form,
+    uint32_t blocks,
+    uint32_t rank_columns) {
+  const auto kernel = skinny_kernel<T, kRows, kTokens>;
+  args.stage_bytes = (kRows + kTokens + rank_columns) * 128;
   // The A side reads 64 rows, whatever the rank: the last stage's lie within the block's memory.
   const uint32_t slack = rank_columns > 0 ? (kMaxRank - rank_columns) * 128 : 0;
-  const uint32_t shared = kTokens > 64 && getenv("WIDE") ? 2 * kSharedBytes : kSharedBytes;
+  const uint32_t shared = form.wide ? 2 * kSharedBytes : kSharedBytes;
   args.stages = std::min(kMaxStages, (shared - 2 * kBarrierBytes - slack) / args.stage_bytes);
-  args.early = early_steps;
   check(
       cudaFuncSetAttribute(
           kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
       "lora_skinny");
-  const uint32_t blocks = args.parts_k * args.parts_n;
   cudaLaunchConfig_t config = {};
-  config.gridDim = clusters * blocks;
-  config.blockDim = kThreads;
+  config.gridDim = blocks;
+  config.blockDim = threads_for(kRows);
   config.dynamicSmemBytes = shared;
   config.stream = context.stream;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {blocks, 1, 1};
+  attributes[1].val.clusterDim = {args.parts, 1, 1};
   config.attrs = attributes;
   config.numAttrs = 2;
   check(cudaLaunchKernelEx(&config, kernel, args), "lora_skinny");
 }
 
-template <typename T>
+template <typename T, uint32_t kRows>
 void launch_tokens(
     const Context& context,
     SkinnyArgs& args,
-    uint32_t tokens,
-    uint32_t clusters,
+    const SkinnyForm& form,
+    uint32_t blocks,
     uint32_t rank_columns) {
-  switch (tokens) {
+  switch (tokens_of(args.m)) {
     case 32:
-      return launch<T, 32>(context, args, clusters, rank_columns);
+      return launch<T, kRows, 32>(context, args, form, blocks, rank_columns);
     case 64:
-      return launch<T, 64>(context, args, clusters, rank_columns);
+      return launch<T, kRows, 64>(context, args, form, blocks, rank_columns);
     default:
-      return launch<T, 128>(context, args, clusters, rank_columns);
+      return launch<T, kRows, 128>(context, args, form, blocks, rank_columns);
   }
+}
+
+template <typename T>
+void launch_rows(
+    const Context& context,
+    SkinnyArgs& args,
+    const SkinnyForm& form,
+    uint32_t blocks,
+    uint32_t rank_columns) {
+  form.rows == 64 ? launch_tokens<T, 64>(context, args, form, blocks, rank_columns)
+                  : launch_tokens<T, 128>(context, args, form, blocks, rank_columns);
+}
+
+/// µs. A step is bound by memory (W alone), by what L2 gives all blocks or by what a multiprocessor
+/// takes; then come the sums of the other blocks of a cluster, and what start and end cost anyway.
+float cost_of(const Context& context, const GemmGroup& group, const SkinnyForm& form) {
+  constexpr float kMemory = 3.0e6f, kL2 = 7.3e6f, kBlock = 72e3f, kRemote = 25e3f;  // bytes per µs
+  const uint32_t tokens = tokens_of(group.m);
+  // Threes: five of them in the 16 multiprocessors that stand together.
+  const uint32_t slots =
+      form.parts == 3 ? context.multiprocessors * 5 / 16 : context.multiprocessors / form.parts;
+  const uint32_t tiles = tiles_of(group, form.rows), waves = ceil_div(tiles, slots);
+  const auto blocks = static_cast<float>(std::min(tiles, slots) * form.parts);
+  const auto w = static_cast<float>(form.rows * 128);
+  const float stage = w + static_cast<float>((tokens + rank_columns_of(group)) * 128);
+  const float step = std::max({w * blocks / kMemory, stage * blocks / kL2, stage / kBlock});
+  const uint32_t steps = ceil_div(ceil_div(group.problem[0].pair[0].k, kStepK), form.parts);
+  const float remote = static_cast<float>(tokens * form.rows * 4 * (form.parts - 1) / form.parts);
+  return static_cast<float>(waves) * (static_cast<float>(steps) * step + remote / kRemote + 4.5f);
 }
 
 }  // namespace
 
+bool skinny_form_fits(const GemmGroup& group, const SkinnyForm& form) {
+  const uint32_t stage = (form.rows + tokens_of(group.m) + rank_columns_of(group)) * 128;
+  return form.wide || 3 * stage <= kSharedBytes - 2 * kBarrierBytes;
+}
+
 SkinnyForm skinny_form(const Context& context, const GemmGroup& group) {
   SkinnyForm best;
-  const uint32_t steps = ceil_div(group.problem[0].pair[0].k, kStepK);
-  uint32_t best_cost = 0;
-  for (uint32_t parts : {1u, 2u, 4u, 8u}) {
-    const SkinnyForm form = {parts, 1, tokens_of(group.m)};
-    const uint32_t slots = context.multiprocessors / parts;
-    const uint32_t waves = ceil_div(clusters_of(group, form), slots);
-    const uint32_t cost = waves * (ceil_div(steps, parts) + 4) + parts;
-    if (best.parts_k != 0 && cost >= best_cost) continue;
-    best = form;
-    best_cost = cost;
+  float best_cost = 0.0f;
+  for (uint32_t rows : {64u, 128u}) {
+    // Clusters of four with a multiprocessor a block do not all find room at once.
+    for (uint32_t parts : {1u, 2u, 3u}) {
+      SkinnyForm form = {parts, rows, false};
+      form.wide = rows * tokens_of(group.m) > 4096;
+      const float cost = cost_of(context, group, form);
+      if (best.parts != 0 && cost >= best_cost) continue;
+      best = form;
+      best_cost = cost;
+    }
   }
   return best;
 }
 
 void skinny_with_form(const Context& context, const GemmGroup& group, SkinnyForm form) {
-  if (form.parts_k == 0) form = skinny_form(context, group);
   SkinnyArgs args;
+  if (form.parts == 0) form = skinny_form(context, group);
   args.m = group.m;
-  args.parts_k = form.parts_k;
-  args.parts_n = form.parts_n;
-  if (form.tokens == 0) form.tokens = tokens_of(group.m);
-  const uint32_t tokens = form.tokens;
-  args.tiles_m = ceil_div(group.m, tokens);
-  uint32_t problems = 0, rank_columns = 0;
+  args.parts = form.parts;
+  uint32_t problems = 0;
   for (int i = 0; i < group.problems; ++i) {
     if (group.problem[i].n == 0) continue;
-    SkinnyProblem& to = args.problem[problems++];
-    fill_problem(to, group, group.problem[i], form);
-    rank_columns = std::max(rank_columns, to.rank_columns);
+    fill_problem(args.problem[problems++], group, group.problem[i], form);
   }
   if (problems == 0 || group.m == 0) return;
   const GemmPair& base = group.problem[0].pair[0];
   args.k = base.k;
   args.x = make_tensor_map(
-      {base.left, group.dtype, group.m, base.k, base.left_stride, tokens / form.parts_n});
-  const uint32_t clusters = clusters_of(group, form);
-  group.dtype == DType::bf16 ? launch_tokens<bf16>(context, args, tokens, clusters, rank_columns)
-                             : launch_tokens<f16>(context, args, tokens, clusters, rank_columns);
+      {base.left, group.dtype, group.m, base.k, base.left_stride, tokens_of(group.m)});
+  const uint32_t blocks = tiles_of(group, form.rows) * form.parts;
+  const uint32_t rank_columns = rank_columns_of(group);
+  group.dtype == DType::bf16 ? launch_rows<bf16>(context, args, form, blocks, rank_columns)
+                             : launch_rows<f16>(context, args, form, blocks, rank_columns);
 }
 
 }  // namespace sm90
@@ -555,7 +562,8 @@ bool can_lora_skinny(const Context& context, const GemmGroup& group) {
 }
 
 bool prefers_lora_skinny(const Context& context, const GemmGroup& group) {
-  return can_lora_skinny(context, group);
+  return can_lora_skinny(context, group) &&
+         sm90::tiles_of(group, 128) * 2 <= static_cast<uint32_t>(context.multiprocessors);
 }
 
 void lora_skinny(const Context& context, const GemmGroup& group) {
