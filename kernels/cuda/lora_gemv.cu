@@ -8,9 +8,9 @@
 //   each part once (1500 instructions)                  18.2 / 26.2 µs
 //   three blocks a multiprocessor, one round, the ring
 //   filled ahead of the wait                            16.6 / 19.0 µs (65% / 57% of reading)
-//   int4 24.1 / 30.7 -> 9.5 / 12.9 µs, nf4 19.2 / 25.0 -> 10.8 / 14.1 µs, int8 27.0 / 33.8 ->
-//   15.2 / 19.2 µs. Next: what is not streaming, ≈ 6 µs a launch: the exchange of u and of partial
-//   sums (1.5 µs), the load of B at the end (1 µs), first stages that only wait for memory.
+//   a block's warps share a tile's columns instead of a
+//   cluster's blocks; u through L2 behind a flag        12.4 / 15.5 µs (87% / 69%)
+//   the other formats in the same steps: int4 8.7 / 10.8 µs, nf4 9.5 / 11.3, int8 13.7 / 12.4.
 #include <algorithm>
 #include <bit>
 #include <stdexcept>
@@ -69,6 +69,11 @@ uint32_t unit_chunks(const WeightParams& w) {
   return w.k % (groups * w.group_size) == 0 ? groups * w.group_size / gemv::kChunk : 0;
 }
 
+uint32_t weight_bits(WeightFormat format) {
+  if (format == WeightFormat::int8) return 8;
+  return format == WeightFormat::int4 || format == WeightFormat::nf4 ? 4 : 16;
+}
+
 /// Whether the streaming form can work out this branch's u itself.
 bool can_fuse_shrink(DType dtype, const LoraBranch& b) {
   const LoraParams& lora = b.lora.params;
@@ -122,12 +127,13 @@ Call make_call(
     if (!can_fuse_shrink(dtype, from)) call.u_given = true;
     if (lora.dtype != dtype || !aligned(b.b, 16) || b.rank % 8 != 0) call.wide_b = false;
   }
-  call.passes = (call.tiles + 7) / 8;
-  if (call.rank_tiles > 0 && !call.u_given) {
-    call.rank_splits = std::max(1u, std::bit_floor(8 / call.rank_tiles));
-    call.rank_splits_log2 = static_cast<uint32_t>(std::countr_zero(call.rank_splits));
-    call.rank_items = call.rank_tiles * call.rank_splits;
+  if (!call.u_given) {
+    // A part is over before the tiles of W are: half as many bytes, or a quarter of k's chunks.
+    const uint32_t bits = weight_bits(first.format);
+    while (call.u_parts < 32 / bits && 2 * call.u_parts * 16 <= call.chunks) call.u_parts *= 2;
+    call.u_tiles = call.rank_tiles * call.u_parts;
   }
+  call.all_tiles = call.u_tiles + call.tiles;
   return call;
 }
 
@@ -189,6 +195,16 @@ bool stream(
   call.only_ask = only_ask;
   if (call.u_given && m > kVectorMaxTokens) return false;
   if (call.tiles == 0) return call.rank_tiles == 0;
+  if (call.u_tiles > 0 && !only_ask) {
+    call.u = static_cast<float*>(
+        context.scratch->take(size_t{m} * call.u_tiles * gemv::kTileRows * sizeof(float)));
+    call.flags = context.counters;
+    if (call.flags == nullptr) {
+      constexpr size_t kBytes = 2 * sizeof(uint32_t);
+      call.flags = static_cast<uint32_t*>(context.scratch->take(kBytes));
+      check(cudaMemsetAsync(call.flags, 0, kBytes, context.stream), "lora_gemv's flags");
+    }
+  }
   if (call.u_given && !only_ask) {
     for (size_t i = 0; i < count; ++i) {
       const uint32_t rank = with_u[i].lora.params.rank;

@@ -35,14 +35,13 @@ struct Call {
   uint32_t m = 0, k = 0;
   uint32_t branches = 0;
   uint32_t tiles = 0, rank_tiles = 0;
-  uint32_t chunks = 0;            ///< k / 32
-  uint32_t unit = 1, units = 0;   ///< chunks that stay in one block, and how many such
-  uint32_t rank_items = 0;        ///< rank_tiles << rank_splits_log2; 0 where u is given
-  uint32_t rank_splits_log2 = 0;  ///< warps that share a tile of ranks, each a part of the columns
-  uint32_t rank_splits = 0;       ///< as a number; 0 where u is given
-  uint32_t passes = 0;
-  uint32_t slice_chunks = 0;  ///< the most that a block gets
-  uint32_t blocks_log2 = 0;   ///< of a cluster
+  uint32_t u_parts = 1;                 ///< blocks that share a tile of A, each some columns
+  uint32_t u_tiles = 0, all_tiles = 0;  ///< such parts, that come first; none where u is given
+  uint32_t chunks = 0;                  ///< k / 32
+  uint32_t unit = 1, units = 0;         ///< chunks that stay in one warp, and how many such
+  bool x_stays = false;                 ///< x is kept in shared memory; else read from L2
+  float* u = nullptr;                   ///< [u_parts, m, 16 rank_tiles]: to all blocks
+  uint32_t* flags = nullptr;            ///< parts of u that are there; blocks that have left
   DType y_dtype = DType::bf16, scales_dtype = DType::f32, adapter_dtype = DType::bf16;
   bool u_given = false;  ///< by an earlier kernel, in every branch's u
   bool wide_b = false;   ///< every B is of x's type, 16-byte aligned, of a rank in eights
@@ -77,11 +76,6 @@ bool launch_dense(const Context& context, const Call& call, DType dtype);
 bool launch_int4(const Context& context, const Call& call, DType dtype, uint32_t group_size);
 bool launch_int8(const Context& context, const Call& call, DType dtype, uint32_t group_size);
 bool launch_nf4(const Context& context, const Call& call, DType dtype);
-
-/// The same for 17 … 64 tokens.
-bool launch_skinny_dense(const Context& context, const Call& call, DType dtype);
-bool launch_skinny_int4(const Context& context, const Call& call, DType dtype, uint32_t group_size);
-bool launch_skinny_nf4(const Context& context, const Call& call, DType dtype);
 
 /// u = drop(x)·Aᵀ/(1-p) of any types, a warp a rank, for the branches that have a rank.
 void launch_generic_shrink(

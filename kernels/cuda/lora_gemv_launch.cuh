@@ -1,7 +1,7 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// The kernel around lora_gemv_stream.cuh's class, and its launch: which cluster, how many.
+// The kernel around lora_gemv_stream.cuh's class, and its launch.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +11,14 @@
 
 namespace metal_lora::cuda::gemv {
 
+/// Blocks of a multiprocessor at most: what registers there are.
+constexpr uint32_t most_resident(uint32_t tokens) {
+  return tokens <= 8 ? 3 : 2;
+}
+
 template <class Format, uint32_t kTokens>
-__global__ void __launch_bounds__(
-    kThreads,
-    kTokens <= 8    ? 3
-    : kTokens <= 16 ? 2
-                    : 1) stream_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kThreads, most_resident(kTokens))
+    stream_kernel(const __grid_constant__ Call call) {
   extern __shared__ __align__(16) char shared[];
   uint32_t table = 0;
   const float* codes = nullptr;
@@ -41,7 +43,6 @@ __global__ void __launch_bounds__(
     codes = nested;
   }
   Stream<Format, kTokens> stream(call, mma::shared_address(shared), codes, table);
-  stream.prefetch();
   stream.begin();
   wait_for_previous();
   if constexpr (Format::kDouble) {
@@ -65,34 +66,21 @@ template <class Format, uint32_t kTokens>
 bool launch_stream(const Context& context, Call call) {
   constexpr uint32_t kStatic = (Format::kNf4 ? kTableBytes : 0) +
                                (Format::kDouble ? kMaxBranches * kNf4NestedHead * 4 : 0) + 1024;
-  constexpr uint32_t kMostResident = 4;
+  constexpr uint32_t kMostResident = most_resident(kTokens);
   const uint32_t available = shared_of_multiprocessor(context);
-  // The cluster that gives a warp the least to do. Clusters lie within a group of 16 or 18
-  // multiprocessors, so that 1/11 (of eights) or 1/16 (of fours) of the blocks find no place.
-  uint32_t best = 0, clusters = 0, bytes = 0;
-  double least = 0.0;
-  for (uint32_t log2 = 0; log2 <= (context.capability >= 90 ? 3u : 0u); ++log2) {
-    const uint32_t blocks = 1u << log2;
-    if (blocks > call.units) break;
-    call.slice_chunks = (call.units + blocks - 1) / blocks * call.unit;
-    const uint32_t size = make_layout<Format, kTokens>(call).bytes;
-    if (size + kStatic > available) continue;
-    const uint32_t resident = std::min(kMostResident, available / (size + kStatic));
-    const double share = blocks == 8 ? 10.0 / 11 : blocks == 4 ? 15.0 / 16 : 1.0;
-    const auto most = static_cast<uint32_t>(share * context.multiprocessors * resident / blocks);
-    const uint32_t rounds = (call.passes + most - 1) / std::max(most, 1u);
-    const double work = static_cast<double>(rounds) / blocks;
-    if (bytes != 0 && work >= least) continue;
-    least = work;
-    best = log2;
-    bytes = size;
-    clusters = (call.passes + rounds - 1) / rounds;
-  }
-  if (bytes == 0) return false;
+  const auto resident = [&] {
+    return std::min(kMostResident, available / (make_layout<Format>(call).bytes + kStatic));
+  };
+  // x stays where that costs no block its place.
+  const uint32_t most = resident();
+  call.x_stays = true;
+  if (resident() < most) call.x_stays = false;
+  if (resident() == 0) return false;
   if (call.only_ask) return true;
-  const uint32_t blocks = 1u << best;
-  call.blocks_log2 = best;
-  call.slice_chunks = (call.units + blocks - 1) / blocks * call.unit;
+  const uint32_t places = resident() * static_cast<uint32_t>(context.multiprocessors);
+  const uint32_t rounds = (call.all_tiles + places - 1) / places;
+  const uint32_t blocks = (call.all_tiles + rounds - 1) / rounds;
+  const uint32_t bytes = make_layout<Format>(call).bytes;
   call.weights_ready = context.weights_ready;
   const auto kernel = stream_kernel<Format, kTokens>;
   check(
@@ -103,21 +91,7 @@ bool launch_stream(const Context& context, Call call) {
       cudaFuncSetAttribute(
           kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
       "lora_gemv's shared memory");
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(clusters * blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = context.stream;
-  config.attrs = attributes;
-  if (context.capability >= 90) {
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim = {blocks, 1, 1};
-    config.numAttrs = 2;
-  }
-  check(cudaLaunchKernelEx(&config, kernel, call), "lora_gemv");
+  launch_pdl(kernel, dim3(blocks), dim3(kThreads), bytes, context.stream, call);
   return true;
 }
 
@@ -125,12 +99,6 @@ template <class Format>
 bool launch_tokens(const Context& context, const Call& call) {
   return call.m <= 8 ? launch_stream<Format, 8>(context, call)
                      : launch_stream<Format, 16>(context, call);
-}
-
-template <class Format>
-bool launch_skinny(const Context& context, const Call& call) {
-  return call.m <= 32 ? launch_stream<Format, 32>(context, call)
-                      : launch_stream<Format, 64>(context, call);
 }
 
 }  // namespace metal_lora::cuda::gemv
