@@ -10,6 +10,7 @@ namespace metal_lora::cuda::gemv {
 
 inline constexpr uint32_t kMaxBranches = 4;
 inline constexpr uint32_t kChunk = 32;     ///< columns that one step of the tensor cores takes
+inline constexpr uint32_t kMaxParts = 8;   ///< of a tile of A
 inline constexpr uint32_t kTileRows = 16;  ///< rows of W (or of A) that a warp works on
 
 /// A branch as the kernels read it.
@@ -40,8 +41,8 @@ struct Call {
   uint32_t chunks = 0;                  ///< k / 32
   uint32_t unit = 1, units = 0;         ///< chunks that stay in one warp, and how many such
   bool x_stays = false;                 ///< x is kept in shared memory; else read from L2
-  float* u = nullptr;                   ///< [u_parts, m, 16 rank_tiles]: to all blocks
-  uint32_t* flags = nullptr;            ///< parts of u that are there; blocks that have left
+  uint64_t* u = nullptr;     ///< [u_parts, m, 16 rank_tiles], zero: {1, sum} once it is there
+  uint32_t* left = nullptr;  ///< blocks that have left
   DType y_dtype = DType::bf16, scales_dtype = DType::f32, adapter_dtype = DType::bf16;
   bool u_given = false;  ///< by an earlier kernel, in every branch's u
   bool wide_b = false;   ///< every B is of x's type, 16-byte aligned, of a rank in eights

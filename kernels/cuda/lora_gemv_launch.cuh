@@ -1,12 +1,13 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// The kernel around lora_gemv_stream.cuh's class, and its launch.
+// The kernels around the classes of lora_gemv_direct.cuh and lora_gemv_stream.cuh, and their launch.
 #pragma once
 
 #include <algorithm>
 
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/lora_gemv_direct.cuh"
 #include "kernels/cuda/lora_gemv_stream.cuh"
 
 namespace metal_lora::cuda::gemv {
@@ -14,6 +15,40 @@ namespace metal_lora::cuda::gemv {
 /// Blocks of a multiprocessor at most: what registers there are.
 constexpr uint32_t most_resident(uint32_t tokens) {
   return tokens <= 8 ? 3 : 2;
+}
+
+/// All copies of the table of NF4's pairs.
+template <typename T>
+__device__ __forceinline__ void fill_table(uint32_t* pairs) {
+  // Thread i makes entry i (low code first) and writes all copies, starting at its own banks.
+  const T lo = from_float<T>(nf4_level(threadIdx.x % 16));
+  const T hi = from_float<T>(nf4_level(threadIdx.x / 16));
+  const uint32_t both = static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&lo)) |
+                        static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&hi)) << 16;
+  auto* copies = reinterpret_cast<uint4*>(pairs + threadIdx.x * kTableCopies);
+#pragma unroll
+  for (uint32_t i = 0; i < kTableCopies / 4; ++i) {
+    copies[(i + threadIdx.x / 2) % (kTableCopies / 4)] = make_uint4(both, both, both, both);
+  }
+}
+
+inline constexpr uint32_t kDirectResident = 2;
+
+template <class Format, uint32_t kParts, bool kStays>
+__global__ void __launch_bounds__(kThreads, kDirectResident)
+    direct_kernel(const __grid_constant__ Call call) {
+  extern __shared__ __align__(16) char shared[];
+  uint32_t table = 0;
+  allow_dependents();
+  if constexpr (Format::kTable) {
+    __shared__ __align__(16) uint32_t pairs[256 * kTableCopies];
+    table = mma::shared_address(pairs);
+    fill_table<typename Format::T>(pairs);
+  }
+  Direct<Format, kParts, kStays> direct(call, mma::shared_address(shared), table);
+  direct.begin();
+  wait_for_previous();
+  direct.run();
 }
 
 template <class Format, uint32_t kTokens>
@@ -25,17 +60,7 @@ __global__ void __launch_bounds__(kThreads, most_resident(kTokens))
   allow_dependents();
   if constexpr (Format::kNf4) {
     __shared__ __align__(16) uint32_t pairs[256 * kTableCopies];
-    using T = typename Format::Storage;
-    // Thread i makes entry i (low code first) and writes all copies, starting at its own banks.
-    const T lo = from_float<T>(nf4_level(threadIdx.x % 16));
-    const T hi = from_float<T>(nf4_level(threadIdx.x / 16));
-    const uint32_t both = static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&lo)) |
-                          static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&hi)) << 16;
-    auto* copies = reinterpret_cast<uint4*>(pairs + threadIdx.x * kTableCopies);
-#pragma unroll
-    for (uint32_t i = 0; i < kTableCopies / 4; ++i) {
-      copies[(i + threadIdx.x / 2) % (kTableCopies / 4)] = make_uint4(both, both, both, both);
-    }
+    fill_table<typename Format::Storage>(pairs);
     table = mma::shared_address(pairs);
   }
   if constexpr (Format::kDouble) {
@@ -61,6 +86,53 @@ inline uint32_t shared_of_multiprocessor(const Context& context) {
   return (context.capability == 80 || context.capability == 87 ? 164 : 100) * 1024;
 }
 
+/// The grid of a kernel that has `resident` blocks on a multiprocessor, and its launch.
+template <typename Kernel>
+void launch_blocks(
+    const Context& context, Kernel kernel, uint32_t resident, uint32_t bytes, Call call) {
+  const uint32_t places = resident * static_cast<uint32_t>(context.multiprocessors);
+  const uint32_t rounds = (call.all_tiles + places - 1) / places;
+  const uint32_t blocks = (call.all_tiles + rounds - 1) / rounds;
+  call.weights_ready = context.weights_ready;
+  check(
+      cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+      "lora_gemv's shared memory");
+  check(
+      cudaFuncSetAttribute(
+          kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+      "lora_gemv's shared memory");
+  launch_pdl(kernel, dim3(blocks), dim3(kThreads), bytes, context.stream, call);
+}
+
+/// Whether the direct form takes the call; launched unless only asked.
+template <class Format, uint32_t kParts>
+bool launch_direct(const Context& context, Call call) {
+  if (call.k % kGroup != 0) return false;
+  const uint32_t available = shared_of_multiprocessor(context) / kDirectResident -
+                             (Format::kTable ? kTableBytes : 0) - 1024;
+  const auto bytes = [&] {
+    return direct_x_bytes(call) + direct_sums_bytes<Format>(call, kParts) +
+           TileEnd<typename Format::T, kParts>::bytes(call);
+  };
+  call.x_stays = true;
+  if (bytes() > available) call.x_stays = false;
+  if (bytes() > available) return false;
+  if (call.only_ask) return true;
+  launch_blocks(
+      context,
+      call.x_stays ? direct_kernel<Format, kParts, true> : direct_kernel<Format, kParts, false>,
+      kDirectResident,
+      bytes(),
+      call);
+  return true;
+}
+template <class Format>
+bool launch_direct(const Context& context, const Call& call) {
+  return call.m <= 8 ? launch_direct<Format, 1>(context, call)
+                     : launch_direct<Format, 2>(context, call);
+}
+
 /// Launches the kernel unless it needs more shared memory than there is.
 template <class Format, uint32_t kTokens>
 bool launch_stream(const Context& context, Call call) {
@@ -77,21 +149,12 @@ bool launch_stream(const Context& context, Call call) {
   if (resident() < most) call.x_stays = false;
   if (resident() == 0) return false;
   if (call.only_ask) return true;
-  const uint32_t places = resident() * static_cast<uint32_t>(context.multiprocessors);
-  const uint32_t rounds = (call.all_tiles + places - 1) / places;
-  const uint32_t blocks = (call.all_tiles + rounds - 1) / rounds;
-  const uint32_t bytes = make_layout<Format>(call).bytes;
-  call.weights_ready = context.weights_ready;
-  const auto kernel = stream_kernel<Format, kTokens>;
-  check(
-      cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-      "lora_gemv's shared memory");
-  check(
-      cudaFuncSetAttribute(
-          kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-      "lora_gemv's shared memory");
-  launch_pdl(kernel, dim3(blocks), dim3(kThreads), bytes, context.stream, call);
+  launch_blocks(
+      context,
+      stream_kernel<Format, kTokens>,
+      resident(),
+      make_layout<Format>(call).bytes,
+      call);
   return true;
 }
 

@@ -1,65 +1,38 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// The one dispatch of lora_gemv. A block takes a tile of 16 rows, its warps a part of the
-// columns each: a warp streams its part through a private ring in shared memory (cp.async: no
-// barrier between warps) and keeps its part of x beside it; then the warps' sums meet in shared
-// memory, the only barrier of a tile. The ring runs on into the block's next tile meanwhile.
-// u = x·Aᵀ: parts of the columns of A's tiles come first, one to a block; the sums go through L2, and
-// a flag says that all are there. A block's first warp looks for it ahead of its last stage, while
-// the ring is filled; it waits only for blocks that stand before it in the grid, so that it does
-// not matter whether all are resident.
+// lora_gemv for any format: a warp streams its columns through a private ring in shared memory
+// (cp.async: no barrier between warps), which runs on into the block's next tile while one ends.
 #pragma once
 
-#include "kernels/cuda/launch.cuh"
-#include "kernels/cuda/lora_gemv_formats.cuh"
+#include "kernels/cuda/lora_gemv_tile.cuh"
 
 namespace metal_lora::cuda::gemv {
-
-inline constexpr uint32_t kWarps = 8, kThreads = 32 * kWarps;
-
-__device__ __forceinline__ void prefetch_l2(const void* p, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(p), "r"(bytes) : "memory");
-#endif
-}
 
 /// Where things lie in dynamic shared memory.
 struct Layout {
   uint32_t x_pitch;  ///< bytes of a token's x: reads of eight tokens' 64 bytes meet no conflict
-  uint32_t x, inbox, u, bytes;
+  uint32_t x, end, bytes;
 };
 template <class Format>
 __host__ __device__ inline Layout make_layout(const Call& call) {
   Layout l;
   l.x_pitch = (call.k * 2 + 127) / 128 * 128 + 64;
   l.x = kWarps * Format::kStages * (kTileRows * Format::kRowBytes + Format::kExtraBytes);
-  l.inbox = l.x + (call.x_stays ? call.m * l.x_pitch : 0);
-  l.u = l.inbox + 2 * kWarps * kTileRows * call.m * 4;
-  l.bytes = l.u + call.rank_tiles * kTileRows * call.m * 4;
+  l.end = l.x + (call.x_stays ? call.m * l.x_pitch : 0);
+  l.bytes = l.end + TileEnd<typename Format::Storage, 1>::bytes(call);
   return l;
-}
-
-/// Branches are few: the one that a tile (of rows or of ranks) belongs to.
-__device__ __forceinline__ const Branch& branch_of_tile(const Call& call, uint32_t tile) {
-  uint32_t i = 0;
-#pragma unroll 1
-  while (i + 1 < call.branches && tile >= call.branch[i + 1].tile0) ++i;
-  return call.branch[i];
-}
-__device__ __forceinline__ const Branch& branch_of_rank_tile(const Call& call, uint32_t tile) {
-  uint32_t i = 0;
-#pragma unroll 1
-  while (i + 1 < call.branches && tile >= call.branch[i + 1].rank_tile0) ++i;
-  return call.branch[i];
 }
 
 /// The code is written to be small: each part stands once, since a launch that runs for 5 … 10 µs
 /// pays for every line of instructions that it fetches (a form of 5200 instructions instead of
 /// this one's took twice the time).
 template <class Format, uint32_t kTokens>
-class Stream {
+class Stream : TileEnd<typename Format::Storage, kTokens / 8> {
   using T = typename Format::Storage;
+  using End = TileEnd<T, kTokens / 8>;
+  using End::call_, End::lane_, End::warp_;
+  using End::multiply, End::rank_chunk;
   static constexpr bool kDense = Format::kGroupChunks == 0;
   static constexpr uint32_t kParts = kTokens / 8;
   static constexpr uint32_t kStages = Format::kStages;
@@ -71,16 +44,12 @@ class Stream {
 
  public:
   __device__ Stream(const Call& call, uint32_t shared, const float* codes, uint32_t table)
-      : call_(call), codes_(codes) {
+      : End(call, shared + make_layout<Format>(call).end), codes_(codes) {
     const Layout l = make_layout<Format>(call);
-    warp_ = threadIdx.x / 32;
-    lane_ = threadIdx.x % 32;
     table_ = table + 4 * (lane_ % kTableCopies);
     ring_ = shared + warp_ * kStages * kStageStride;
     x_ = shared + l.x;
     x_pitch_ = l.x_pitch;
-    inbox_ = shared + l.inbox;
-    u_ = shared + l.u;
     first_ = call.units * warp_ / kWarps * call.unit;
     slice_ = call.units * (warp_ + 1) / kWarps * call.unit - first_;
     next_ = blockIdx.x;
@@ -103,54 +72,37 @@ class Stream {
       mma::copies_wait<kStages - 1>();
     }
     __syncthreads();  // of tables
-    sees_u_ = call_.u_tiles == 0 || warp_ != 0;
-    bool has_u = call_.rank_tiles == 0;
     uint32_t buffer = 0;
 #pragma unroll 1
     for (uint32_t tile = blockIdx.x; tile < call_.all_tiles; tile += gridDim.x, buffer ^= 1) {
-      const bool of_rank = tile < call_.u_tiles;
       float sums[kParts][4] = {};
-      if (of_rank) {
+      if (tile < call_.u_tiles) {
         consume_a(tile, sums);
-        put(sums, buffer);
-        __syncthreads();
-        finish_u(tile, buffer);
+        End::end_part(tile, buffer, sums);
         continue;
       }
-      Early early;
-      if (kDense) early = load_early(tile);
+      typename End::Early early;
+      if (kDense) early = End::load_early(tile);
       consume_w(tile, sums);
-      put(sums, buffer);
-      if (!kDense) early = load_early(tile);  // registers are short before
-      if (!sees_u_) await_u();
-      __syncthreads();
-      if (!has_u) {
-        copy_u(tile == call_.u_tiles);
-        has_u = true;
-        __syncthreads();
-      }
-      finish(tile, buffer, early);
+      if (!kDense) early = End::load_early(tile);  // registers are short before
+      End::end_tile(tile, buffer, sums, early);
     }
-    if (call_.u_tiles > 0 && threadIdx.x == 0) leave();
+    End::leave();
   }
 
  private:
   // ---- the ring: the columns of this warp, of one tile after the other ----
 
   __device__ void prefetch() const {
-    // W's first stages, and B's rows of the first tile.
+    End::prefetch();
     const uint32_t tile = blockIdx.x;
-    if (tile < call_.u_tiles || tile >= call_.all_tiles) return;
+    if (call_.weights_ready || tile < call_.u_tiles || slice_ == 0) return;
     const Branch& b = branch_of_tile(call_, tile - call_.u_tiles);
     const uint32_t row0 = (tile - call_.u_tiles - b.tile0) * kTileRows;
-    if (!call_.weights_ready && lane_ < min(kTileRows, b.n - row0) && slice_ > 0) {
+    if (lane_ < min(kTileRows, b.n - row0)) {
       prefetch_l2(
           b.w + (size_t{row0 + lane_} * call_.chunks + first_) * Format::kChunkBytes,
           slice_ * Format::kChunkBytes);
-    }
-    const uint32_t bytes = min(kTileRows, b.n - row0) * b.rank * 2;
-    if (call_.wide_b && threadIdx.x == 31 && bytes > 0) {
-      prefetch_l2(b.b + size_t{row0} * b.rank * 2, bytes);
     }
   }
   __device__ void fill_ring() {
@@ -189,10 +141,6 @@ class Stream {
       stride_ = call_.chunks * chunk_bytes_;
       source_ = base + size_t{row0_} * stride_ + first * chunk_bytes_ + lane_ % kSlots * 16;
     }
-  }
-  /// Where a warp begins in a part of a tile of A.
-  __device__ uint32_t rank_chunk(uint32_t item, uint32_t warp) const {
-    return call_.chunks * (item % call_.u_parts * kWarps + warp) / (call_.u_parts * kWarps);
   }
 
   /// Copies the next stage, if there is one; one group of copies in any case.
@@ -305,10 +253,7 @@ class Stream {
   /// sums of this warp's columns of a tile of W.
   __device__ void consume_w(uint32_t tile, float (&sums)[kParts][4]) {
     if constexpr (kDense) {
-      const uint32_t last = slice_ <= kStageChunks ? 0 : (slice_ - 1) / kStageChunks * kStageChunks;
-      consume_dense(first_, last, call_.x_stays, sums);
-      if (!sees_u_) await_u();
-      consume_dense(first_ + last, slice_ - last, call_.x_stays, sums);
+      consume_dense(first_, slice_, call_.x_stays, sums);
     } else {
       uint32_t row0 = 0, codes = 0;
       if constexpr (Format::kDouble) {
@@ -320,7 +265,6 @@ class Stream {
 #pragma unroll 1
       for (uint32_t at = 0; at < slice_; at += kStageChunks) {
         const uint32_t count = min(kStageChunks, slice_ - at);
-        if (!sees_u_ && count == slice_ - at) await_u();
         const uint32_t stage = next_stage();
         Scales scales;
         if constexpr (Format::kBiases) load_scales(stage, count, scales);
@@ -359,16 +303,6 @@ class Stream {
     return stage;
   }
 
-  /// sums += the chunk's 16 rows times the tokens; lo and hi: 8 weights of rows g and g + 8.
-  __device__ void multiply(
-      float (&sums)[kParts][4], uint4 lo, uint4 hi, const uint4 (&x)[kParts]) const {
-    const uint32_t first[4] = {lo.x, hi.x, lo.y, hi.y}, second[4] = {lo.z, hi.z, lo.w, hi.w};
-#pragma unroll
-    for (uint32_t p = 0; p < kParts; ++p) {
-      mma::multiply<T>(sums[p], first, x[p].x, x[p].y);
-      mma::multiply<T>(sums[p], second, x[p].z, x[p].w);
-    }
-  }
   __device__ void load_x(uint32_t chunk, bool stays, uint4 (&x)[kParts]) const {
 #pragma unroll
     for (uint32_t p = 0; p < kParts; ++p) x[p] = load_x(chunk, p, stays);
@@ -487,168 +421,8 @@ class Stream {
     }
   }
 
-  // ---- sums ----
-
-  /// inbox [buffer][warp][token][row]
-  __device__ uint32_t inbox_at(uint32_t buffer, uint32_t warp) const {
-    return inbox_ + (buffer * kWarps + warp) * (kTileRows * call_.m * 4);
-  }
-  __device__ void put(const float (&sums)[kParts][4], uint32_t buffer) const {
-    const uint32_t g = lane_ / 4, t = lane_ % 4;
-    const uint32_t to = inbox_at(buffer, warp_) + (2 * t * kTileRows + g) * 4;
-#pragma unroll
-    for (uint32_t p = 0; p < kParts; ++p) {
-#pragma unroll
-      for (uint32_t j = 0; j < 4; ++j) {
-        const uint32_t further = (8 * p + j % 2) * kTileRows + j / 2 * 8;
-        if (8 * p + 2 * t + j % 2 < call_.m) store_shared(to + further * 4, sums[p][j]);
-      }
-    }
-  }
-  /// A value of the tile, in the order of the columns.
-  __device__ float gather(uint32_t buffer, uint32_t token, uint32_t row) const {
-    float sum = 0.0f;
-#pragma unroll
-    for (uint32_t warp = 0; warp < kWarps; ++warp) {
-      sum += load_shared_float(inbox_at(buffer, warp) + (token * kTileRows + row) * 4);
-    }
-    return sum;
-  }
-  static __device__ void store_shared(uint32_t address, float v) {
-    asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(address), "f"(v) : "memory");
-  }
-
-  // ---- u ----
-
-  __device__ uint32_t ranks() const { return call_.rank_tiles * kTileRows; }
-
-  /// A part's sums of a tile of u, to all blocks: [part][token][rank].
-  __device__ void finish_u(uint32_t item, uint32_t buffer) const {
-    const uint32_t tile = item / call_.u_parts, part = item % call_.u_parts;
-    const uint32_t row = threadIdx.x % kTileRows, token = threadIdx.x / kTileRows;
-    if (token < call_.m) {
-      __stcg(
-          call_.u + (part * call_.m + token) * ranks() + tile * kTileRows + row,
-          gather(buffer, token, row));
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(call_.flags) : "memory");
-    }
-  }
-  /// By the first warp: until all parts of u are there. The barrier after it is the block's.
-  __device__ void await_u() {
-    sees_u_ = true;
-    if (lane_ == 0) {
-      uint32_t there;
-      do {
-        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
-                     : "=r"(there)
-                     : "l"(call_.flags)
-                     : "memory");
-      } while (there < call_.u_tiles);
-    }
-    __syncwarp();
-  }
-  /// u into shared memory, its parts added in their order; keep: and to who wants it.
-  __device__ void copy_u(bool keep) const {
-    const uint32_t size = call_.m * ranks();
-#pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
-      const uint32_t token = i / ranks(), at = i - token * ranks();
-      const Branch& b = branch_of_rank_tile(call_, at / kTileRows);
-      const uint32_t rank = at - b.rank_tile0 * kTileRows;
-      float u = 0.0f;
-      if (rank < b.rank) {
-        if (call_.u_given) {
-          u = __ldcg(b.u + token * b.rank + rank);
-        } else {
-#pragma unroll 8
-          for (uint32_t part = 0; part < call_.u_parts; ++part) {
-            u += __ldcg(call_.u + part * size + i);
-          }
-          if (keep && b.u != nullptr) b.u[token * b.rank + rank] = u;
-        }
-      }
-      store_shared(u_ + i * 4, u);
-    }
-  }
-  /// The last block to leave clears the flags: no other will look at them.
-  __device__ void leave() const {
-    __threadfence();
-    if (atomicAdd(call_.flags + 1, 1) + 1 == gridDim.x) {
-      call_.flags[0] = 0;
-      call_.flags[1] = 0;
-    }
-  }
-
-  // ---- y ----
-
-  /// What a thread needs for its value of y besides sums and u: asked for before the barrier.
-  struct Early {
-    Vec16<T> b[2];  ///< of rank 0 … 15
-    float add = 0.0f;
-  };
-  __device__ Early load_early(uint32_t tile) const {
-    Early early;
-    const Branch& b = branch_of_tile(call_, tile - call_.u_tiles);
-    const uint32_t out =
-        (tile - call_.u_tiles - b.tile0) * kTileRows + threadIdx.x % kTileRows;
-    const uint32_t token = threadIdx.x / kTileRows;
-    if (token >= call_.m || out >= b.n) return early;
-    if (call_.wide_b) {
-      const T* from = reinterpret_cast<const T*>(b.b) + size_t{out} * b.rank;
-#pragma unroll
-      for (uint32_t i = 0; i < 2; ++i) {
-        if (8 * i < b.rank) early.b[i] = load16(from + 8 * i);
-      }
-    }
-    if (b.bias != nullptr) early.add = b.bias[out];
-    if (b.residual != nullptr) {
-      early.add += load_as_float(b.residual, call_.y_dtype, size_t{token} * b.n + out);
-    }
-    return early;
-  }
-
-  __device__ void finish(uint32_t tile, uint32_t buffer, const Early& early) const {
-    const Branch& b = branch_of_tile(call_, tile - call_.u_tiles);
-    const uint32_t row = threadIdx.x % kTileRows, token = threadIdx.x / kTileRows;
-    const uint32_t out = (tile - call_.u_tiles - b.tile0) * kTileRows + row;
-    if (token >= call_.m || out >= b.n) return;
-    float sum = gather(buffer, token, row);
-    if (b.rank > 0) sum = fmaf(b.scale, expand(b, out, token, early), sum);
-    store_from_float(b.y, call_.y_dtype, size_t{token} * b.n + out, sum + early.add);
-  }
-
-  /// u[token]·B[row]
-  __device__ float expand(const Branch& b, uint32_t row, uint32_t token, const Early& early) const {
-    uint32_t u = u_ + (token * ranks() + b.rank_tile0 * kTileRows) * 4;
-    float sum = 0.0f;
-    if (!call_.wide_b) {
-#pragma unroll 1
-      for (uint32_t r = 0; r < b.rank; ++r, u += 4) {
-        const float v = load_as_float(b.b, call_.adapter_dtype, size_t{row} * b.rank + r);
-        sum = fmaf(v, load_shared_float(u), sum);
-      }
-      return sum;
-    }
-    add_eight(early.b[0], u, sum);
-    if (b.rank > 8) add_eight(early.b[1], u + 32, sum);
-    const T* from = reinterpret_cast<const T*>(b.b) + size_t{row} * b.rank;
-#pragma unroll 2
-    for (uint32_t r = 16; r < b.rank; r += 8) add_eight(load16(from + r), u + 4 * r, sum);
-    return sum;
-  }
-  static __device__ void add_eight(const Vec16<T>& b, uint32_t u, float& sum) {
-    const uint4 lo = load_shared16(u), hi = load_shared16(u + 16);
-    const uint32_t us[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
-#pragma unroll
-    for (int j = 0; j < 8; ++j) sum = fmaf(to_float(b.v[j]), __uint_as_float(us[j]), sum);
-  }
-
-  const Call& call_;
   const float* codes_;  ///< of each branch's nested absmax: offset, code[256]
-  uint32_t table_, warp_, lane_, ring_, x_, x_pitch_, inbox_, u_;
+  uint32_t table_, ring_, x_, x_pitch_;
   uint32_t first_, slice_;  ///< this warp's chunks
   uint32_t nested_last_ = 0;
   // the ring's ends
@@ -659,7 +433,6 @@ class Stream {
   uint32_t stride_ = 0, chunk_bytes_ = 0;
   uint32_t next_, at_ = 0, end_ = 0, row0_ = 0, rows_ = 0;
   bool of_rank_ = false;
-  bool sees_u_ = false;  ///< need not look for u (any more)
 };
 
 }  // namespace metal_lora::cuda::gemv
