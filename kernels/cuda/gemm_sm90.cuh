@@ -55,31 +55,31 @@ __device__ __forceinline__ void produce(
   using L = Layout<kTileN>;
   Ring<L::kStages> ring;
   bool waited = false;
-  const uint32_t left_rows = kTileM / args.cluster_n;
+  const uint32_t left_rows = args.tile_rows / args.cluster_n;
+  const uint32_t stage_bytes = L::kRightBytes + args.tile_rows * 128;
   const uint32_t right_rows = (kRightIsKn ? kStepK : kTileN) / args.cluster_m;
-  if (kTileN == kShrinkTileN)
-    for_each_shrink(args, cluster, [&](const ShrinkArgs& shrink, uint32_t block) {
-      if (!waited) dependency_wait();
-      waited = true;
-      for (uint32_t k0 = 0; k0 < shrink.k; k0 += 2 * kStepK) {
-        barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
-        const uint32_t barrier = full + 8 * ring.stage;
-        const uint32_t stage = shared + ring.stage * L::kStageBytes;
-        barrier_expect(barrier, 2 * shrink.bytes);
-        for (uint32_t half = 0; half < 2; ++half) {
-          const uint32_t k = k0 + half * kStepK;
-          const uint32_t left = stage + half * L::kLeftBytes;
-          const uint32_t right = stage + 2 * L::kLeftBytes + half * kBoxBytes;
-          tensor_load(left, &args.maps[shrink.left_map], barrier, k, block * kTileM);
-          for (uint32_t i = 0; i < shrink.parts; ++i) {
-            const CUtensorMap* map = &args.maps[shrink.right_map[i]];
-            const uint32_t to = right + shrink.first_block[i] * 1024;
-            tensor_load(to, map, barrier, kRightIsKn ? 0 : k, kRightIsKn ? k : 0);
-          }
+  for_each_shrink(args, cluster, [&](const ShrinkArgs& shrink, uint32_t block) {
+    if (!waited) dependency_wait();
+    waited = true;
+    for (uint32_t k0 = 0; k0 < shrink.k; k0 += L::kShrinkSteps * kStepK) {
+      barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+      const uint32_t barrier = full + 8 * ring.stage;
+      const uint32_t stage = shared + ring.stage * L::kStageBytes;
+      barrier_expect(barrier, L::kShrinkSteps * shrink.bytes);
+      for (uint32_t step = 0; step < L::kShrinkSteps; ++step) {
+        const uint32_t k = k0 + step * kStepK;
+        const uint32_t left = stage + step * L::kLeftBytes;
+        const uint32_t right = stage + L::kShrinkSteps * L::kLeftBytes + step * kBoxBytes;
+        tensor_load(left, &args.maps[shrink.left_map], barrier, k, block * kTileM);
+        for (uint32_t i = 0; i < shrink.parts; ++i) {
+          const CUtensorMap* map = &args.maps[shrink.right_map[i]];
+          const uint32_t to = right + shrink.first_block[i] * 1024;
+          tensor_load(to, map, barrier, kRightIsKn ? 0 : k, kRightIsKn ? k : 0);
         }
-        ring.advance();
       }
-    });
+      ring.advance();
+    }
+  });
   const uint32_t tiles = args.tiles_m * args.tiles_n;
   for (uint32_t index = cluster.index(); index < tiles; index += cluster.count()) {
     const Tile tile = find_tile(args, index);
@@ -93,8 +93,7 @@ __device__ __forceinline__ void produce(
         dependency_wait();
         waited = true;
       }
-      if (kTileN == kShrinkTileN && args.shrinks > 0 && p == problem.first_pair + 1)
-        wait_for_shrinks(args, m0 / kTileM);
+      if (args.shrinks > 0 && p == problem.first_pair + 1) wait_for_shrinks(args, m0 / kTileM);
       const CUtensorMap* left_map = &args.maps[args.pair[p].left_map];
       const CUtensorMap* right_map = &args.maps[args.pair[p].right_map];
       uint32_t first, last;
@@ -105,7 +104,7 @@ __device__ __forceinline__ void produce(
         const uint32_t barrier = full + 8 * ring.stage;
         const uint32_t left = shared + ring.stage * L::kStageBytes;
         const uint32_t right = left + L::kLeftBytes;
-        barrier_expect(barrier, L::kStageBytes);
+        barrier_expect(barrier, stage_bytes);
         load_box(
             left + cluster.rank_n * left_rows * 128, left_map, barrier, k0, m0, cluster.row_mask);
         const uint32_t part = cluster.rank_m * right_rows;
@@ -126,7 +125,7 @@ __device__ __forceinline__ void produce(
         ring.advance();
       }
     }
-    if (kTileN == kShrinkTileN && args.shrinks > 0) count_tile(args, m0 / kTileM);
+    if (args.shrinks > 0) count_tile(args, m0 / kTileM);
   }
   // The block stays until the others of its cluster have arrived at its barriers for the last time.
   if (cluster.blocks == cluster.parts_k) return;
@@ -201,14 +200,16 @@ __device__ __forceinline__ void consume_shrinks(
     float d[32];
     int accumulate = 0;
     uint32_t reading = 0;
-    for (uint32_t step = (shrink.k + 2 * kStepK - 1) / (2 * kStepK); step > 0; --step) {
+    constexpr uint32_t kStageK = L::kShrinkSteps * kStepK;
+    for (uint32_t step = (shrink.k + kStageK - 1) / kStageK; step > 0; --step) {
       barrier_wait(full + 8 * ring.stage, ring.parity);
       const uint32_t stage = shared + ring.stage * L::kStageBytes;
       const uint64_t left = wgmma_descriptor(stage + warpgroup * 64 * 128, 16);
-      const uint64_t right = wgmma_descriptor(stage + 2 * L::kLeftBytes, kBoxBytes);
+      const uint64_t right =
+          wgmma_descriptor(stage + L::kShrinkSteps * L::kLeftBytes, kBoxBytes);
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {  // two steps of 64 lie in one stage
+      for (int i = 0; i < 4 * L::kShrinkSteps; ++i) {
         multiply<T, 64, kRightIsKn>(
             d,
             left + i / 4 * (L::kLeftBytes >> 4),
@@ -253,7 +254,7 @@ __device__ __forceinline__ void consume(
   // Lane i of each warp tells block i that its part of a stage has been read.
   const bool releases =
       lane < cluster.blocks && (((cluster.row_mask | cluster.column_mask) >> lane) & 1) != 0;
-  if (kTileN == kShrinkTileN && args.shrinks > 0) {
+  if (args.shrinks > 0) {
     consume_shrinks<T, kTileN, kRightIsKn>(
         args, cluster, ring, shared, full, empty, warp, releases);
   }

@@ -1,0 +1,577 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+//
+// y of up to 128 tokens, adapter included, in one launch: bound by reading W from memory. The
+// matrix unit's tall side (64) takes rows of W, its wide side the tokens; a block has 64 or 128 rows
+// of W and a share of k, so that most multiprocessors read. One more warpgroup multiplies the same x
+// by A: the matrix unit waits for W anyway. Blocks of a cluster leave their sums in shared memory,
+// each adds up some of the tokens of all (y and u), in the order of k, and puts u·Bᵀ on top.
+#include <algorithm>
+
+#include "kernels/cuda/lora_skinny.h"
+#include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/tensor_map.h"
+#include "kernels/cuda/wgmma.cuh"
+
+namespace metal_lora::cuda {
+namespace sm90 {
+namespace {
+
+constexpr uint32_t kStepK = 64;
+constexpr uint32_t kMaxRank = 64;
+constexpr uint32_t kMaxStages = 12;
+constexpr uint32_t kSharedBytes = 112 * 1024;  ///< two blocks on a multiprocessor
+constexpr uint32_t kBarrierBytes = 1024;
+/// Steps of W that L2 is asked for before the kernels ahead are over.
+constexpr uint32_t kEarly = 8;
+constexpr uint32_t kRankPad = 8;  ///< of rows of u and B in shared memory: no bank conflicts
+
+struct SkinnyProblem {
+  CUtensorMap w, a;
+  uint32_t n = 0;
+  uint32_t tiles = 0;
+  uint32_t rank = 0;          ///< 0: no adapter
+  uint32_t rank_columns = 0;  ///< rank in sixteens
+  const void* b = nullptr;
+  size_t b_stride = 0;
+  float factor = 1.0f;
+  float* plain = nullptr;
+  void* out = nullptr;
+  size_t out_stride = 0;
+  const float* bias = nullptr;
+  const void* residual = nullptr;
+  size_t residual_stride = 0;
+};
+struct SkinnyArgs {
+  CUtensorMap x;
+  SkinnyProblem problem[GemmGroup::kMaxProblems];
+  uint32_t m = 0, k = 0;
+  uint32_t parts = 1;                    ///< of k: blocks of a cluster
+  uint32_t stages = 0, stage_bytes = 0;  ///< W, x, A
+};
+
+__device__ __forceinline__ float4 load_own(uint32_t shared) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(shared)
+               : "memory");
+  return v;
+}
+__device__ __forceinline__ float4 load_block(uint32_t shared, uint32_t block) {
+  float4 v;
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(shared), "r"(block)
+      : "memory");
+  return v;
+}
+
+/// Where a block stands, and its share of the work.
+struct SkinnyPlace {
+  uint32_t part, problem, n0;
+  uint32_t first, count;  ///< steps
+  __device__ __forceinline__ SkinnyPlace(const SkinnyArgs& args, uint32_t rows) {
+    part = blockIdx.x % args.parts;
+    uint32_t tile = blockIdx.x / args.parts;
+    problem = 0;
+    while (tile >= args.problem[problem].tiles) tile -= args.problem[problem++].tiles;
+    n0 = tile * rows;
+    const uint32_t steps = (args.k + kStepK - 1) / kStepK;
+    first = part * steps / args.parts;
+    count = (part + 1) * steps / args.parts - first;
+  }
+};
+
+/// One thread: every stage.
+template <uint32_t kRows, uint32_t kTokens>
+__device__ __forceinline__ void produce(
+    const SkinnyArgs& args, const SkinnyPlace& place, uint32_t barriers, uint32_t stages) {
+  const SkinnyProblem& problem = args.problem[place.problem];
+  for (uint32_t s = 0; s < min(kEarly, place.count); ++s) {
+    tensor_prefetch(&problem.w, (place.first + s) * kStepK, place.n0);
+  }
+  dependency_wait();
+  const uint32_t bytes = (kRows + kTokens + problem.rank_columns) * 128;
+  uint32_t stage = 0, parity = 1;
+  for (uint32_t s = 0; s < place.count; ++s) {
+    const uint32_t full = barriers + 16 * stage, w = stages + stage * args.stage_bytes;
+    const uint32_t x = w + kRows * 128, k0 = (place.first + s) * kStepK;
+    barrier_wait(full + 8, parity);
+    barrier_expect(full, bytes);
+    tensor_load(w, &problem.w, full, k0, place.n0);
+    tensor_load(x, &args.x, full, k0, 0);
+    if (problem.rank > 0) tensor_load(x + kTokens * 128, &problem.a, full, k0, 0);
+    if (++stage == args.stages) stage = 0, parity ^= 1;
+  }
+  // Not before: what the next kernel asks L2 for ahead would be gone when it is wanted.
+  dependents_launch();
+}
+
+/// One warpgroup: 64 rows of W, or A's, by all tokens.
+template <typename T, uint32_t kRows, uint32_t kTokens>
+__device__ __forceinline__ void consume(
+    const SkinnyArgs& args,
+    const SkinnyPlace& place,
+    uint32_t barriers,
+    uint32_t stages,
+    uint32_t left_offset,
+    float (&d)[kTokens / 2]) {
+  const bool releases = threadIdx.x % 32 == 0;
+  uint32_t stage = 0, parity = 0, reading = 0;
+#pragma unroll
+  for (uint32_t i = 0; i < kTokens / 2; ++i) d[i] = 0.0f;
+  for (uint32_t s = 0; s < place.count; ++s) {
+    const uint32_t full = barriers + 16 * stage, at = stages + stage * args.stage_bytes;
+    barrier_wait(full, parity);
+    const uint64_t left = wgmma_descriptor(at + left_offset, 16);
+    const uint64_t right = wgmma_descriptor(at + kRows * 128, 16);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) wgmma<T, 0>(d, left + 2 * i, right + 2 * i, 1);
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (s > 0 && releases) barrier_arrive(barriers + 16 * reading + 8);
+    reading = stage;
+    if (++stage == args.stages) stage = 0, parity ^= 1;
+  }
+  wgmma_wait<0>();
+  wgmma_sums_fence(d);
+}
+
+/// A block's sums by the tokens: rows of `pitch` floats, 128 of y and then u.
+template <uint32_t kTokens>
+__device__ __forceinline__ void leave_sums(
+    float* sums, uint32_t pitch, uint32_t columns, uint32_t column0, const float (&d)[kTokens / 2]) {
+  const uint32_t warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  if (column0 + warp * 16 >= columns) return;
+  float* to = sums + lane % 4 * 2 * pitch + column0 + warp * 16 + lane / 4;
+#pragma unroll
+  for (uint32_t j = 0; j < kTokens / 8; ++j) {
+    to[8 * j * pitch] = d[4 * j];
+    to[(8 * j + 1) * pitch] = d[4 * j + 1];
+    to[8 * j * pitch + 8] = d[4 * j + 2];
+    to[(8 * j + 1) * pitch + 8] = d[4 * j + 3];
+  }
+}
+
+/// The cluster's sum of four neighbours, four parts under way at a time.
+__device__ __forceinline__ float4
+sum_parts(const SkinnyArgs& args, const SkinnyPlace& place, uint32_t at) {
+  float4 sum = make_float4(0, 0, 0, 0);
+  for (uint32_t p0 = 0; p0 < args.parts; p0 += 4) {
+    float4 v[4];
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      if (p0 + i == place.part) {
+        v[i] = load_own(at);
+      } else if (p0 + i < args.parts) {
+        v[i] = load_block(at, p0 + i);
+      }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      if (p0 + i >= args.parts) break;
+      sum.x += v[i].x;
+      sum.y += v[i].y;
+      sum.z += v[i].z;
+      sum.w += v[i].w;
+    }
+  }
+  return sum;
+}
+
+/// This block's rows of B to shared memory, zeros beyond n and the rank. Rows of rank_columns and
+/// kRankPad.
+template <typename T, uint32_t kRows, uint32_t kThreads>
+__device__ __forceinline__ void load_b(const SkinnyProblem& problem, uint32_t n0, uint32_t to) {
+  const uint32_t chunks = problem.rank_columns / 8;
+  for (uint32_t i = threadIdx.x; i < kRows * chunks; i += kThreads) {
+    const uint32_t row = i / chunks, c = i % chunks * 8, n = n0 + row;
+    const uint32_t left = n < problem.n && c < problem.rank ? problem.rank - c : 0;
+    const T* from = static_cast<const T*>(problem.b) + (left ? n * problem.b_stride + c : 0);
+    const uint32_t at = to + (row * (problem.rank_columns + kRankPad) + c) * 2;
+    mma::copy_async<16>(at, from, min(left, 8u) * 2);
+  }
+  mma::copies_commit();
+}
+
+template <typename T>
+struct alignas(8) Four {
+  T v[4];
+};
+
+/// A warp's 16 tokens x 16 columns. Column c of product t is column 4·(c/2) + 2·t + c%2 of y, so
+/// that a thread has four neighbours.
+template <typename T>
+__device__ __forceinline__ void finish_rows(
+    const SkinnyArgs& args,
+    const SkinnyPlace& place,
+    const T* low,
+    const T* b,
+    const float4 (&sum)[2],
+    uint32_t token0,
+    uint32_t token,
+    uint32_t end,
+    uint32_t column) {
+  const SkinnyProblem& problem = args.problem[place.problem];
+  const uint32_t g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const uint32_t low_pitch = problem.rank_columns + kRankPad;
+  const uint32_t n = place.n0 + column + 4 * q;
+  float d[2][4] = {};
+  const auto words = [&](const T* rows, uint32_t row) {
+    return reinterpret_cast<const uint32_t*>(rows + row * low_pitch) + q;
+  };
+  const uint32_t* u = words(low, token - token0 + g);
+  const uint32_t* right = words(b, column + 4 * (g / 2) + g % 2);
+  for (uint32_t c = 0; c < problem.rank_columns / 2; c += 8) {
+    const uint32_t a[4] = {
+        u[c], u[c + 4 * low_pitch], u[c + 4], u[c + 4 * low_pitch + 4]};
+    mma::multiply<T>(d[0], a, right[c], right[c + 4]);
+    mma::multiply<T>(d[1], a, right[c + low_pitch], right[c + low_pitch + 4]);
+  }
+#pragma unroll
+  for (uint32_t h = 0; h < 2; ++h) {
+    const uint32_t m = token + g + 8 * h;
+    if (m >= min(end, args.m) || n >= problem.n) continue;
+    float v[4] = {
+        sum[h].x + d[0][2 * h],
+        sum[h].y + d[0][2 * h + 1],
+        sum[h].z + d[1][2 * h],
+        sum[h].w + d[1][2 * h + 1]};
+    T* to = static_cast<T*>(problem.out) + m * problem.out_stride + n;
+    const T* residual = static_cast<const T*>(problem.residual) + m * problem.residual_stride + n;
+    const uint32_t count = min(4u, problem.n - n);
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      if (i >= count) break;
+      if (problem.bias) v[i] += problem.bias[n + i];
+      if (problem.residual) v[i] += to_float(residual[i]);
+    }
+    if (count == 4) {
+      Four<T> four;
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) four.v[i] = from_float<T>(v[i]);
+      *reinterpret_cast<Four<T>*>(to) = four;
+    } else {
+      for (uint32_t i = 0; i < count; ++i) to[i] = from_float<T>(v[i]);
+    }
+  }
+}
+
+/// Threads of a block: a warpgroup for each 64 rows of W, one for A, the producer's warp.
+constexpr uint32_t threads_for(uint32_t rows) {
+  return 2 * rows + 128 + 32;
+}
+
+template <typename T, uint32_t kRows, uint32_t kTokens>
+__global__ void __launch_bounds__(threads_for(kRows), kRows * kTokens > 8192 ? 1 : 2)
+    skinny_kernel(const __grid_constant__ SkinnyArgs args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr uint32_t kThreads = threads_for(kRows), kConsumers = kThreads / 32 - 1;
+  constexpr uint32_t kAdapter = kRows / 64;  // A's warpgroup
+  extern __shared__ uint8_t raw[];
+  const uint32_t barriers = (shared_address(raw) + 1023) & ~1023u;
+  const uint32_t stages = barriers + kBarrierBytes;
+  auto* memory = raw + (stages - shared_address(raw));
+  const SkinnyPlace place(args, kRows);
+  const SkinnyProblem& problem = args.problem[place.problem];
+  const uint32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const uint32_t warpgroup = warp / 4;
+  const bool adapts = problem.rank > 0;
+  if (threadIdx.x == 0) {
+    const uint32_t readers = adapts ? kConsumers : kConsumers - 4;
+    for (uint32_t s = 0; s < args.stages; ++s) {
+      barrier_init(barriers + 16 * s, 1);
+      barrier_init(barriers + 16 * s + 8, readers);
+    }
+    barrier_init_fence();
+  } else if (warp == kConsumers) {
+    if (threadIdx.x % 32 == 0) tensor_map_prefetch(&problem.w);
+    if (threadIdx.x % 32 == 1) tensor_map_prefetch(&args.x);
+    if (threadIdx.x % 32 == 2 && adapts) tensor_map_prefetch(&problem.a);
+  }
+  __syncthreads();
+  if (adapts && threadIdx.x < kRows) {
+    const uint32_t n = min(place.n0 + threadIdx.x, problem.n - 1);
+    const auto* row = static_cast<const T*>(problem.b) + n * problem.b_stride;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(row));
+  }
+  const uint32_t columns = kRows + problem.rank_columns, pitch = columns + 4;
+  auto* sums = reinterpret_cast<float*>(memory);
+  auto* low = reinterpret_cast<T*>(memory + kTokens * pitch * 4);
+  const T* b = low + kTokens * (problem.rank_columns + kRankPad);
+  const uint32_t b_at = shared_address(b);
+  if (warp == kConsumers) {
+    if (threadIdx.x % 32 == 0) produce<kRows, kTokens>(args, place, barriers, stages);
+    __syncwarp();
+    dependency_wait();
+    __syncthreads();
+    if (adapts) load_b<T, kRows, kThreads>(problem, place.n0, b_at);
+  } else {
+    dependency_wait();
+    float d[kTokens / 2];
+    const bool works = warpgroup < kAdapter || adapts;
+    const uint32_t left = warpgroup < kAdapter ? warpgroup * 64 * 128 : (kRows + kTokens) * 128;
+    if (works) consume<T, kRows, kTokens>(args, place, barriers, stages, left, d);
+    __syncthreads();  // all stages are read
+    if (adapts) load_b<T, kRows, kThreads>(problem, place.n0, b_at);
+    if (works) leave_sums<kTokens>(sums, pitch, columns, warpgroup * 64, d);
+  }
+  cluster_sync();
+
+  // This block's tokens, in eights.
+  const uint32_t token0 = place.part * (kTokens / 8) / args.parts * 8;
+  const uint32_t end = (place.part + 1) * (kTokens / 8) / args.parts * 8;
+  const uint32_t from = shared_address(sums);
+  const uint32_t pieces = warp < kConsumers ? (end - token0 + 15) / 16 * (kRows / 16) : 0;
+  const auto token_of = [&](uint32_t piece) { return token0 + piece / (kRows / 16) * 16; };
+  const auto column_of = [&](uint32_t piece) { return piece % (kRows / 16) * 16; };
+  float4 sum[2];
+  const auto sum_piece = [&](uint32_t piece) {
+#pragma unroll
+    for (uint32_t h = 0; h < 2; ++h) {
+      const uint32_t row = min(token_of(piece) + threadIdx.x % 32 / 4 + 8 * h, end - 1);
+      const uint32_t column = column_of(piece) + threadIdx.x % 4 * 4;
+      sum[h] = sum_parts(args, place, from + (row * pitch + column) * 4);
+    }
+  };
+  if (warp < pieces) sum_piece(warp);  // while u is on its way
+  const uint32_t quads = problem.rank_columns / 4;
+  for (uint32_t i = threadIdx.x; i < (end - token0) * quads; i += kThreads) {
+    const uint32_t row = token0 + i / quads, c = i % quads * 4;
+    const float4 u = sum_parts(args, place, from + (row * pitch + kRows + c) * 4);
+    const float v[4] = {u.x, u.y, u.z, u.w};
+    const bool keeps = problem.plain && place.n0 == 0 && row < args.m;
+    T* to = low + (row - token0) * (problem.rank_columns + kRankPad) + c;
+#pragma unroll
+    for (uint32_t j = 0; j < 4; ++j) {
+      to[j] = from_float<T>(problem.factor * v[j]);
+      if (keeps && c + j < problem.rank) {
+        problem.plain[size_t{row} * problem.rank + c + j] = v[j];
+      }
+    }
+  }
+  mma::copies_wait<0>();
+  __syncthreads();
+  for (uint32_t piece = warp; piece < pieces; piece += kConsumers) {
+    if (piece > warp) sum_piece(piece);
+    finish_rows<T>(args, place, low, b, sum, token0, token_of(piece), end, column_of(piece));
+  }
+  cluster_sync_relaxed();  // nobody goes while others read here
+#endif
+}
+
+uint32_t ceil_div(uint32_t a, uint32_t b) {
+  return (a + b - 1) / b;
+}
+/// As few as hold all: each costs L2 and the matrix unit, used or not.
+uint32_t tokens_of(uint32_t m) {
+  return m <= 32 ? 32 : m <= 64 ? 64 : 128;
+}
+uint32_t tiles_of(const GemmGroup& group, uint32_t rows) {
+  uint32_t tiles = 0;
+  for (int i = 0; i < group.problems; ++i) tiles += ceil_div(group.problem[i].n, rows);
+  return tiles;
+}
+
+/// The part that makes the left of a problem's second pair.
+const GemmShrink::Part* part_of(const GemmGroup& group, const GemmProblem& problem) {
+  if (group.shrinks != 1 || problem.pairs < 2) return nullptr;
+  const GemmShrink& shrink = group.shrink[0];
+  for (int p = 0; p < shrink.parts; ++p) {
+    if (shrink.part[p].out == problem.pair[1].left) return &shrink.part[p];
+  }
+  return nullptr;
+}
+
+void fill_problem(
+    SkinnyProblem& to, const GemmGroup& group, const GemmProblem& from, const SkinnyForm& form) {
+  const GemmPair& base = from.pair[0];
+  to.n = from.n;
+  to.tiles = ceil_div(from.n, form.rows);
+  to.w = make_tensor_map({base.right, group.dtype, from.n, base.k, base.right_stride, form.rows});
+  if (const GemmShrink::Part* part = part_of(group, from); part && part->rank > 0) {
+    to.rank = part->rank;
+    to.rank_columns = ceil_div(part->rank, 16) * 16;
+    to.a = make_tensor_map(
+        {part->right, group.dtype, part->rank, base.k, part->right_stride, to.rank_columns});
+    to.b = from.pair[1].right;
+    to.b_stride = from.pair[1].right_stride;
+    to.factor = part->factor;
+    to.plain = part->plain;
+  }
+  to.out = from.out;
+  to.out_stride = from.out_stride;
+  to.bias = from.bias;
+  to.residual = from.residual;
+  to.residual_stride = from.residual_stride;
+}
+
+uint32_t rank_columns_of(const GemmGroup& group) {
+  uint32_t most = 0;
+  for (int i = 0; i < group.problems; ++i) {
+    const GemmShrink::Part* part = part_of(group, group.problem[i]);
+    if (part) most = std::max(most, ceil_div(part->rank, 16) * 16);
+  }
+  return most;
+}
+
+template <typename T, uint32_t kRows, uint32_t kTokens>
+void launch(
+    const Context& context,
+    SkinnyArgs& args,
+    const SkinnyForm& form,
+    uint32_t blocks,
+    uint32_t rank_columns) {
+  const auto kernel = skinny_kernel<T, kRows, kTokens>;
+  args.stage_bytes = (kRows + kTokens + rank_columns) * 128;
+  // The A side reads 64 rows, whatever the rank: the last stage's lie within the block's memory.
+  const uint32_t slack = rank_columns > 0 ? (kMaxRank - rank_columns) * 128 : 0;
+  const uint32_t shared = form.wide ? 2 * kSharedBytes : kSharedBytes;
+  args.stages = std::min(kMaxStages, (shared - 2 * kBarrierBytes - slack) / args.stage_bytes);
+  check(
+      cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+      "lora_skinny");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads_for(kRows);
+  config.dynamicSmemBytes = shared;
+  config.stream = context.stream;
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {args.parts, 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  check(cudaLaunchKernelEx(&config, kernel, args), "lora_skinny");
+}
+
+template <typename T, uint32_t kRows>
+void launch_tokens(
+    const Context& context,
+    SkinnyArgs& args,
+    const SkinnyForm& form,
+    uint32_t blocks,
+    uint32_t rank_columns) {
+  switch (tokens_of(args.m)) {
+    case 32:
+      return launch<T, kRows, 32>(context, args, form, blocks, rank_columns);
+    case 64:
+      return launch<T, kRows, 64>(context, args, form, blocks, rank_columns);
+    default:
+      return launch<T, kRows, 128>(context, args, form, blocks, rank_columns);
+  }
+}
+
+template <typename T>
+void launch_rows(
+    const Context& context,
+    SkinnyArgs& args,
+    const SkinnyForm& form,
+    uint32_t blocks,
+    uint32_t rank_columns) {
+  form.rows == 64 ? launch_tokens<T, 64>(context, args, form, blocks, rank_columns)
+                  : launch_tokens<T, 128>(context, args, form, blocks, rank_columns);
+}
+
+/// µs. A step is bound by memory (W alone), by what L2 gives all blocks or by what a multiprocessor
+/// takes; then come the sums of the other blocks of a cluster, and what start and end cost anyway.
+float cost_of(const Context& context, const GemmGroup& group, const SkinnyForm& form) {
+  constexpr float kMemory = 3.0e6f, kL2 = 7.3e6f, kBlock = 72e3f, kRemote = 25e3f;  // bytes per µs
+  const uint32_t tokens = tokens_of(group.m);
+  // Threes: five of them in the 16 multiprocessors that stand together.
+  const uint32_t slots =
+      form.parts == 3 ? context.multiprocessors * 5 / 16 : context.multiprocessors / form.parts;
+  const uint32_t tiles = tiles_of(group, form.rows), waves = ceil_div(tiles, slots);
+  const auto blocks = static_cast<float>(std::min(tiles, slots) * form.parts);
+  const auto w = static_cast<float>(form.rows * 128);
+  const float stage = w + static_cast<float>((tokens + rank_columns_of(group)) * 128);
+  const float step = std::max({w * blocks / kMemory, stage * blocks / kL2, stage / kBlock});
+  const uint32_t steps = ceil_div(ceil_div(group.problem[0].pair[0].k, kStepK), form.parts);
+  const float remote = static_cast<float>(tokens * form.rows * 4 * (form.parts - 1) / form.parts);
+  return static_cast<float>(waves) * (static_cast<float>(steps) * step + remote / kRemote + 4.5f);
+}
+
+}  // namespace
+
+bool skinny_form_fits(const GemmGroup& group, const SkinnyForm& form) {
+  const uint32_t stage = (form.rows + tokens_of(group.m) + rank_columns_of(group)) * 128;
+  return form.wide || 3 * stage <= kSharedBytes - 2 * kBarrierBytes;
+}
+
+SkinnyForm skinny_form(const Context& context, const GemmGroup& group) {
+  SkinnyForm best;
+  float best_cost = 0.0f;
+  for (uint32_t rows : {64u, 128u}) {
+    // Clusters of four with a multiprocessor a block do not all find room at once.
+    for (uint32_t parts : {1u, 2u, 3u}) {
+      SkinnyForm form = {parts, rows, false};
+      form.wide = rows * tokens_of(group.m) > 4096;
+      const float cost = cost_of(context, group, form);
+      if (best.parts != 0 && cost >= best_cost) continue;
+      best = form;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+void skinny_with_form(const Context& context, const GemmGroup& group, SkinnyForm form) {
+  SkinnyArgs args;
+  if (form.parts == 0) form = skinny_form(context, group);
+  args.m = group.m;
+  args.parts = form.parts;
+  uint32_t problems = 0;
+  for (int i = 0; i < group.problems; ++i) {
+    if (group.problem[i].n == 0) continue;
+    fill_problem(args.problem[problems++], group, group.problem[i], form);
+  }
+  if (problems == 0 || group.m == 0) return;
+  const GemmPair& base = group.problem[0].pair[0];
+  args.k = base.k;
+  args.x = make_tensor_map(
+      {base.left, group.dtype, group.m, base.k, base.left_stride, tokens_of(group.m)});
+  const uint32_t blocks = tiles_of(group, form.rows) * form.parts;
+  const uint32_t rank_columns = rank_columns_of(group);
+  group.dtype == DType::bf16 ? launch_rows<bf16>(context, args, form, blocks, rank_columns)
+                             : launch_rows<f16>(context, args, form, blocks, rank_columns);
+}
+
+}  // namespace sm90
+
+bool can_lora_skinny(const Context& context, const GemmGroup& group) {
+  if (!can_gemm_sm90(context, group) || group.right_is_kn || group.out_dtype != group.dtype ||
+      group.m > kSkinnyMaxTokens || group.problems == 0 || group.shrinks > 1) {
+    return false;
+  }
+  const GemmPair& first = group.problem[0].pair[0];
+  for (int i = 0; i < group.problems; ++i) {
+    const GemmProblem& problem = group.problem[i];
+    if (problem.pairs == 0 || problem.pairs > 2) return false;
+    const GemmPair& pair = problem.pair[0];
+    if (pair.left != first.left || pair.k != first.k || pair.k == 0) return false;
+    if (problem.pairs == 2 && !sm90::part_of(group, problem)) return false;
+  }
+  return true;
+}
+
+bool prefers_lora_skinny(const Context& context, const GemmGroup& group) {
+  return can_lora_skinny(context, group) &&
+         sm90::tiles_of(group, 128) * 2 <= static_cast<uint32_t>(context.multiprocessors);
+}
+
+void lora_skinny(const Context& context, const GemmGroup& group) {
+  if (!can_lora_skinny(context, group)) {
+    throw std::invalid_argument(
+        "[lora_skinny] group must be one that can_lora_skinny takes, but is not");
+  }
+  sm90::skinny_with_form(context, group, {});
+}
+
+}  // namespace metal_lora::cuda
