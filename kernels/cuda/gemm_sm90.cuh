@@ -5,7 +5,7 @@
 // narrow tiles that make u.
 #pragma once
 
-#include "kernels/cuda/gemm_sm90_store.cuh"
+#include "kernels/cuda/gemm_sm90_end.cuh"
 
 namespace metal_lora::cuda::sm90 {
 
@@ -47,9 +47,13 @@ __device__ __forceinline__ void count_tile(const Args& args, uint32_t block) {
   args.flags[block] = 0;
 }
 
+/// Columns of a tile in its problem: gate and up lie in one tile side by side.
+template <int kTileN, GemmEnd kEnd>
+constexpr uint32_t kColumns = kEnd == GemmEnd::swiglu ? kTileN / 2 : kTileN;
+
 /// One thread: every stage of every tile of this block. Blocks of a cluster that share an operand
 /// load a part each and send it to all.
-template <int kTileN, bool kRightIsKn>
+template <int kTileN, bool kRightIsKn, GemmEnd kEnd>
 __device__ __forceinline__ void produce(
     const Args& args, const Cluster& cluster, uint32_t shared, uint32_t full, uint32_t empty) {
   using L = Layout<kTileN>;
@@ -86,7 +90,13 @@ __device__ __forceinline__ void produce(
     const ProblemArgs& problem = args.problem[tile.problem];
     const uint32_t m0 =
         (tile.m * args.cluster_m + cluster.rank_m) * kTileM + cluster.rank_n * left_rows;
-    const uint32_t n0 = (tile.n * args.cluster_n + cluster.rank_n) * kTileN;
+    const uint32_t n0 = (tile.n * args.cluster_n + cluster.rank_n) * kColumns<kTileN, kEnd>;
+    for (uint32_t i = 0; i < problem.aheads; ++i) {
+      const CUtensorMap* map = &args.maps[problem.ahead_map[i]];
+      for (uint32_t b = 0; b < kTileN / 64; ++b) {
+        tensor_prefetch(map, n0 + 64 * b, m0 - cluster.rank_n * left_rows);
+      }
+    }
     Share share = cluster.share(problem.steps);
     for (uint32_t p = problem.first_pair; p < problem.end_pair; ++p) {
       if (!waited && !(args.pair0_ready && p == problem.first_pair)) {
@@ -118,6 +128,18 @@ __device__ __forceinline__ void produce(
                 barrier,
                 n0 + 64 * j,
                 k0 + part,
+                cluster.column_mask);
+          }
+        } else if constexpr (kEnd == GemmEnd::swiglu) {
+          const PairArgs& pair = args.pair[p];
+          for (uint32_t up = 0; up < 2; ++up) {
+            if (args.cluster_m == 2 && up != cluster.rank_m) continue;
+            load_box(
+                right + up * kTileN / 2 * 128,
+                up ? &args.maps[pair.up_map] : right_map,
+                barrier,
+                k0,
+                (up ? pair.has_up : pair.has_gate) ? n0 : kBeyond,
                 cluster.column_mask);
           }
         } else {
@@ -236,7 +258,7 @@ __device__ __forceinline__ void consume_shrinks(
 }
 
 /// One warpgroup: 64 rows of every tile of this block.
-template <typename T, int kTileN, bool kRightIsKn>
+template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd>
 __device__ __forceinline__ void consume(
     const Args& args,
     const Cluster& cluster,
@@ -263,7 +285,8 @@ __device__ __forceinline__ void consume(
   while (index < tiles) {
     const ProblemArgs& problem = args.problem[tile.problem];
     const uint32_t m0 = (tile.m * args.cluster_m + cluster.rank_m) * kTileM + warpgroup * 64;
-    const uint32_t n0 = (tile.n * args.cluster_n + cluster.rank_n) * kTileN;
+    const uint32_t n0 = (tile.n * args.cluster_n + cluster.rank_n) * kColumns<kTileN, kEnd>;
+    const uint32_t warp_row = m0 + warp % 4 * 16;
     float d[kTileN / 2];
     int accumulate = 0;
     uint32_t reading = 0;
@@ -308,16 +331,25 @@ __device__ __forceinline__ void consume(
     }
     index += cluster.count();
     if (index < tiles) tile = find_tile(args, index);  // while the last products run
+    if (!waited) {  // the kernels before this one may still read or write `out`
+      dependency_wait();
+      waited = true;
+    }
+    std::conditional_t<kEnd == GemmEnd::plain, Residual<T, kTileN>, GateUp<T>> ahead;
+    bool has_residual = false;
+    if constexpr (kEnd == GemmEnd::plain) {
+      has_residual = problem.residual != nullptr && !args.out_f32 && problem.n % 8 == 0;
+      if (has_residual) ahead.load(args, problem, warp_row, n0);
+    } else if constexpr (kEnd == GemmEnd::swiglu_backward) {
+      ahead.load(args, problem, warp_row, n0);
+    }
     wgmma_wait<0>();
     wgmma_sums_fence(d);
     const auto release_last = [&] {
       if (releases) barrier_arrive_remote(empty + 8 * reading, lane);
     };
-    if (!L::kStoreInRing && accumulate != 0) release_last();
-    if (!waited) {  // the kernels before this one may still read or write `out`
-      dependency_wait();
-      waited = true;
-    }
+    constexpr bool kStoreInRing = L::kStoreInRing && kEnd != GemmEnd::swiglu_backward;
+    if (!kStoreInRing && accumulate != 0) release_last();
     if (cluster.parts_k > 1) {
       if (accumulate == 0) {
 #pragma unroll
@@ -325,15 +357,22 @@ __device__ __forceinline__ void consume(
       }
       if (!add_parts<kTileN>(d, cluster, shared, warpgroup)) continue;
     }
-    if (L::kStoreInRing) named_barrier(1 + warpgroup, 128);  // the warpgroup has read its rows
+    if (kStoreInRing) named_barrier(1 + warpgroup, 128);  // the warpgroup has read its rows
     const uint32_t in_ring = shared + reading * L::kStageBytes + warp * kWarpBoxBytes;
-    finish_tile<T, kTileN>(d, args, problem, m0 + warp % 4 * 16, n0, boxes, in_ring);
-    if (L::kStoreInRing) release_last();
+    if constexpr (kEnd == GemmEnd::plain) {
+      finish_tile<T, kTileN>(
+          d, ahead, has_residual, args, problem, warp_row, n0, boxes, in_ring);
+    } else if constexpr (kEnd == GemmEnd::swiglu) {
+      finish_swiglu<T>(d, args, problem, warp_row, n0, boxes, in_ring);
+    } else {
+      finish_swiglu_backward<T>(d, ahead, args, problem, warp_row, n0);
+    }
+    if (kStoreInRing) release_last();
   }
   if (lane == 0) tensor_store_wait_read<0>();
 }
 
-template <typename T, int kTileN, bool kRightIsKn>
+template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd>
 __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ Args args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<kTileN>;
@@ -363,7 +402,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
   if (role == 0) {
     registers_shrink<40>();
     if (threadIdx.x == 0) {
-      produce<kTileN, kRightIsKn>(args, cluster, shared, full, empty);
+      produce<kTileN, kRightIsKn, kEnd>(args, cluster, shared, full, empty);
     }
     __syncwarp();
     if (cluster.parts_k > 1) {  // the consumers' add_parts
@@ -372,7 +411,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
     }
   } else {
     registers_grow<232>();
-    consume<T, kTileN, kRightIsKn>(args, cluster, shared, full, empty, warp - 4);
+    consume<T, kTileN, kRightIsKn, kEnd>(args, cluster, shared, full, empty, warp - 4);
   }
 #endif
 }

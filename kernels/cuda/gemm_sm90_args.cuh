@@ -20,11 +20,16 @@ constexpr int kShrinkTileN =
     256;  ///< the tile width whose stages hold two of a narrow tile's steps
 constexpr int kMaxShrinks = GemmGroup::kMaxShrinks;
 constexpr int kMaxParts = GemmShrink::kMaxParts;
-constexpr int kMaxMaps = 2 * kMaxPairs + GemmGroup::kMaxProblems + kMaxShrinks * (1 + kMaxParts);
+constexpr int kMaxMaps =
+    2 * kMaxPairs + 2 * GemmGroup::kMaxProblems + kMaxShrinks * (1 + kMaxParts);
+constexpr uint32_t kGateColumns = 128;  ///< of gate, and of up, in a tile of both
+constexpr uint32_t kBeyond = 1u << 30;  ///< a row of no matrix: zeros
 
 struct PairArgs {
   uint32_t begin = 0, k = 0;  ///< columns of left; begin > 0: beyond the maps, so all zeros
   uint16_t left_map = 0, right_map = 0;
+  uint16_t up_map = 0;  ///< GemmEnd::swiglu: right of up
+  bool has_gate = true, has_up = true;
 };
 struct ProblemArgs {
   uint32_t n = 0;
@@ -37,6 +42,12 @@ struct ProblemArgs {
   const float* bias = nullptr;
   const void* residual = nullptr;
   size_t residual_stride = 0;
+  const float* up_bias = nullptr;  ///< GemmEnd::swiglu
+  const float* rope = nullptr;
+  uint32_t head_dim = 0;
+  /// What the tile's end reads, on its way to the second-level cache meanwhile.
+  uint16_t ahead_map[2] = {};
+  uint16_t aheads = 0;
 };
 struct ShrinkArgs {
   uint32_t k = 0;
@@ -58,6 +69,8 @@ struct Args {
   uint32_t cluster_m = 1, cluster_n = 1;  ///< blocks of a cluster that share columns, rows
   uint32_t cluster_k = 1;                 ///< or parts of the sums; then one tile a cluster
   uint32_t map_count = 0;
+  GemmSwiglu swiglu;
+  uint32_t act_map = 0;
   ShrinkArgs shrink[kMaxShrinks];
   uint32_t shrinks = 0;
   uint32_t shrink_clusters = 0;  ///< the last clusters, which have fewest tiles, make u

@@ -131,6 +131,13 @@ __device__ __forceinline__ void tensor_load_multicast(
       "h"(blocks)
       : "memory");
 }
+/// A box to the second-level cache.
+__device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map),
+               "r"(column),
+               "r"(row)
+               : "memory");
+}
 /// A box from shared memory; elements outside the tensor are not written.
 __device__ __forceinline__ void tensor_store(
     const CUtensorMap* map, uint32_t shared, int column, int row) {
