@@ -411,7 +411,7 @@ class TrainStep::Run {
     const bool rotates = can_gemm_sm90(context_, g);
     if (!rotates) g.problem[0].rope = g.problem[1].rope = nullptr;
     run_forward(index, kQ, g);
-    if (!rotates) rotate(qkv, false);
+    if (!rotates) rotate(qkv);
   }
 
   void norm_forward(const void* h, const float* weight, void* y) {
@@ -419,7 +419,7 @@ class TrainStep::Run {
         [&](const Context& c) { add_rms_norm_forward(c, norm(), h, nullptr, weight, nullptr, y); });
   }
 
-  void rotate(void* qkv, bool inverse) {
+  void rotate(void* qkv) {
     RopePairParams p;
     p.tokens = tokens_;
     p.q_heads = model_.q_heads;
@@ -427,7 +427,6 @@ class TrainStep::Run {
     p.head_dim = model_.head_dim;
     p.q_stride = p.k_stride = qkv_width();
     p.dtype = model_.dtype;
-    p.inverse = inverse;
     call([&](const Context& c) {
       rope_pair(c, p, qkv, columns(qkv, q_width()), static_cast<const float*>(at(layout_.rope)));
     });
@@ -546,9 +545,9 @@ class TrainStep::Run {
           at(layout_.d_attended),
           d_qkv,
           columns(d_qkv, q_width()),
-          columns(d_qkv, q_width() + kv_width()));
+          columns(d_qkv, q_width() + kv_width()),
+          static_cast<const float*>(at(layout_.rope)));
     });
-    rotate(d_qkv, true);
     const Rows dy[] = {
         {d_qkv, qkv_width()},
         {columns(d_qkv, q_width()), qkv_width()},
