@@ -5,7 +5,7 @@
 // forward + backward; then what it is made of (the portable products, in bf16 and f32). Weights
 // rotate so that L2 does not hold them. One line a case: microseconds, TFLOP/s, ratio.
 //
-//   lora_linear_bench [products|parts|linears|branches|quantised|dropout]...    (default: all).
+//   lora_linear_bench [products|parts|forms|linears|branches|quantised|dropout]...    (default: all).
 //   Link with -lcublas.
 #include <cublas_v2.h>
 
@@ -14,6 +14,8 @@
 
 #include "bench/gpu/bench.cuh"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/lora_skinny.h"
+#include "tests/cuda/gemm_sm90_forms.h"
 
 using namespace metal_lora;
 namespace mlc = metal_lora::cuda;
@@ -448,6 +450,87 @@ void bench_parts(uint32_t k, uint32_t n, uint32_t rank, uint32_t m) {
   std::fflush(stdout);
 }
 
+/// One launch with u inside, in every form that takes it, beside a shrink and a product.
+void bench_forms(uint32_t k, uint32_t n, uint32_t rank, uint32_t m) {
+  bench::Device device;
+  Cublas cublas(device.context.stream);
+  const auto& context = device.context;
+  const auto copies = std::max<size_t>(2, static_cast<size_t>(kRotationBytes / (2.0 * n * k)));
+  auto* weights = device.normal<mlc::bf16>(copies * n * k, 0.01f);
+  auto* x = device.normal<mlc::bf16>(size_t{m} * k, 1.0f);
+  auto* y = device.normal<mlc::bf16>(size_t{m} * n, 1.0f);
+  auto* low = device.normal<mlc::bf16>(size_t{m} * rank, 1.0f);
+  const auto lora = device.lora(rank, n, k);
+  size_t at = 0;
+  const auto next = [&] { return weights + (++at % copies) * n * k; };
+  const auto group_of = [&](bool inside) {
+    mlc::GemmGroup group;
+    group.m = m;
+    group.problems = 1;
+    auto& p = group.problem[0];
+    p.n = n;
+    p.pairs = 2;
+    p.pair[0] = {x, k, next(), k, k};
+    p.pair[1] = {low, rank, lora.b, rank, rank};
+    p.out = y;
+    p.out_stride = n;
+    if (inside) {
+      group.shrinks = 1;
+      group.flags = context.counters;
+      group.shrink[0] = {x, k, k, 1, {}};
+      group.shrink[0].part[0] = {lora.a, k, rank, 1.0f, low, rank, nullptr};
+    } else {
+      group.pair0_ready = true;
+    }
+    return group;
+  };
+  std::vector<std::string> names = {"cublas", "shrink, gemm"};
+  std::vector<std::function<void()>> calls = {
+      [&] { cublas.product(false, CUDA_R_16BF, m, n, k, x, next(), y); },
+      [&] {
+        mlc::ShrinkCall call;
+        call.m = m;
+        call.k = call.x_stride = k;
+        call.x = x;
+        call.parts = 1;
+        call.part[0].right = lora.a;
+        call.part[0].rank = rank;
+        call.out = low;
+        call.out_stride = rank;
+        mlc::lora_shrink(context, call);
+        mlc::gemm(context, group_of(false));
+      }};
+  const mlc::GemmGroup group = group_of(true);
+  for (int form = 0; form < mlc::sm90::form_count(); ++form) {
+    if (!mlc::sm90::form_fits(context, group, form)) continue;
+    names.push_back(mlc::sm90::form_name(form));
+    if (form == mlc::sm90::chosen_form(context, group)) names.back() += " (taken)";
+    calls.push_back([&, form] { mlc::sm90::gemm_with_form(context, group_of(true), form); });
+  }
+  if (mlc::can_lora_skinny(context, group)) {
+    for (uint32_t parts_k : {1u, 2u, 3u, 4u, 6u, 8u}) {
+      for (uint32_t parts_n : {1u, 2u}) {
+        for (uint32_t tokens : {32u, 64u, 128u}) {
+          if (parts_k * parts_n > 8 || tokens > 2 * m || 2 * tokens < m) continue;
+          names.push_back(
+              "skinny k/" + std::to_string(parts_k) + " n*" + std::to_string(parts_n) + " of " +
+              std::to_string(tokens));
+          calls.push_back([&, parts_k, parts_n, tokens] {
+            mlc::sm90::skinny_with_form(context, group_of(true), {parts_k, parts_n, tokens});
+          });
+        }
+      }
+    }
+  }
+  const auto us = compare_us(device, calls);
+  std::printf("forms k %u n %u m %u rank %u, us (of cublas):", k, n, m, rank);
+  for (size_t i = 0; i < us.size(); ++i) {
+    std::printf(" | %s %.2f (%.3f)", names[i].c_str(), us[i], us[i] / us[0]);
+  }
+  std::printf("\n");
+  std::fflush(stdout);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -458,6 +541,13 @@ int main(int argc, char** argv) {
     return argc == 1;
   };
   try {
+    if (wants("forms")) {
+      for (uint32_t n : {4096u, 11008u}) {
+        for (uint32_t m : {32u, 64u, 128u, 256u, 512u}) {
+          for (uint32_t rank : {16u, 64u}) bench_forms(4096, n, rank, m);
+        }
+      }
+    }
     if (wants("products")) {
       bench_product<mlc::bf16>(DType::bf16, false, 4096, 4096, 4096);
       bench_product<mlc::bf16>(DType::bf16, true, 4096, 4096, 4096);

@@ -27,7 +27,7 @@
 // products run at the clock that the power allows (1.1 to 1.4 GHz seen under load, 1.98 without).
 // The next 10 % at M = 512: fixed cost (1 to 2 µs a launch over cuBLASLt), and waves that fit (k in
 // more parts); narrow tiles are at the limit of shared memory (128x64: 56 KB a step of 256 cycles).
-#include "kernels/cuda/gemm_sm90.cuh"
+#include "kernels/cuda/gemm_sm90_kernel.cuh"
 
 #include <algorithm>
 #include <array>
@@ -61,6 +61,10 @@ constexpr Form kForms[] = {
     {"128x128, k in two", 128, 1, 1, 2, 423, 3300},
 };
 
+/// A step of a narrow tile, and what a shrink of its own costs when the product begins meanwhile.
+constexpr float kNarrowStepNs = 235;
+constexpr float kShrinkNs = 3000;
+
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
 }
@@ -70,27 +74,50 @@ uint32_t tiles_of(const GemmGroup& group, const Form& form) {
   for (int i = 0; i < group.problems; ++i) {
     columns += ceil_div(group.problem[i].n, form.tile_n * form.cluster_n);
   }
-  if (group.end == GemmEnd::swiglu) columns = ceil_div(group.problem[0].n, form.tile_n / 2);
+  if (group.end == GemmEnd::swiglu) columns = ceil_div(group.problem[0].n, kGateColumns);
   return columns * ceil_div(group.m, kTileM * form.cluster_m);
 }
 
-/// Blocks that split k have one tile each; shrinks want wide stages and rows of their own.
+/// Blocks that split k have one tile each; shrinks want rows of their own.
 bool fits(const Context& context, const GemmGroup& group, const Form& form) {
-  if (group.end != GemmEnd::plain && (form.tile_n != 256 || form.cluster_k > 1)) return false;
+  if (group.end != GemmEnd::plain &&
+      (form.tile_n != kTurnTileN || form.cluster_n > 1 || form.cluster_k > 1)) {
+    return false;
+  }
   for (int i = 0; i < group.problems; ++i) {  // whole heads a tile
     if (group.problem[i].rope && form.tile_n % group.problem[i].head_dim != 0) return false;
   }
-  if (group.shrinks > 0 &&
-      (form.tile_n != kShrinkTileN || form.cluster_k > 1 || form.cluster_n > 1)) {
-    return false;
-  }
+  if (group.shrinks > 0 && (form.cluster_k > 1 || form.cluster_n > 1)) return false;
   return form.cluster_k == 1 ||
          tiles_of(group, form) * form.cluster_m * form.cluster_n * form.cluster_k <=
              static_cast<uint32_t>(context.multiprocessors);
 }
 
-/// The form with the least waves · (steps · cost + fixed cost).
-const Form& choose_form(const Context& context, const GemmGroup& group) {
+uint32_t slots_of(const Context& context, const Form& form) {
+  return context.multiprocessors / (form.cluster_m * form.cluster_n * form.cluster_k);
+}
+/// Clusters that have a tile fewer than the others, or none.
+uint32_t spare_clusters(const Context& context, const GemmGroup& group, const Form& form) {
+  const uint32_t slots = slots_of(context, form);
+  return slots - tiles_of(group, form) % slots;
+}
+uint32_t narrow_tiles(const GemmGroup& group, const Form& form) {
+  return group.shrinks * ceil_div(group.m, kTileM * form.cluster_m);
+}
+/// Whether the spare clusters make u within the time of a tile, when the first of them ask for it.
+bool shrinks_hide(const Context& context, const GemmGroup& group, const Form& form) {
+  const uint32_t each =
+      ceil_div(narrow_tiles(group, form), spare_clusters(context, group, form));
+  return kNarrowStepNs * each <= form.step_ns;
+}
+
+struct Choice {
+  const Form* form = nullptr;
+  float ns = 0.0f;
+};
+/// The form with the least waves · (steps · cost + fixed cost). With shrinks: of those that hide
+/// them; none where none does.
+Choice choose_form(const Context& context, const GemmGroup& group) {
   float steps = 0.0f;  // of a tile, weighted by n
   float columns = 0.0f;
   for (int i = 0; i < group.problems; ++i) {
@@ -101,20 +128,23 @@ const Form& choose_form(const Context& context, const GemmGroup& group) {
     columns += problem.n;
   }
   steps /= columns;
-  const Form* best = nullptr;
-  float best_ns = 0.0f;
+  Choice best;
   for (const Form& form : kForms) {
     if (!fits(context, group, form)) continue;
-    const uint32_t slots =
-        context.multiprocessors / (form.cluster_m * form.cluster_n * form.cluster_k);
-    const float waves = ceil_div(tiles_of(group, form), slots);
+    if (group.shrinks > 0 && !shrinks_hide(context, group, form)) continue;
+    const float waves = ceil_div(tiles_of(group, form), slots_of(context, form));
     const float ns = waves * (steps / form.cluster_k * form.step_ns + form.tile_ns);
-    if (best == nullptr || ns < best_ns) {
-      best = &form;
-      best_ns = ns;
-    }
+    if (best.form == nullptr || ns < best.ns) best = {&form, ns};
   }
-  return *best;
+  return best;
+}
+/// The same, or the first form that fits where none hides the shrinks.
+const Form& some_form(const Context& context, const GemmGroup& group) {
+  const Choice choice = choose_form(context, group);
+  if (choice.form) return *choice.form;
+  return *std::find_if(std::begin(kForms), std::end(kForms), [&](const Form& form) {
+    return fits(context, group, form);
+  });
 }
 
 /// Puts maps into the arguments; an operand that several problems share has one.
@@ -143,7 +173,7 @@ class Maps {
   std::array<TensorMapRequest, kMaxMaps> requests_;
 };
 
-/// Gate and up as one problem of tiles that hold 128 columns of each; low-rank pairs of one have
+/// Gate and up as one problem of tiles that hold 64 columns of each; low-rank pairs of one have
 /// zeros for the other.
 void fill_gate_up(Args& args, Maps& maps, const GemmGroup& group, uint32_t left_box) {
   const GemmProblem& gate = group.problem[0];
@@ -172,24 +202,11 @@ void fill_gate_up(Args& args, Maps& maps, const GemmGroup& group, uint32_t left_
   for (int p = 1; p < gate.pairs; ++p) add(gate.pair[p], &gate.pair[p], nullptr);
   for (int p = 1; p < up.pairs; ++p) add(up.pair[p], nullptr, &up.pair[p]);
   args.swiglu = group.swiglu;
-  const GemmSwiglu& s = args.swiglu;
-  if (s.gate) to.out_map = maps.add(s.gate, group.m, gate.n, s.stride, 16);
-  args.act_map = maps.add(s.act, group.m, gate.n, s.act_stride, 16);
 }
 
-void fill_args(Args& args, Maps& maps, const GemmGroup& group, const Form& form) {
-  args.m = group.m;
-  args.cluster_m = form.cluster_m;
-  args.cluster_n = form.cluster_n;
-  args.cluster_k = form.cluster_k;
-  args.tiles_m = ceil_div(group.m, kTileM * form.cluster_m);
-  args.pair0_ready = group.pair0_ready;
-  args.out_f32 = group.out_dtype == DType::f32;
-  const uint32_t left_box = kTileM / form.cluster_n;
+void fill_problems(
+    Args& args, Maps& maps, const GemmGroup& group, const Form& form, uint32_t left_box) {
   const uint32_t right_box = (group.right_is_kn ? kStepK : form.tile_n) / form.cluster_m;
-  // About as many rows as columns of tiles are in flight: each operand is read from memory once.
-  args.band = std::min(args.tiles_m, 8u);
-  if (group.end == GemmEnd::swiglu) return fill_gate_up(args, maps, group, left_box);
   int problems = 0;
   uint32_t pairs = 0;
   for (int i = 0; i < group.problems; ++i) {
@@ -240,18 +257,25 @@ void fill_args(Args& args, Maps& maps, const GemmGroup& group, const Form& form)
   }
 }
 
-/// Clusters that have a tile fewer than the others.
-uint32_t spare_clusters(const Context& context, const GemmGroup& group, const Form& form) {
-  const uint32_t tiles = tiles_of(group, form);
-  const uint32_t slots = context.multiprocessors / (form.cluster_m * form.cluster_n);
-  const uint32_t clusters = std::min(slots, tiles);
-  return clusters - tiles % clusters;
-}
-/// A narrow tile costs about a third of a tile: three each fit into what the spare clusters have
-/// left, and are over when the first tiles ask for u.
-bool shrinks_hide(const Context& context, const GemmGroup& group, const Form& form) {
-  const uint32_t narrow = group.shrinks * ceil_div(group.m, kTileM * form.cluster_m);
-  return 3 * spare_clusters(context, group, form) >= narrow;
+void fill_args(
+    const Context& context, Args& args, Maps& maps, const GemmGroup& group, const Form& form) {
+  args.m = group.m;
+  args.cluster_m = form.cluster_m;
+  args.cluster_n = form.cluster_n;
+  args.cluster_k = form.cluster_k;
+  args.tiles_m = ceil_div(group.m, kTileM * form.cluster_m);
+  args.pair0_ready = group.pair0_ready;
+  args.out_f32 = group.out_dtype == DType::f32;
+  if (group.m < kTileM && form.cluster_m == 1) args.tile_rows = ceil_div(group.m, 16) * 16;
+  const uint32_t left_box = args.tile_rows / form.cluster_n;
+  if (group.end == GemmEnd::swiglu) {
+    fill_gate_up(args, maps, group, left_box);
+  } else {
+    fill_problems(args, maps, group, form, left_box);
+  }
+  args.clusters = std::min(slots_of(context, form), args.tiles_m * args.tiles_n);
+  // About as many rows as columns of tiles are in flight: each operand is read from memory once.
+  args.band = std::min(args.tiles_m, 8u);
 }
 
 void fill_shrinks(
@@ -261,8 +285,8 @@ void fill_shrinks(
     const GemmShrink& from = group.shrink[i];
     ShrinkArgs& to = args.shrink[args.shrinks++];
     to.k = from.k;
-    to.left_map = maps.add(from.left, group.m, from.k, from.left_stride, kTileM);
-    to.bytes = kTileM * kStepK * 2;
+    to.left_map = maps.add(from.left, group.m, from.k, from.left_stride, args.tile_rows);
+    to.bytes = args.tile_rows * kStepK * 2;
     std::fill(std::begin(to.part_of_block), std::end(to.part_of_block), kMaxParts);
     uint32_t block = 0;
     for (int p = 0; p < from.parts; ++p) {
@@ -288,24 +312,22 @@ void fill_shrinks(
     args.flags = static_cast<uint32_t*>(context.scratch->take(bytes));
     check(cudaMemsetAsync(args.flags, 0, bytes, context.stream), "gemm_sm90 flags");
   }
-  args.shrink_clusters = spare_clusters(context, group, form);
-  if (!shrinks_hide(context, group, form)) {
-    args.shrink_clusters = std::min(
-        context.multiprocessors / (form.cluster_m * form.cluster_n), args.tiles_m * args.tiles_n);
-  }
+  const uint32_t slots = slots_of(context, form), narrow = narrow_tiles(group, form);
+  const bool hide = shrinks_hide(context, group, form);
+  args.shrink_clusters = std::min(hide ? spare_clusters(context, group, form) : slots, narrow);
+  args.clusters = std::min(slots, args.clusters + args.shrink_clusters);
 }
 
-template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd = GemmEnd::plain>
+template <typename T, int kTileN, bool kRightIsKn, End kEnd = End::plain>
 void launch(const Context& context, const Args& args) {
   const auto kernel = gemm_kernel<T, kTileN, kRightIsKn, kEnd>;
-  constexpr int kBytes = Layout<kTileN>::kBytes;
+  constexpr int kBytes = Layout<kTileN, kEnd != End::plain>::kBytes;
   check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
       "gemm_sm90");
   const uint32_t blocks = args.cluster_m * args.cluster_n * args.cluster_k;
-  const uint32_t slots = context.multiprocessors / blocks;
   cudaLaunchConfig_t config = {};
-  config.gridDim = std::min(slots, args.tiles_m * args.tiles_n) * blocks;
+  config.gridDim = args.clusters * blocks;
   config.blockDim = kThreads;
   config.dynamicSmemBytes = kBytes;
   config.stream = context.stream;
@@ -324,8 +346,10 @@ void launch(const Context& context, const Args& args) {
 
 template <typename T, bool kRightIsKn>
 void launch_width(const Context& context, int tile_n, GemmEnd end, const Args& args) {
-  constexpr GemmEnd kEnd = kRightIsKn ? GemmEnd::swiglu_backward : GemmEnd::swiglu;
-  if (end == kEnd) return launch<T, 256, kRightIsKn, kEnd>(context, args);
+  if (end != GemmEnd::plain) {
+    constexpr End kEnd = kRightIsKn ? End::swiglu_backward : End::swiglu;
+    return launch<T, kTurnTileN, kRightIsKn, kEnd>(context, args);
+  }
   switch (tile_n) {
     case 256:
       return launch<T, 256, kRightIsKn>(context, args);
@@ -358,14 +382,14 @@ bool form_fits(const Context& context, const GemmGroup& group, int form) {
   return fits(context, group, kForms[form]);
 }
 int chosen_form(const Context& context, const GemmGroup& group) {
-  return static_cast<int>(&choose_form(context, group) - kForms);
+  return static_cast<int>(&some_form(context, group) - kForms);
 }
 void gemm_with_form(const Context& context, const GemmGroup& group, int form_index) {
   if (is_empty(group)) return;
-  const Form& form = form_index < 0 ? choose_form(context, group) : kForms[form_index];
+  const Form& form = form_index < 0 ? some_form(context, group) : kForms[form_index];
   Args args;
   Maps maps(args, group.dtype);
-  fill_args(args, maps, group, form);
+  fill_args(context, args, maps, group, form);
   fill_shrinks(context, args, maps, group, form);
   if (group.dtype == DType::bf16) {
     group.right_is_kn ? launch_width<bf16, true>(context, form.tile_n, group.end, args)
@@ -450,10 +474,8 @@ bool gemm_hides_shrinks(const Context& context, const GemmGroup& group) {
   if (!can_gemm_sm90(context, group) || sm90::is_empty(group)) return false;
   GemmGroup base = group;
   base.shrinks = 0;
-  const sm90::Form& form = sm90::choose_form(context, base);
-  return sm90::fits(context, group, form) && sm90::shrinks_hide(context, group, form) &&
-         sm90::tiles_of(group, form) * form.cluster_m * form.cluster_n >=
-             2u * context.multiprocessors;
+  const sm90::Choice inside = sm90::choose_form(context, group);
+  return inside.form && inside.ns <= sm90::choose_form(context, base).ns + sm90::kShrinkNs;
 }
 
 void gemm_sm90(const Context& context, const GemmGroup& group) {

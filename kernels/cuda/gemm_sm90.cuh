@@ -1,8 +1,8 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// The kernel of gemm_sm90.cu, which says what it does and how fast: producer, consumers, and the
-// narrow tiles that make u.
+// The kernel of gemm_sm90.cu, which says what it does and how fast: producer, consumers that share
+// a tile, and the narrow tiles that make u.
 #pragma once
 
 #include "kernels/cuda/gemm_sm90_end.cuh"
@@ -48,42 +48,42 @@ __device__ __forceinline__ void count_tile(const Args& args, uint32_t block) {
 }
 
 /// Columns of a tile in its problem: gate and up lie in one tile side by side.
-template <int kTileN, GemmEnd kEnd>
-constexpr uint32_t kColumns = kEnd == GemmEnd::swiglu ? kTileN / 2 : kTileN;
+template <int kTileN, End kEnd>
+constexpr uint32_t kColumns = kEnd == End::swiglu ? kTileN / 2 : kTileN;
 
 /// One thread: every stage of every tile of this block. Blocks of a cluster that share an operand
 /// load a part each and send it to all.
-template <int kTileN, bool kRightIsKn, GemmEnd kEnd>
+template <int kTileN, bool kRightIsKn, End kEnd>
 __device__ __forceinline__ void produce(
     const Args& args, const Cluster& cluster, uint32_t shared, uint32_t full, uint32_t empty) {
-  using L = Layout<kTileN>;
+  using L = Layout<kTileN, kEnd != End::plain>;
   Ring<L::kStages> ring;
   bool waited = false;
-  const uint32_t left_rows = kTileM / args.cluster_n;
+  const uint32_t left_rows = args.tile_rows / args.cluster_n;
+  const uint32_t stage_bytes = L::kRightBytes + args.tile_rows * 128;
   const uint32_t right_rows = (kRightIsKn ? kStepK : kTileN) / args.cluster_m;
-  if (kTileN == kShrinkTileN)
-    for_each_shrink(args, cluster, [&](const ShrinkArgs& shrink, uint32_t block) {
-      if (!waited) dependency_wait();
-      waited = true;
-      for (uint32_t k0 = 0; k0 < shrink.k; k0 += 2 * kStepK) {
-        barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
-        const uint32_t barrier = full + 8 * ring.stage;
-        const uint32_t stage = shared + ring.stage * L::kStageBytes;
-        barrier_expect(barrier, 2 * shrink.bytes);
-        for (uint32_t half = 0; half < 2; ++half) {
-          const uint32_t k = k0 + half * kStepK;
-          const uint32_t left = stage + half * L::kLeftBytes;
-          const uint32_t right = stage + 2 * L::kLeftBytes + half * kBoxBytes;
-          tensor_load(left, &args.maps[shrink.left_map], barrier, k, block * kTileM);
-          for (uint32_t i = 0; i < shrink.parts; ++i) {
-            const CUtensorMap* map = &args.maps[shrink.right_map[i]];
-            const uint32_t to = right + shrink.first_block[i] * 1024;
-            tensor_load(to, map, barrier, kRightIsKn ? 0 : k, kRightIsKn ? k : 0);
-          }
+  for_each_shrink(args, cluster, [&](const ShrinkArgs& shrink, uint32_t block) {
+    if (!waited) dependency_wait();
+    waited = true;
+    for (uint32_t k0 = 0; k0 < shrink.k; k0 += L::kShrinkSteps * kStepK) {
+      barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+      const uint32_t barrier = full + 8 * ring.stage;
+      const uint32_t stage = shared + ring.stage * L::kStageBytes;
+      barrier_expect(barrier, L::kShrinkSteps * shrink.bytes);
+      for (uint32_t step = 0; step < L::kShrinkSteps; ++step) {
+        const uint32_t k = k0 + step * kStepK;
+        const uint32_t left = stage + step * L::kLeftBytes;
+        const uint32_t right = stage + L::kShrinkSteps * L::kLeftBytes + step * kBoxBytes;
+        tensor_load(left, &args.maps[shrink.left_map], barrier, k, block * kTileM);
+        for (uint32_t i = 0; i < shrink.parts; ++i) {
+          const CUtensorMap* map = &args.maps[shrink.right_map[i]];
+          const uint32_t to = right + shrink.first_block[i] * 1024;
+          tensor_load(to, map, barrier, kRightIsKn ? 0 : k, kRightIsKn ? k : 0);
         }
-        ring.advance();
       }
-    });
+      ring.advance();
+    }
+  });
   const uint32_t tiles = args.tiles_m * args.tiles_n;
   for (uint32_t index = cluster.index(); index < tiles; index += cluster.count()) {
     const Tile tile = find_tile(args, index);
@@ -103,8 +103,7 @@ __device__ __forceinline__ void produce(
         dependency_wait();
         waited = true;
       }
-      if (kTileN == kShrinkTileN && args.shrinks > 0 && p == problem.first_pair + 1)
-        wait_for_shrinks(args, m0 / kTileM);
+      if (args.shrinks > 0 && p == problem.first_pair + 1) wait_for_shrinks(args, m0 / kTileM);
       const CUtensorMap* left_map = &args.maps[args.pair[p].left_map];
       const CUtensorMap* right_map = &args.maps[args.pair[p].right_map];
       uint32_t first, last;
@@ -115,7 +114,7 @@ __device__ __forceinline__ void produce(
         const uint32_t barrier = full + 8 * ring.stage;
         const uint32_t left = shared + ring.stage * L::kStageBytes;
         const uint32_t right = left + L::kLeftBytes;
-        barrier_expect(barrier, L::kStageBytes);
+        barrier_expect(barrier, stage_bytes);
         load_box(
             left + cluster.rank_n * left_rows * 128, left_map, barrier, k0, m0, cluster.row_mask);
         const uint32_t part = cluster.rank_m * right_rows;
@@ -130,7 +129,7 @@ __device__ __forceinline__ void produce(
                 k0 + part,
                 cluster.column_mask);
           }
-        } else if constexpr (kEnd == GemmEnd::swiglu) {
+        } else if constexpr (kEnd == End::swiglu) {
           const PairArgs& pair = args.pair[p];
           for (uint32_t up = 0; up < 2; ++up) {
             if (args.cluster_m == 2 && up != cluster.rank_m) continue;
@@ -148,7 +147,7 @@ __device__ __forceinline__ void produce(
         ring.advance();
       }
     }
-    if (kTileN == kShrinkTileN && args.shrinks > 0) count_tile(args, m0 / kTileM);
+    if (args.shrinks > 0) count_tile(args, m0 / kTileM);
   }
   // The block stays until the others of its cluster have arrived at its barriers for the last time.
   if (cluster.blocks == cluster.parts_k) return;
@@ -223,14 +222,16 @@ __device__ __forceinline__ void consume_shrinks(
     float d[32];
     int accumulate = 0;
     uint32_t reading = 0;
-    for (uint32_t step = (shrink.k + 2 * kStepK - 1) / (2 * kStepK); step > 0; --step) {
+    constexpr uint32_t kStageK = L::kShrinkSteps * kStepK;
+    for (uint32_t step = (shrink.k + kStageK - 1) / kStageK; step > 0; --step) {
       barrier_wait(full + 8 * ring.stage, ring.parity);
       const uint32_t stage = shared + ring.stage * L::kStageBytes;
       const uint64_t left = wgmma_descriptor(stage + warpgroup * 64 * 128, 16);
-      const uint64_t right = wgmma_descriptor(stage + 2 * L::kLeftBytes, kBoxBytes);
+      const uint64_t right =
+          wgmma_descriptor(stage + L::kShrinkSteps * L::kLeftBytes, kBoxBytes);
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {  // two steps of 64 lie in one stage
+      for (int i = 0; i < 4 * L::kShrinkSteps; ++i) {
         multiply<T, 64, kRightIsKn>(
             d,
             left + i / 4 * (L::kLeftBytes >> 4),
@@ -258,7 +259,7 @@ __device__ __forceinline__ void consume_shrinks(
 }
 
 /// One warpgroup: 64 rows of every tile of this block.
-template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd>
+template <typename T, int kTileN, bool kRightIsKn>
 __device__ __forceinline__ void consume(
     const Args& args,
     const Cluster& cluster,
@@ -275,7 +276,7 @@ __device__ __forceinline__ void consume(
   // Lane i of each warp tells block i that its part of a stage has been read.
   const bool releases =
       lane < cluster.blocks && (((cluster.row_mask | cluster.column_mask) >> lane) & 1) != 0;
-  if (kTileN == kShrinkTileN && args.shrinks > 0) {
+  if (args.shrinks > 0) {
     consume_shrinks<T, kTileN, kRightIsKn>(
         args, cluster, ring, shared, full, empty, warp, releases);
   }
@@ -285,8 +286,7 @@ __device__ __forceinline__ void consume(
   while (index < tiles) {
     const ProblemArgs& problem = args.problem[tile.problem];
     const uint32_t m0 = (tile.m * args.cluster_m + cluster.rank_m) * kTileM + warpgroup * 64;
-    const uint32_t n0 = (tile.n * args.cluster_n + cluster.rank_n) * kColumns<kTileN, kEnd>;
-    const uint32_t warp_row = m0 + warp % 4 * 16;
+    const uint32_t n0 = (tile.n * args.cluster_n + cluster.rank_n) * kTileN;
     float d[kTileN / 2];
     int accumulate = 0;
     uint32_t reading = 0;
@@ -331,25 +331,16 @@ __device__ __forceinline__ void consume(
     }
     index += cluster.count();
     if (index < tiles) tile = find_tile(args, index);  // while the last products run
-    if (!waited) {  // the kernels before this one may still read or write `out`
-      dependency_wait();
-      waited = true;
-    }
-    std::conditional_t<kEnd == GemmEnd::plain, Residual<T, kTileN>, GateUp<T>> ahead;
-    bool has_residual = false;
-    if constexpr (kEnd == GemmEnd::plain) {
-      has_residual = problem.residual != nullptr && !args.out_f32 && problem.n % 8 == 0;
-      if (has_residual) ahead.load(args, problem, warp_row, n0);
-    } else if constexpr (kEnd == GemmEnd::swiglu_backward) {
-      ahead.load(args, problem, warp_row, n0);
-    }
     wgmma_wait<0>();
     wgmma_sums_fence(d);
     const auto release_last = [&] {
       if (releases) barrier_arrive_remote(empty + 8 * reading, lane);
     };
-    constexpr bool kStoreInRing = L::kStoreInRing && kEnd != GemmEnd::swiglu_backward;
-    if (!kStoreInRing && accumulate != 0) release_last();
+    if (!L::kStoreInRing && accumulate != 0) release_last();
+    if (!waited) {  // the kernels before this one may still read or write `out`
+      dependency_wait();
+      waited = true;
+    }
     if (cluster.parts_k > 1) {
       if (accumulate == 0) {
 #pragma unroll
@@ -357,63 +348,12 @@ __device__ __forceinline__ void consume(
       }
       if (!add_parts<kTileN>(d, cluster, shared, warpgroup)) continue;
     }
-    if (kStoreInRing) named_barrier(1 + warpgroup, 128);  // the warpgroup has read its rows
+    if (L::kStoreInRing) named_barrier(1 + warpgroup, 128);  // the warpgroup has read its rows
     const uint32_t in_ring = shared + reading * L::kStageBytes + warp * kWarpBoxBytes;
-    if constexpr (kEnd == GemmEnd::plain) {
-      finish_tile<T, kTileN>(
-          d, ahead, has_residual, args, problem, warp_row, n0, boxes, in_ring);
-    } else if constexpr (kEnd == GemmEnd::swiglu) {
-      finish_swiglu<T>(d, args, problem, warp_row, n0, boxes, in_ring);
-    } else {
-      finish_swiglu_backward<T>(d, ahead, args, problem, warp_row, n0);
-    }
-    if (kStoreInRing) release_last();
+    finish_tile<T, kTileN>(d, args, problem, m0 + warp % 4 * 16, n0, boxes, in_ring);
+    if (L::kStoreInRing) release_last();
   }
   if (lane == 0) tensor_store_wait_read<0>();
-}
-
-template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd>
-__global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ Args args) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using L = Layout<kTileN>;
-  extern __shared__ uint8_t raw[];
-  const uint32_t shared = (shared_address(raw) + 1023) & ~1023u;
-  const uint32_t full = shared + L::kBarrierOffset;
-  const uint32_t empty = full + 8 * L::kStages;
-  const Cluster cluster(args);
-  if (threadIdx.x == 0) {
-    dependents_launch();
-    // A stage is free when each warp of every block that shares a part of it has said so.
-    const uint32_t readers = __popc(cluster.row_mask | cluster.column_mask) * 8;
-    for (int i = 0; i < L::kStages; ++i) {
-      barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, readers);
-    }
-    barrier_init_fence();
-  } else if (threadIdx.x >= 32 && threadIdx.x < 32 + args.map_count) {
-    tensor_map_prefetch(&args.maps[threadIdx.x - 32]);
-  }
-  __syncthreads();
-  if (cluster.blocks > 1) cluster_sync_relaxed();
-  // Broadcast: the compiler must know that whole warps take a branch, or it orders wgmma one by
-  // one.
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  const int role = warp / 4;
-  if (role == 0) {
-    registers_shrink<40>();
-    if (threadIdx.x == 0) {
-      produce<kTileN, kRightIsKn, kEnd>(args, cluster, shared, full, empty);
-    }
-    __syncwarp();
-    if (cluster.parts_k > 1) {  // the consumers' add_parts
-      cluster_sync_relaxed();
-      cluster_sync();
-    }
-  } else {
-    registers_grow<232>();
-    consume<T, kTileN, kRightIsKn, kEnd>(args, cluster, shared, full, empty, warp - 4);
-  }
-#endif
 }
 
 }  // namespace metal_lora::cuda::sm90

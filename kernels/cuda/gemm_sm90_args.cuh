@@ -16,13 +16,12 @@ constexpr int kThreads = 384;        ///< producer, two consumers
 constexpr int kBoxBytes = 8192;      ///< 64 x 64 elements
 constexpr int kWarpBoxBytes = 2048;  ///< 16 rows of results x 64
 constexpr int kMaxPairs = GemmGroup::kMaxProblems * GemmProblem::kMaxPairs;
-constexpr int kShrinkTileN =
-    256;  ///< the tile width whose stages hold two of a narrow tile's steps
 constexpr int kMaxShrinks = GemmGroup::kMaxShrinks;
 constexpr int kMaxParts = GemmShrink::kMaxParts;
 constexpr int kMaxMaps =
     2 * kMaxPairs + 2 * GemmGroup::kMaxProblems + kMaxShrinks * (1 + kMaxParts);
-constexpr uint32_t kGateColumns = 128;  ///< of gate, and of up, in a tile of both
+constexpr int kTurnTileN = 128;  ///< of warpgroups that take turns, see gemm_sm90_turns.cuh
+constexpr uint32_t kGateColumns = kTurnTileN / 2;  ///< of gate, and of up, in a tile of both
 constexpr uint32_t kBeyond = 1u << 30;  ///< a row of no matrix: zeros
 
 struct PairArgs {
@@ -64,31 +63,37 @@ struct Args {
   PairArgs pair[kMaxPairs];
   ProblemArgs problem[GemmGroup::kMaxProblems];
   uint32_t m = 0;
+  uint32_t tile_rows = kTileM;            ///< that are loaded: zeros beyond m cost as much as rows
   uint32_t tiles_m = 0, tiles_n = 0;      ///< in tiles of a cluster; n of all problems
   uint32_t band = 1;                      ///< rows of tiles that are swept together along n
   uint32_t cluster_m = 1, cluster_n = 1;  ///< blocks of a cluster that share columns, rows
   uint32_t cluster_k = 1;                 ///< or parts of the sums; then one tile a cluster
+  uint32_t clusters = 0;
   uint32_t map_count = 0;
   GemmSwiglu swiglu;
-  uint32_t act_map = 0;
   ShrinkArgs shrink[kMaxShrinks];
   uint32_t shrinks = 0;
-  uint32_t shrink_clusters = 0;  ///< the last clusters, which have fewest tiles, make u
+  uint32_t shrink_clusters = 0;  ///< the last clusters, which have fewest tiles or none, make u
   uint32_t* flags = nullptr;     ///< of each 128 rows: shrinks done; then tiles that have seen it
   uint32_t flag_count = 0;
   bool pair0_ready = false;
   bool out_f32 = false;
 };
 
-template <int kTileN>
+/// How a tile ends. All but plain: by warpgroups that take turns.
+enum class End { plain, turns, swiglu, swiglu_backward };
+
+template <int kTileN, bool kTurns = false>
 struct Layout {
   static constexpr int kLeftBytes = kTileM * kStepK * 2;
   static constexpr int kRightBytes = kTileN * kStepK * 2;
   static constexpr int kStageBytes = kLeftBytes + kRightBytes;
-  static constexpr int kStages = kTileN >= 192 ? 4 : kTileN == 128 ? 6 : 8;
+  /// Steps of a narrow tile (128 x 64) in a stage.
+  static constexpr int kShrinkSteps = kTileN == 256 ? 2 : 1;
+  static constexpr int kStages = kTurns ? 7 : kTileN >= 192 ? 4 : kTileN == 128 ? 6 : 8;
   /// Boxes of results of each warp: a tile's, less where there is no room. Then one more lies in
   /// the tile's last stage, see store_tile.
-  static constexpr int kStoreBoxes = kTileN == 256 ? 2 : kTileN / 64;
+  static constexpr int kStoreBoxes = kTurns ? 0 : kTileN == 256 ? 2 : kTileN / 64;
   static constexpr bool kStoreInRing = kTileN == 256;
   static constexpr int kStoreOffset = kStages * kStageBytes;
   static constexpr int kBarrierOffset = kStoreOffset + 8 * kStoreBoxes * kWarpBoxBytes;

@@ -30,34 +30,34 @@ __device__ __forceinline__ float2 unpack2(uint32_t v) {
   return {to_float(two.low), to_float(two.high)};
 }
 
-/// A tile's residual, on its way while the last products run.
+/// Adds the residual of a warp's rows: all loads are under way before the first sum.
 template <typename T, int kTileN>
-struct Residual {
+__device__ __forceinline__ void add_residual_tile(
+    float (&d)[kTileN / 2],
+    const Args& args,
+    const ProblemArgs& problem,
+    uint32_t warp_row,
+    uint32_t n0) {
   SectorBox box[kTileN / 64];
-  __device__ __forceinline__ void load(
-      const Args& args, const ProblemArgs& problem, uint32_t warp_row, uint32_t n0) {
 #pragma unroll
-    for (int b = 0; b < kTileN / 64; ++b) {
-      box[b].template load<T>(
-          problem.residual, problem.residual_stride, args.m, problem.n, warp_row, n0 + 64 * b);
+  for (int b = 0; b < kTileN / 64; ++b) {
+    box[b].template load<T>(
+        problem.residual, problem.residual_stride, args.m, problem.n, warp_row, n0 + 64 * b);
+  }
+#pragma unroll
+  for (int b = 0; b < kTileN / 64; ++b) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint2 traded = trade(box[b].part[i]);
+      const float2 low = unpack2<T>(traded.x), high = unpack2<T>(traded.y);
+      float* to = &d[32 * b + sector_sum(i)];
+      to[0] += low.x;
+      to[1] += low.y;
+      to[4] += high.x;
+      to[5] += high.y;
     }
   }
-  __device__ __forceinline__ void add(float (&d)[kTileN / 2]) const {
-#pragma unroll
-    for (int b = 0; b < kTileN / 64; ++b) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const uint2 traded = trade(box[b].part[i]);
-        const float2 low = unpack2<T>(traded.x), high = unpack2<T>(traded.y);
-        float* to = &d[32 * b + sector_sum(i)];
-        to[0] += low.x;
-        to[1] += low.y;
-        to[4] += high.x;
-        to[5] += high.y;
-      }
-    }
-  }
-};
+}
 
 /// Rotates heads of 2·kHalf columns: a thread holds both values of each pair.
 template <int kHalf, int kTileN>
@@ -95,12 +95,34 @@ __device__ __forceinline__ void rotate_tile(
   }
 }
 
-/// Bias, residual or rotation, then to memory.
+/// Bias, residual or rotation.
+template <typename T, int kTileN>
+__device__ __forceinline__ void add_terms(
+    float (&d)[kTileN / 2],
+    const Args& args,
+    const ProblemArgs& problem,
+    uint32_t warp_row,
+    uint32_t n0) {
+  const uint32_t row = warp_row + threadIdx.x % 32 / 4, column = n0 + threadIdx.x % 4 * 2;
+  const bool wide = !args.out_f32 && problem.n % 8 == 0;
+#pragma unroll
+  for (int b = 0; b < kTileN / 64; ++b) {
+    add_bias(&d[32 * b], problem.bias, problem.n, column + 64 * b);
+    if (wide || problem.residual == nullptr) continue;
+    if (args.out_f32) {
+      add_residual<float>(&d[32 * b], problem, args.m, row, column + 64 * b);
+    } else {
+      add_residual<T>(&d[32 * b], problem, args.m, row, column + 64 * b);
+    }
+  }
+  if (wide && problem.residual) add_residual_tile<T, kTileN>(d, args, problem, warp_row, n0);
+  rotate_tile<kTileN>(d, args, problem, row);
+}
+
+/// A warp's 16 rows of a tile that the warpgroups share.
 template <typename T, int kTileN>
 __device__ __forceinline__ void finish_tile(
     float (&d)[kTileN / 2],
-    const Residual<T, kTileN>& residual,
-    bool has_residual,
     const Args& args,
     const ProblemArgs& problem,
     uint32_t warp_row,
@@ -108,20 +130,8 @@ __device__ __forceinline__ void finish_tile(
     uint32_t boxes,
     uint32_t in_ring) {
   if (warp_row >= args.m) return;
+  add_terms<T, kTileN>(d, args, problem, warp_row, n0);
   const uint32_t row = warp_row + threadIdx.x % 32 / 4;
-#pragma unroll
-  for (int b = 0; b < kTileN / 64; ++b) {
-    const uint32_t column = n0 + 64 * b + threadIdx.x % 4 * 2;
-    add_bias(&d[32 * b], problem.bias, problem.n, column);
-    if (has_residual || problem.residual == nullptr) continue;
-    if (args.out_f32) {
-      add_residual<float>(&d[32 * b], problem, args.m, row, column);
-    } else {
-      add_residual<T>(&d[32 * b], problem, args.m, row, column);
-    }
-  }
-  if (has_residual) residual.add(d);
-  rotate_tile<kTileN>(d, args, problem, row);
   if (args.out_f32) {
     store_tile_direct<float, kTileN>(d, args, problem, row, n0);
   } else if (problem.n % 8 != 0) {
@@ -131,56 +141,22 @@ __device__ __forceinline__ void finish_tile(
   }
 }
 
-/// 128 columns of gate and, in the upper half of the sums, of up: both to memory if wanted, and act
+/// 64 columns of gate and, in the upper half of the sums, of up: both to memory if wanted, and act
 /// of what was rounded.
 template <typename T>
-__device__ __forceinline__ void finish_swiglu(
-    float (&d)[128],
-    const Args& args,
-    const ProblemArgs& problem,
-    uint32_t warp_row,
-    uint32_t n0,
-    uint32_t boxes,
-    uint32_t in_ring) {
-  if (warp_row >= args.m) return;
-  const uint32_t lane = threadIdx.x % 32;
-#pragma unroll
-  for (int b = 0; b < 4; ++b) {
-    const float* bias = b < 2 ? problem.bias : problem.up_bias;
-    add_bias(&d[32 * b], bias, problem.n, n0 + b % 2 * 64 + lane % 4 * 2);
-  }
+__device__ __forceinline__ void end_swiglu(
+    float (&d)[64], const Args& args, const ProblemArgs& problem, uint32_t warp_row, uint32_t n0) {
+  const uint32_t column = n0 + threadIdx.x % 4 * 2;
+  add_bias(d, problem.bias, problem.n, column);
+  add_bias(d + 32, problem.up_bias, problem.n, column);
   const GemmSwiglu& s = args.swiglu;
-  const bool writes_both = s.gate != nullptr;
-  if (lane == 0) tensor_store_wait_read<0>();  // the tile before
-  __syncwarp();
-  if (writes_both) put_box<T>(d, in_ring);
+  if (s.gate != nullptr) {
+    store_sectors<T>(d, s.gate, s.stride, args.m, problem.n, warp_row, n0);
+    store_sectors<T>(d + 32, s.up, s.stride, args.m, problem.n, warp_row, n0);
+  }
 #pragma unroll
-  for (int b = 0; b < 2; ++b) {
-    float act[32];
-#pragma unroll
-    for (int i = 0; i < 32; ++i) act[i] = swiglu(rounded<T>(d[32 * b + i]), rounded<T>(d[32 * b + 64 + i]));
-    put_box<T>(act, boxes + b * kWarpBoxBytes);
-  }
-  async_proxy_fence();
-  __syncwarp();
-  const bool second = n0 + 64 < problem.n;
-  if (lane == 0) {
-    if (writes_both) tensor_store(&args.maps[problem.out_map], in_ring, n0, warp_row);
-    tensor_store(&args.maps[args.act_map], boxes, n0, warp_row);
-    if (second) tensor_store(&args.maps[args.act_map], boxes + kWarpBoxBytes, n0 + 64, warp_row);
-  }
-  if (!writes_both) return;
-  store_sectors<T>(&d[32], s.gate, s.stride, args.m, problem.n, warp_row, n0 + 64);
-  store_sectors<T>(&d[64], s.up, s.stride, args.m, problem.n, warp_row, n0);
-  store_sectors<T>(&d[96], s.up, s.stride, args.m, problem.n, warp_row, n0 + 64);
-  if (lane == 0) {  // before the stage is released
-    if (second) {
-      tensor_store_wait_read<2>();
-    } else {
-      tensor_store_wait_read<0>();
-    }
-  }
-  __syncwarp();
+  for (int i = 0; i < 32; ++i) d[i] = swiglu(rounded<T>(d[i]), rounded<T>(d[i + 32]));
+  store_sectors<T>(d, s.act, s.act_stride, args.m, problem.n, warp_row, n0);
 }
 
 /// gate and up of one box.
@@ -206,29 +182,23 @@ __device__ __forceinline__ void turn_swiglu(
   act = pack2<T>(low.act, high.act);
 }
 
-/// d_act never goes to memory: gate and up become their gradients, a box after the other, whose
-/// `first` is there.
+/// d_act never goes to memory: gate and up become their gradients.
 template <typename T>
-__device__ __forceinline__ void finish_swiglu_backward(
-    float (&d)[128],
-    const GateUp<T>& first,
-    const Args& args,
-    const ProblemArgs& problem,
-    uint32_t warp_row,
-    uint32_t n0) {
+__device__ __forceinline__ void end_swiglu_backward(
+    float (&d)[64], const Args& args, const ProblemArgs& problem, uint32_t warp_row, uint32_t n0) {
   const GemmSwiglu& s = args.swiglu;
-  GateUp<T> next = first;
+  GateUp<T> box[2];
 #pragma unroll
-  for (int b = 0; b < 4; ++b) {
+  for (int b = 0; b < 2; ++b) box[b].load(args, problem, warp_row, n0 + 64 * b);
+#pragma unroll
+  for (int b = 0; b < 2; ++b) {
     const uint32_t column = n0 + 64 * b;
-    const GateUp<T> now = next;
-    if (b < 3) next.load(args, problem, warp_row, column + 64);
     const Sectors<T> gate(static_cast<T*>(s.gate), s.stride, args.m, problem.n, warp_row, column);
     const Sectors<T> up(static_cast<T*>(s.up), s.stride, args.m, problem.n, warp_row, column);
     const Sectors<T> act(static_cast<T*>(s.act), s.act_stride, args.m, problem.n, warp_row, column);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      uint2 g = trade(now.gate.part[i]), u = trade(now.up.part[i]), a;
+      uint2 g = trade(box[b].gate.part[i]), u = trade(box[b].up.part[i]), a;
       const float* from = &d[32 * b + sector_sum(i)];
       turn_swiglu<T>(from, g.x, u.x, a.x);
       turn_swiglu<T>(from + 4, g.y, u.y, a.y);
@@ -241,6 +211,38 @@ __device__ __forceinline__ void finish_swiglu_backward(
       if (s.act == nullptr) continue;
       a = trade(a);
       if (act.there(i)) *act.address(i) = a;
+    }
+  }
+}
+
+/// A warp's 16 rows of a tile, where warpgroups take turns.
+template <typename T, End kEnd>
+__device__ __forceinline__ void end_rows(
+    float (&d)[64], const Args& args, const ProblemArgs& problem, uint32_t warp_row, uint32_t n0) {
+  if (warp_row >= args.m) return;
+  if constexpr (kEnd == End::swiglu) {
+    end_swiglu<T>(d, args, problem, warp_row, n0);
+  } else if constexpr (kEnd == End::swiglu_backward) {
+    end_swiglu_backward<T>(d, args, problem, warp_row, n0);
+  } else {
+    add_terms<T, kTurnTileN>(d, args, problem, warp_row, n0);
+    const uint32_t row = warp_row + threadIdx.x % 32 / 4;
+    if (args.out_f32) {
+      store_tile_direct<float, kTurnTileN>(d, args, problem, row, n0);
+    } else if (problem.n % 8 != 0) {
+      store_tile_direct<T, kTurnTileN>(d, args, problem, row, n0);
+    } else {
+#pragma unroll
+      for (int b = 0; b < 2; ++b) {
+        store_sectors<T>(
+            &d[32 * b],
+            problem.out,
+            problem.out_stride,
+            args.m,
+            problem.n,
+            warp_row,
+            n0 + 64 * b);
+      }
     }
   }
 }

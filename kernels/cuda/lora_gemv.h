@@ -78,11 +78,6 @@ bool launch_int4(const Context& context, const Call& call, DType dtype, uint32_t
 bool launch_int8(const Context& context, const Call& call, DType dtype, uint32_t group_size);
 bool launch_nf4(const Context& context, const Call& call, DType dtype);
 
-/// The same for 17 … 64 tokens.
-bool launch_skinny_dense(const Context& context, const Call& call, DType dtype);
-bool launch_skinny_int4(const Context& context, const Call& call, DType dtype, uint32_t group_size);
-bool launch_skinny_nf4(const Context& context, const Call& call, DType dtype);
-
 /// u = drop(x)·Aᵀ/(1-p) of any types, a warp a rank, for the branches that have a rank.
 void launch_generic_shrink(
     const Context& context,

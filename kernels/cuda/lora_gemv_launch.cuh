@@ -127,10 +127,4 @@ bool launch_tokens(const Context& context, const Call& call) {
                      : launch_stream<Format, 16>(context, call);
 }
 
-template <class Format>
-bool launch_skinny(const Context& context, const Call& call) {
-  return call.m <= 32 ? launch_stream<Format, 32>(context, call)
-                      : launch_stream<Format, 64>(context, call);
-}
-
 }  // namespace metal_lora::cuda::gemv

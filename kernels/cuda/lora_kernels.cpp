@@ -23,6 +23,7 @@
 #include "kernels/cuda/lora_pack.h"
 #include "kernels/cuda/lora_plan.h"
 #include "kernels/cuda/lora_quantized.h"
+#include "kernels/cuda/lora_skinny.h"
 
 namespace metal_lora::cuda {
 namespace {
@@ -146,7 +147,12 @@ class Linear {
       problem.residual_stride = problem.n;
     }
     if (inside && shrink.parts > 0) group.shrink[group.shrinks++] = shrink;
+    if (inside && prefers_lora_skinny(context_, group)) {
+      lora_skinny(context_, group);
+      return true;
+    }
     if (inside && !takes_shrinks(group)) return false;
+    group.pair0_ready = shrunk_;
     gemm(context_, group);
     return true;
   }
@@ -259,7 +265,7 @@ class Linear {
       operands_[i].low_stride = stride;
       column += rank(i);
     }
-    lora_shrink(context_, call);
+    shrink(call);
   }
 
   /// v = scale·dy·B for the product, and dy·B in f32 for dA and for a masked share of dx.
@@ -285,7 +291,11 @@ class Linear {
     part.rank = o.b_columns;
     part.factor = branch.lora.params.scale;
     part.plain = o.plain;
+    shrink(call);
+  }
+  void shrink(const ShrinkCall& call) {
     lora_shrink(context_, call);
+    shrunk_ = true;
   }
 
   ShrinkCall new_shrink(bool right_is_kn, const void* x, uint32_t k) const {
@@ -327,6 +337,7 @@ class Linear {
       share.mask = DropMask(lora.dropout, lora.dropout_seed);
     }
     if (inside && !takes_shrinks(group)) return false;
+    group.pair0_ready = shrunk_;
     if (masked.shares == 0) {
       gemm(context_, group);
       return true;
@@ -412,6 +423,8 @@ class Linear {
   const LoraBranch* const branches_;
   const int count_;
   Operands operands_[kMaxBranches];
+  /// The kernel launched last is a shrink: x, dy and W were written before it.
+  bool shrunk_ = false;
 };
 
 }  // namespace

@@ -322,7 +322,6 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 ? 2 : 1
     shrink_kernel(const __grid_constant__ Args args) {
   using S = Shape<kGroups>;
   extern __shared__ __align__(128) char memory[];
-  allow_dependents();
   const uint32_t rows = S::rows(args.row_warps_log2), inner = S::inner(args.row_warps_log2);
   const uint32_t stage_bytes = S::stage_bytes(args.row_warps_log2);
   const Place place = place_of(args, S::kWidth, rows);
@@ -355,6 +354,7 @@ __global__ void __launch_bounds__(Shape<kGroups>::kThreads, kGroups == 1 ? 2 : 1
   const uint32_t first = place.split * steps / args.splits;
   const uint32_t count = (place.split + 1) * steps / args.splits - first;
   wait_for_previous();
+  allow_dependents();  // after the wait, see lora_shrink_sm90.cu
   __syncthreads();
   for (uint32_t s = 0; s < args.stages - 1; ++s) {
     if (s < count) loader.load(s, (first + s) * inner);

@@ -14,7 +14,6 @@ namespace {
 __global__ void __launch_bounds__(kExactThreads)
     shrink_exact_kernel(const __grid_constant__ Args args) {
   extern __shared__ __align__(128) char memory[];
-  allow_dependents();
   auto& shared = *reinterpret_cast<ExactShared*>(memory);
   const Place place = place_of(args, kExactTile, kExactTile);
   ExactOperands o;
@@ -48,6 +47,7 @@ __global__ void __launch_bounds__(kExactThreads)
     o.mask = args.part[p].mask;
   }
   wait_for_previous();
+  allow_dependents();  // after the wait, see lora_shrink_sm90.cu
   __syncthreads();
   float sums[4][4];
   exact_tile(o, shared, sums);

@@ -283,7 +283,6 @@ __global__ void __launch_bounds__(kThreads, kPairs > 4 || kDrop ? 1 : 2)
   using S = TmaShape<kPairs>;
   extern __shared__ __align__(1024) char memory[];
   const Args& args = t.args;
-  allow_dependents();
   const uint32_t cluster = t.sharers * args.splits, rank = blockIdx.x % cluster;
   const uint32_t sharer = rank % t.sharers, split = rank / t.sharers;
   const uint32_t tile = blockIdx.x / cluster;
@@ -327,6 +326,7 @@ __global__ void __launch_bounds__(kThreads, kPairs > 4 || kDrop ? 1 : 2)
   const uint32_t count = (split + 1) * steps / args.splits - first;
   float sums[2][2 * kPairs][4] = {};
   wait_for_previous();
+  allow_dependents();  // after the wait: a product may begin on what was written before this kernel
   if (warp == kWarps) {
     if (threadIdx.x % 32 == 0) {
       produce<kKn, kPairs>(

@@ -246,6 +246,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t l
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define METAL_LORA_F32(i) \
   METAL_LORA_F8(i), METAL_LORA_F8(i + 8), METAL_LORA_F8(i + 16), METAL_LORA_F8(i + 24)
+#define METAL_LORA_F16(i) METAL_LORA_F8(i), METAL_LORA_F8(i + 8)
+#define METAL_LORA_D16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define METAL_LORA_D32                                                             \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
   "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
@@ -277,9 +279,15 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t l
 template <typename T, int kRightMajorN, int kCount>
 __device__ __forceinline__ void wgmma(
     float (&d)[kCount], uint64_t left, uint64_t right, int accumulate) {
-  static_assert(kCount == 32 || kCount == 64 || kCount == 96 || kCount == 128);
+  static_assert(kCount == 16 || kCount == 32 || kCount == 64 || kCount == 96 || kCount == 128);
   constexpr bool kBf16 = std::is_same_v<T, bf16>;
-  if constexpr (kCount == 32) {
+  if constexpr (kCount == 16) {
+    if constexpr (kBf16) {
+      METAL_LORA_WGMMA(32, "bf16", METAL_LORA_D16, 16, 17, 18, 19, METAL_LORA_F16(0));
+    } else {
+      METAL_LORA_WGMMA(32, "f16", METAL_LORA_D16, 16, 17, 18, 19, METAL_LORA_F16(0));
+    }
+  } else if constexpr (kCount == 32) {
     if constexpr (kBf16) {
       METAL_LORA_WGMMA(64, "bf16", METAL_LORA_D32, 32, 33, 34, 35, METAL_LORA_F32(0));
     } else {
@@ -355,7 +363,9 @@ __device__ __forceinline__ void wgmma(
 #undef METAL_LORA_D96
 #undef METAL_LORA_D64
 #undef METAL_LORA_D32
+#undef METAL_LORA_D16
 #undef METAL_LORA_F32
+#undef METAL_LORA_F16
 #undef METAL_LORA_F8
 
 }  // namespace metal_lora::cuda::sm90

@@ -4,6 +4,7 @@
 // gemm_sm90 against f64 on the host, for every form of its table, both directions, several
 // problems and pairs, and shapes that fit no tile.
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/lora_skinny.h"
 
 #include <cmath>
 #include <random>
@@ -224,8 +225,15 @@ TEST_F(GemmSm90Test, KeepsItsRingOverManyTiles) {
   check_all_forms({.m = 1100, .n = {2600, 1300}, .k = {192, 16}, .right_is_kn = true});
 }
 
-/// u of two adapters side by side (nk) or one (kn), then y = x·W + u·B, for one form.
-void check_shrinks(TestDevice& device, bool right_is_kn, bool own_flags, uint32_t m, int form) {
+/// u of two adapters side by side (nk) or one (kn), then y = x·W + u·B, for one form of gemm_sm90
+/// or, where `skinny` is not null, of lora_skinny, which keeps u to itself.
+void check_shrinks(
+    TestDevice& device,
+    bool right_is_kn,
+    bool own_flags,
+    uint32_t m,
+    int form,
+    const cuda::sm90::SkinnyForm* skinny = nullptr) {
   std::mt19937 random(m + right_is_kn);
   const uint32_t k = 328, n[2] = {520, 72}, rank[2] = {20, 33};
   const int problems = right_is_kn ? 1 : 2;
@@ -270,12 +278,20 @@ void check_shrinks(TestDevice& device, bool right_is_kn, bool own_flags, uint32_
     problem.out_stride = padded(n[i]);
   }
   ASSERT_TRUE(cuda::can_gemm_sm90(device.context(), group));
-  if (!cuda::sm90::form_fits(device.context(), group, form)) return;
+  if (skinny) {
+    ASSERT_TRUE(cuda::can_lora_skinny(device.context(), group));
+  } else if (!cuda::sm90::form_fits(device.context(), group, form)) {
+    return;
+  }
   for (int round = 0; round < 2; ++round) {
     for (auto* buffers : {&u, &plain, &y}) {
       for (DeviceBuffer& buffer : *buffers) buffer.poison();
     }
-    cuda::sm90::gemm_with_form(device.context(), group, form);
+    if (skinny) {
+      cuda::sm90::skinny_with_form(device.context(), group, *skinny);
+    } else {
+      cuda::sm90::gemm_with_form(device.context(), group, form);
+    }
     device.finish();
   }
   EXPECT_EQ(flags.download<uint32_t>(), zeros);
@@ -283,8 +299,12 @@ void check_shrinks(TestDevice& device, bool right_is_kn, bool own_flags, uint32_
     return right_is_kn ? right.at(input, output) : right.at(output, input);
   };
   for (int i = 0; i < problems; ++i) {
-    const std::vector<bf16> got_u = u[i].download<bf16>(), got_y = y[i].download<bf16>();
+    std::vector<bf16> got_u = u[i].download<bf16>();
+    const std::vector<bf16> got_y = y[i].download<bf16>();
     const std::vector<float> got_plain = plain[i].download<float>();
+    for (uint32_t j = 0; skinny && j < m * rank[i]; ++j) {
+      got_u[j / rank[i] * padded(rank[i]) + j % rank[i]] = bf16(got_plain[j] / 4);
+    }
     for (uint32_t row = 0; row < m; ++row) {
       for (uint32_t r = 0; r < rank[i]; ++r) {
         double want = 0;
@@ -317,6 +337,20 @@ TEST_F(GemmSm90Test, MakesTheLowRankOperandInTheSameLaunch) {
     for (bool right_is_kn : {false, true}) {
       for (uint32_t m : {70u, 400u}) {
         check_shrinks(*device_, right_is_kn, form % 2 == 0, m, form);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST_F(GemmSm90Test, SkinnyFormsMakeBothProducts) {
+  for (uint32_t parts_k : {0u, 1u, 2u, 3u, 4u, 8u}) {
+    for (uint32_t parts_n : {1u, 2u}) {
+      const cuda::sm90::SkinnyForm form = {parts_k, parts_n};
+      if (parts_k * parts_n > 8 || (parts_k == 0 && parts_n > 1)) continue;
+      SCOPED_TRACE(std::to_string(parts_k) + " " + std::to_string(parts_n));
+      for (uint32_t m : {1u, 17u, 32u, 50u, 64u, 100u, 128u}) {
+        check_shrinks(*device_, false, false, m, 0, &form);
         if (HasFatalFailure()) return;
       }
     }

@@ -8,7 +8,7 @@
 #include <array>
 #include <list>
 
-#include "kernels/cuda/lora_skinny.h"
+#include "kernels/cuda/lora_kernels.h"
 #include "tests/cuda/support.h"
 #include "tests/kernels/linear_reference.h"
 
@@ -203,8 +203,7 @@ void check_case(
       b.y.poison();
       b.u.poison();
     }
-    const auto entry = m > cuda::kVectorMaxTokens ? cuda::lora_skinny : cuda::lora_gemv;
-    entry(
+    cuda::lora_gemv(
         device.context(),
         m,
         k,
@@ -376,31 +375,6 @@ TEST(CudaLoraGemv, EmptySums) {
   BranchSpec s;
   s.rank = 0;
   check_case(2, 0, DType::bf16, DType::f32, {s});
-}
-
-TEST(CudaLoraSkinny, TokensAndFormats) {
-  METAL_LORA_NEEDS_GPU();
-  test::TestDevice device;
-  if (device.context().capability < 90) GTEST_SKIP() << "needs clusters";
-  int i = 0;
-  for (WeightFormat format : {WeightFormat::bf16, WeightFormat::int4, WeightFormat::nf4}) {
-    for (uint32_t m : {17u, 31u, 32u, 33u, 50u, 64u}) {
-      BranchSpec s;
-      s.format = format;
-      s.double_quant = i % 2;
-      s.n = i % 2 ? 300 : 33;
-      s.rank = i % 3 == 0 ? 64 : i % 3 * 8;
-      s.residual = i % 2;
-      s.u = i % 4;
-      check_case(m, i % 2 ? 1024 : 256, DType::bf16, i % 2 ? DType::f32 : DType::bf16, {s});
-      ++i;
-    }
-  }
-  BranchSpec q, k;
-  q.format = k.format = WeightFormat::f16;
-  q.adapter_dtype = k.adapter_dtype = DType::f16;
-  q.n = 4300, k.n = 100, k.rank = 8;
-  check_case(40, 96, DType::f16, DType::f16, {q, k});
 }
 
 TEST(CudaLoraGemv, TokensDoNotDependOnTheirNeighbours) {

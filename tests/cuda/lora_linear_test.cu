@@ -464,6 +464,29 @@ TEST(CudaLoraLinear, LargeProductsMatchF64AndRepeat) {
   }
 }
 
+/// On Hopper, one launch that streams W past all of them.
+TEST(CudaLoraLinear, SomeDozenTokensMatchF64AndRepeat) {
+  METAL_LORA_NEEDS_GPU();
+  for (DType d : {DType::bf16, DType::f16}) {
+    const auto own = static_cast<WeightFormat>(d);
+    for (uint32_t m : {17u, 32u, 40u, 64u, 97u, 128u}) {
+      for (const Case& c :
+           {Case{m, 1096, d, d, {{264, own, 16, 1.5f, 0, true, true}}},
+            Case{m, 520, d, DType::f32, {{136, own, 64, 0.5f}}},
+            Case{m, 2048, d, d, {{72, own, 8, 1.5f}, {128, own, 0, 0.0f}, {200, own, 3, -1.0f}}}}) {
+        SCOPED_TRACE(trace(c));
+        Linear linear(c);
+        linear.forward();
+        linear.check_forward();
+        if (HasFatalFailure()) return;
+        const auto first = linear.take_results();
+        linear.forward();
+        ASSERT_EQ(linear.take_results(), first) << "not the same bits again";
+      }
+    }
+  }
+}
+
 TEST(CudaLoraLinear, FewTokensTakeTheVectorForm) {
   METAL_LORA_NEEDS_GPU();
   using enum WeightFormat;
