@@ -562,8 +562,9 @@ bool can_lora_skinny(const Context& context, const GemmGroup& group) {
 }
 
 bool prefers_lora_skinny(const Context& context, const GemmGroup& group) {
-  return can_lora_skinny(context, group) &&
-         sm90::tiles_of(group, 128) * 2 <= static_cast<uint32_t>(context.multiprocessors);
+  const uint32_t tiles = sm90::tiles_of(group, 128);
+  return can_lora_skinny(context, group) && tiles > 0 &&
+         2 * tiles <= static_cast<uint32_t>(context.multiprocessors);
 }
 
 void lora_skinny(const Context& context, const GemmGroup& group) {
