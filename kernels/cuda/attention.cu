@@ -89,8 +89,14 @@ void attention_backward(
     const void* dout,
     void* dq,
     void* dk,
-    void* dv) {
+    void* dv,
+    const float* rope) {
   check_params(p);
+  if (rope && p.q_tokens != p.kv_tokens) {
+    throw std::invalid_argument(
+        "[attention_backward] with rope kv_tokens must be " + std::to_string(p.q_tokens) +
+        " but is " + std::to_string(p.kv_tokens));
+  }
   if ((p.q_tokens == 0 && p.kv_tokens == 0) || p.q_heads == 0) return;
   attention::Arguments a = arguments_of(p, q, k, v, segment_start);
   a.out = const_cast<void*>(out);
@@ -99,9 +105,22 @@ void attention_backward(
   a.dq = dq;
   a.dk = dk;
   a.dv = dv;
+  a.rope = rope;
   const bool tiled = fits_tiles(a) && p.head_dim <= 128 && aligned(dout, p.o_stride) &&
                      aligned(dq, p.q_stride) && aligned(dk, p.k_stride) && aligned(dv, p.v_stride);
-  tiled ? attention::backward_tiled(context, a) : attention::backward_plain(context, a);
+  if (!tiled) attention::backward_plain(context, a);
+  const bool turned = tiled && attention::backward_tiled(context, a);
+  if (!rope || turned) return;
+  RopePairParams back;
+  back.tokens = p.q_tokens;
+  back.q_heads = p.q_heads;
+  back.kv_heads = p.kv_heads;
+  back.head_dim = p.head_dim;
+  back.q_stride = a.p.q_stride;
+  back.k_stride = a.p.k_stride;
+  back.dtype = p.dtype;
+  back.inverse = true;
+  rope_pair(context, back, dq, dk, rope);
 }
 
 }  // namespace metal_lora::cuda

@@ -30,6 +30,7 @@ struct Arguments {
   void* dq = nullptr;
   void* dk = nullptr;
   void* dv = nullptr;
+  const float* rope = nullptr;  ///< or null
   // Of the rows rounded up to kInfoRows; behind the last one infinity, 0 and INT_MAX.
   float2* row_info = nullptr;    ///< [q_heads, rows]: logsumexp·log2(e), Σ dout·out
   int32_t* row_first = nullptr;  ///< [rows]: first key
@@ -40,7 +41,8 @@ struct Arguments {
 void forward_plain(const Context& context, const Arguments& a);
 void backward_plain(const Context& context, const Arguments& a);
 void forward_tiled(const Context& context, const Arguments& a);
-void backward_tiled(const Context& context, const Arguments& a);
+/// Whether dq and dk have been turned back by a.rope.
+bool backward_tiled(const Context& context, const Arguments& a);
 void forward_decode(const Context& context, const Arguments& a);
 /// False: not for these arguments or this device.
 bool forward_sm90(const Context& context, const Arguments& a);

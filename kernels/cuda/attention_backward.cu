@@ -367,7 +367,7 @@ __global__ void __launch_bounds__(256) prepare_kernel(const Arguments a) {
 }
 
 template <typename T>
-void run(const Context& context, const Arguments& a) {
+bool run(const Context& context, const Arguments& a) {
   const uint32_t query_blocks = (a.p.q_tokens + kRows - 1) / kRows;
   const uint32_t key_blocks = (a.p.kv_tokens + kRows - 1) / kRows;
   if (query_blocks > 0) {
@@ -380,7 +380,7 @@ void run(const Context& context, const Arguments& a) {
         0,
         a);
   }
-  if (backward_sm90(context, a)) return;
+  if (backward_sm90(context, a)) return true;
   const dim3 grid(key_blocks * a.p.kv_heads + query_blocks * a.p.q_heads);
   if (a.p.head_dim <= 64) {
     launch(
@@ -401,18 +401,19 @@ void run(const Context& context, const Arguments& a) {
         Shared<128>::kBytes,
         a);
   }
+  return false;
 }
 
 }  // namespace
 
-void backward_tiled(const Context& context, const Arguments& arguments) {
+bool backward_tiled(const Context& context, const Arguments& arguments) {
   Arguments a = arguments;
   const size_t rows = padded_rows(a);
   a.row_info = static_cast<float2*>(context.scratch->take(rows * a.p.q_heads * sizeof(float2)));
   a.row_first = static_cast<int32_t*>(context.scratch->take(rows * sizeof(int32_t)));
   a.block_first =
       static_cast<int2*>(context.scratch->take((a.p.q_tokens + kRows - 1) / kRows * sizeof(int2)));
-  a.p.dtype == DType::bf16 ? run<bf16>(context, a) : run<f16>(context, a);
+  return a.p.dtype == DType::bf16 ? run<bf16>(context, a) : run<f16>(context, a);
 }
 
 }  // namespace metal_lora::cuda::attention

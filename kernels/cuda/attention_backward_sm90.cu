@@ -225,6 +225,7 @@ __device__ __forceinline__ void keys_block(
   sums_fence(dv);
   sums_fence(dk);
   sm90::named_barrier(1 + b.group, 128);  // its tiles are read no more
+  if (a.rope) turn_back<kDim>(dk, a.rope, mine, keys);
   const float scales[2] = {a.p.scale, a.p.scale}, ones[2] = {1.0f, 1.0f};
   uint8_t* tile = b.memory + 2 * b.group * kTileBytes;
   const size_t column = static_cast<size_t>(kv_head) * kDim;
@@ -339,6 +340,7 @@ __device__ __forceinline__ void queries_block(
   sm90::wgmma_wait<0>();
   sums_fence(dq);
   sm90::named_barrier(1 + b.group, 128);
+  if (a.rope) turn_back<kDim>(dq, a.rope, row, tokens);
   const float scales[2] = {a.p.scale, a.p.scale};
   store_tile<T, kDim>(
       static_cast<T*>(a.dq) + static_cast<size_t>(head) * kDim,

@@ -235,4 +235,31 @@ __device__ __forceinline__ void store_tile(
   }
 }
 
+/// Turns a warp's 16 rows of sums back by their rows of rope_table: a thread holds both values of
+/// each pair.
+template <int kDim>
+__device__ __forceinline__ void turn_back(
+    float (&sums)[kDim / 8][4], const float* rope, int row, int rows) {
+  constexpr int kHalf = kDim / 2;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int token = row + threadIdx.x / 32 % 4 * 16 + lane / 4 + 8 * half;
+    if (token >= rows) continue;
+    const float* cosines = rope + static_cast<size_t>(token) * kDim + lane % 4 * 2;
+#pragma unroll
+    for (int d = 0; d < kHalf / 8; ++d) {
+      const float2 c = __ldg(reinterpret_cast<const float2*>(cosines + 8 * d));
+      const float2 s = __ldg(reinterpret_cast<const float2*>(cosines + kHalf + 8 * d));
+      float* low = &sums[d][2 * half];
+      float* high = &sums[d + kHalf / 8][2 * half];
+      const float x0 = low[0], x1 = low[1], y0 = high[0], y1 = high[1];
+      low[0] = x0 * c.x + y0 * s.x;
+      low[1] = x1 * c.y + y1 * s.y;
+      high[0] = y0 * c.x - x0 * s.x;
+      high[1] = y1 * c.y - x1 * s.y;
+    }
+  }
+}
+
 }  // namespace metal_lora::cuda::attention

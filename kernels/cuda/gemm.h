@@ -32,6 +32,27 @@ struct GemmProblem {
   const float* bias = nullptr;     ///< f32 [n] or null
   const void* residual = nullptr;  ///< [m, n] of out's type, or null; may be `out`
   size_t residual_stride = 0;
+  /// gemm_sm90 only, 16-bit: f32 [m, head_dim] of rope_table, by which the sums' heads are rotated
+  /// before they are rounded; or null. n is a multiple of head_dim, 64 or 128.
+  const float* rope = nullptr;
+  uint32_t head_dim = 0;
+};
+
+/// gemm_sm90 only, 16-bit: SwiGLU at the end of a product's tiles, whose own `out` is not written.
+enum class GemmEnd : uint8_t {
+  plain,
+  /// Two problems of one n, whose sums are gate and up; their first pairs share left and k. act =
+  /// silu(gate)·up of the rounded ones. right_is_kn = false.
+  swiglu,
+  /// One problem, whose sums are d_act: gate and up become their gradients. right_is_kn = true.
+  swiglu_backward,
+};
+struct GemmSwiglu {
+  void* gate = nullptr;  ///< swiglu: with up, out or null (both); swiglu_backward: in and out
+  void* up = nullptr;
+  size_t stride = 0;    ///< of gate and up
+  void* act = nullptr;  ///< [m, n] out; swiglu_backward: made again, or null
+  size_t act_stride = 0;
 };
 
 /// gemm_sm90 only: u = factor · left·rightᵀ inside the launch whose low-rank pairs read it, as a
@@ -69,6 +90,8 @@ struct GemmGroup {
   bool pair0_ready = false;
   int problems = 0;
   GemmProblem problem[kMaxProblems];
+  GemmEnd end = GemmEnd::plain;
+  GemmSwiglu swiglu;
   static constexpr int kMaxShrinks = 4;
   int shrinks = 0;  ///< then some problem has a second pair
   GemmShrink shrink[kMaxShrinks];
@@ -81,8 +104,8 @@ constexpr size_t gemm_flag_count(uint32_t m) {
 }
 
 /// Whether gemm_sm90 takes the group: compute capability 9.0, 16-bit storage, every pointer
-/// aligned to 16 bytes and every stride a multiple of 8 elements. Otherwise gemm_generic does, but
-/// no shrinks.
+/// aligned to 16 bytes and every stride (and n of a rotated head or SwiGLU) a multiple of 8
+/// elements. Otherwise gemm_generic does, but no shrinks, rotation or SwiGLU.
 bool can_gemm_sm90(const Context& context, const GemmGroup& group);
 /// Whether the group's shrinks cost less inside the launch than before it: there are tiles enough
 /// (two waves of 256 columns) and blocks with a tile fewer than others.

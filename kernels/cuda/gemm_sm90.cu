@@ -30,7 +30,7 @@
 // products run at the clock that the power allows (1.1 to 1.4 GHz seen under load, 1.98 without).
 // The next 10 % at M = 512: fixed cost (1 to 2 µs a launch over cuBLASLt), and waves that fit (k in
 // more parts); narrow tiles are at the limit of shared memory (128x64: 56 KB a step of 256 cycles).
-#include "kernels/cuda/gemm_sm90.cuh"
+#include "kernels/cuda/gemm_sm90_kernel.cuh"
 
 #include <algorithm>
 #include <array>
@@ -77,11 +77,19 @@ uint32_t tiles_of(const GemmGroup& group, const Form& form) {
   for (int i = 0; i < group.problems; ++i) {
     columns += ceil_div(group.problem[i].n, form.tile_n * form.cluster_n);
   }
+  if (group.end == GemmEnd::swiglu) columns = ceil_div(group.problem[0].n, kGateColumns);
   return columns * ceil_div(group.m, kTileM * form.cluster_m);
 }
 
 /// Blocks that split k have one tile each; shrinks want rows of their own.
 bool fits(const Context& context, const GemmGroup& group, const Form& form) {
+  if (group.end != GemmEnd::plain &&
+      (form.tile_n != kTurnTileN || form.cluster_n > 1 || form.cluster_k > 1)) {
+    return false;
+  }
+  for (int i = 0; i < group.problems; ++i) {  // whole heads a tile
+    if (group.problem[i].rope && form.tile_n % group.problem[i].head_dim != 0) return false;
+  }
   if (group.shrinks > 0 && (form.cluster_k > 1 || form.cluster_n > 1)) return false;
   return form.cluster_k == 1 ||
          tiles_of(group, form) * form.cluster_m * form.cluster_n * form.cluster_k <=
@@ -135,7 +143,10 @@ Choice choose_form(const Context& context, const GemmGroup& group) {
 /// The same, or the first form that fits where none hides the shrinks.
 const Form& some_form(const Context& context, const GemmGroup& group) {
   const Choice choice = choose_form(context, group);
-  return choice.form ? *choice.form : kForms[0];
+  if (choice.form) return *choice.form;
+  return *std::find_if(std::begin(kForms), std::end(kForms), [&](const Form& form) {
+    return fits(context, group, form);
+  });
 }
 
 /// Puts maps into the arguments; an operand that several problems share has one.
@@ -164,17 +175,39 @@ class Maps {
   std::array<TensorMapRequest, kMaxMaps> requests_;
 };
 
-void fill_args(
-    const Context& context, Args& args, Maps& maps, const GemmGroup& group, const Form& form) {
-  args.m = group.m;
-  args.cluster_m = form.cluster_m;
-  args.cluster_n = form.cluster_n;
-  args.cluster_k = form.cluster_k;
-  args.tiles_m = ceil_div(group.m, kTileM * form.cluster_m);
-  args.pair0_ready = group.pair0_ready;
-  args.out_f32 = group.out_dtype == DType::f32;
-  if (group.m < kTileM && form.cluster_m == 1) args.tile_rows = ceil_div(group.m, 16) * 16;
-  const uint32_t left_box = args.tile_rows / form.cluster_n;
+/// Gate and up as one problem of tiles that hold 64 columns of each; low-rank pairs of one have
+/// zeros for the other.
+void fill_gate_up(Args& args, Maps& maps, const GemmGroup& group, uint32_t left_box) {
+  const GemmProblem& gate = group.problem[0];
+  const GemmProblem& up = group.problem[1];
+  ProblemArgs& to = args.problem[0];
+  to.n = gate.n;
+  to.tiles_n = args.tiles_n = ceil_div(gate.n, kGateColumns);
+  to.bias = gate.bias;
+  to.up_bias = up.bias;
+  const auto add = [&](const GemmPair& left, const GemmPair* of_gate, const GemmPair* of_up) {
+    if (left.k == 0) return;
+    const auto right = [&](const GemmPair* pair) {
+      const GemmPair& some = pair ? *pair : left;
+      return maps.add(some.right, gate.n, some.k, some.right_stride, kGateColumns);
+    };
+    PairArgs& pair = args.pair[to.end_pair++];
+    pair.k = left.k;
+    pair.left_map = maps.add(left.left, group.m, left.k, left.left_stride, left_box);
+    pair.right_map = right(of_gate);
+    pair.up_map = right(of_up);
+    pair.has_gate = of_gate != nullptr;
+    pair.has_up = of_up != nullptr;
+    to.steps += ceil_div(left.k, kStepK);
+  };
+  add(gate.pair[0], &gate.pair[0], &up.pair[0]);
+  for (int p = 1; p < gate.pairs; ++p) add(gate.pair[p], &gate.pair[p], nullptr);
+  for (int p = 1; p < up.pairs; ++p) add(up.pair[p], nullptr, &up.pair[p]);
+  args.swiglu = group.swiglu;
+}
+
+void fill_problems(
+    Args& args, Maps& maps, const GemmGroup& group, const Form& form, uint32_t left_box) {
   const uint32_t right_box = (group.right_is_kn ? kStepK : form.tile_n) / form.cluster_m;
   int problems = 0;
   uint32_t pairs = 0;
@@ -209,7 +242,38 @@ void fill_args(
     to.bias = from.bias;
     to.residual = from.residual;
     to.residual_stride = from.residual_stride;
-    if (!args.out_f32) to.out_map = maps.add(from.out, group.m, from.n, from.out_stride, 16);
+    to.rope = from.rope;
+    to.head_dim = from.head_dim;
+    const auto ahead = [&](const void* data, size_t stride) {
+      to.ahead_map[to.aheads++] = maps.add(data, group.m, from.n, stride, kTileM);
+    };
+    if (group.end == GemmEnd::swiglu_backward) {
+      args.swiglu = group.swiglu;
+      ahead(group.swiglu.gate, group.swiglu.stride);
+      ahead(group.swiglu.up, group.swiglu.stride);
+      continue;
+    }
+    if (args.out_f32) continue;
+    to.out_map = maps.add(from.out, group.m, from.n, from.out_stride, 16);
+    if (from.residual) ahead(from.residual, from.residual_stride);
+  }
+}
+
+void fill_args(
+    const Context& context, Args& args, Maps& maps, const GemmGroup& group, const Form& form) {
+  args.m = group.m;
+  args.cluster_m = form.cluster_m;
+  args.cluster_n = form.cluster_n;
+  args.cluster_k = form.cluster_k;
+  args.tiles_m = ceil_div(group.m, kTileM * form.cluster_m);
+  args.pair0_ready = group.pair0_ready;
+  args.out_f32 = group.out_dtype == DType::f32;
+  if (group.m < kTileM && form.cluster_m == 1) args.tile_rows = ceil_div(group.m, 16) * 16;
+  const uint32_t left_box = args.tile_rows / form.cluster_n;
+  if (group.end == GemmEnd::swiglu) {
+    fill_gate_up(args, maps, group, left_box);
+  } else {
+    fill_problems(args, maps, group, form, left_box);
   }
   args.clusters = std::min(slots_of(context, form), args.tiles_m * args.tiles_n);
   // About as many rows as columns of tiles are in flight: each operand is read from memory once.
@@ -256,10 +320,10 @@ void fill_shrinks(
   args.clusters = std::min(slots, args.clusters + args.shrink_clusters);
 }
 
-template <typename T, int kTileN, bool kRightIsKn>
+template <typename T, int kTileN, bool kRightIsKn, End kEnd = End::plain>
 void launch(const Context& context, const Args& args) {
-  const auto kernel = gemm_kernel<T, kTileN, kRightIsKn>;
-  constexpr int kBytes = Layout<kTileN>::kBytes;
+  const auto kernel = gemm_kernel<T, kTileN, kRightIsKn, kEnd>;
+  constexpr int kBytes = Layout<kTileN, kEnd != End::plain>::kBytes;
   check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
       "gemm_sm90");
@@ -283,7 +347,11 @@ void launch(const Context& context, const Args& args) {
 }
 
 template <typename T, bool kRightIsKn>
-void launch_width(const Context& context, int tile_n, const Args& args) {
+void launch_width(const Context& context, int tile_n, GemmEnd end, const Args& args) {
+  if (end != GemmEnd::plain) {
+    constexpr End kEnd = kRightIsKn ? End::swiglu_backward : End::swiglu;
+    return launch<T, kTurnTileN, kRightIsKn, kEnd>(context, args);
+  }
   switch (tile_n) {
     case 256:
       return launch<T, 256, kRightIsKn>(context, args);
@@ -326,11 +394,11 @@ void gemm_with_form(const Context& context, const GemmGroup& group, int form_ind
   fill_args(context, args, maps, group, form);
   fill_shrinks(context, args, maps, group, form);
   if (group.dtype == DType::bf16) {
-    group.right_is_kn ? launch_width<bf16, true>(context, form.tile_n, args)
-                      : launch_width<bf16, false>(context, form.tile_n, args);
+    group.right_is_kn ? launch_width<bf16, true>(context, form.tile_n, group.end, args)
+                      : launch_width<bf16, false>(context, form.tile_n, group.end, args);
   } else {
-    group.right_is_kn ? launch_width<f16, true>(context, form.tile_n, args)
-                      : launch_width<f16, false>(context, form.tile_n, args);
+    group.right_is_kn ? launch_width<f16, true>(context, form.tile_n, group.end, args)
+                      : launch_width<f16, false>(context, form.tile_n, group.end, args);
   }
 }
 }  // namespace sm90
@@ -354,16 +422,41 @@ bool can_shrink(const GemmGroup& group, const GemmShrink& shrink) {
   }
   return columns > 0 && columns <= 64;
 }
+
+bool can_swiglu(const GemmGroup& group) {
+  const GemmSwiglu& s = group.swiglu;
+  const GemmProblem& first = group.problem[0];
+  if (group.out_dtype != group.dtype || first.n % 8 != 0 || s.stride % 8 != 0 ||
+      s.act_stride % 8 != 0 || !aligned(s.gate) || !aligned(s.up) || !aligned(s.act)) {
+    return false;
+  }
+  if (group.end == GemmEnd::swiglu_backward) {
+    return group.right_is_kn && group.problems == 1 && s.gate && s.up && !first.bias &&
+           !first.residual;
+  }
+  const GemmProblem& second = group.problem[1];
+  return !group.right_is_kn && group.problems == 2 && s.act && !s.gate == !s.up &&
+         first.n == second.n && first.pairs > 0 && second.pairs > 0 &&
+         first.pair[0].left == second.pair[0].left && first.pair[0].k == second.pair[0].k &&
+         first.pair[0].k > 0 && !first.residual && !second.residual;
+}
+bool can_rotate(const GemmGroup& group, const GemmProblem& problem) {
+  if (!problem.rope) return true;
+  return group.end == GemmEnd::plain && group.out_dtype == group.dtype && aligned(problem.rope) &&
+         (problem.head_dim == 64 || problem.head_dim == 128) && problem.n % problem.head_dim == 0;
+}
 }  // namespace
 
 bool can_gemm_sm90(const Context& context, const GemmGroup& group) {
   if (context.capability != 90 || group.dtype == DType::f32) return false;
   if (group.out_dtype != group.dtype && group.out_dtype != DType::f32) return false;
+  if (group.end != GemmEnd::plain && !can_swiglu(group)) return false;
   for (int i = 0; i < group.shrinks; ++i) {
     if (!can_shrink(group, group.shrink[i])) return false;
   }
   for (int i = 0; i < group.problems; ++i) {
     const GemmProblem& problem = group.problem[i];
+    if (!can_rotate(group, problem)) return false;
     if (!aligned(problem.out) || !aligned(problem.bias) || !aligned(problem.residual) ||
         problem.out_stride % 8 != 0 || problem.residual_stride % 8 != 0) {
       return false;

@@ -1,11 +1,11 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// The kernel of gemm_sm90.cu, which says what it does and how fast: producer, consumers, and the
-// narrow tiles that make u.
+// The kernel of gemm_sm90.cu, which says what it does and how fast: producer, consumers that share
+// a tile, and the narrow tiles that make u.
 #pragma once
 
-#include "kernels/cuda/gemm_sm90_store.cuh"
+#include "kernels/cuda/gemm_sm90_end.cuh"
 
 namespace metal_lora::cuda::sm90 {
 
@@ -47,12 +47,16 @@ __device__ __forceinline__ void count_tile(const Args& args, uint32_t block) {
   args.flags[block] = 0;
 }
 
+/// Columns of a tile in its problem: gate and up lie in one tile side by side.
+template <int kTileN, End kEnd>
+constexpr uint32_t kColumns = kEnd == End::swiglu ? kTileN / 2 : kTileN;
+
 /// One thread: every stage of every tile of this block. Blocks of a cluster that share an operand
 /// load a part each and send it to all.
-template <int kTileN, bool kRightIsKn>
+template <int kTileN, bool kRightIsKn, End kEnd>
 __device__ __forceinline__ void produce(
     const Args& args, const Cluster& cluster, uint32_t shared, uint32_t full, uint32_t empty) {
-  using L = Layout<kTileN>;
+  using L = Layout<kTileN, kEnd != End::plain>;
   Ring<L::kStages> ring;
   bool waited = false;
   const uint32_t left_rows = args.tile_rows / args.cluster_n;
@@ -86,7 +90,13 @@ __device__ __forceinline__ void produce(
     const ProblemArgs& problem = args.problem[tile.problem];
     const uint32_t m0 =
         (tile.m * args.cluster_m + cluster.rank_m) * kTileM + cluster.rank_n * left_rows;
-    const uint32_t n0 = (tile.n * args.cluster_n + cluster.rank_n) * kTileN;
+    const uint32_t n0 = (tile.n * args.cluster_n + cluster.rank_n) * kColumns<kTileN, kEnd>;
+    for (uint32_t i = 0; i < problem.aheads; ++i) {
+      const CUtensorMap* map = &args.maps[problem.ahead_map[i]];
+      for (uint32_t b = 0; b < kTileN / 64; ++b) {
+        tensor_prefetch(map, n0 + 64 * b, m0 - cluster.rank_n * left_rows);
+      }
+    }
     Share share = cluster.share(problem.steps);
     for (uint32_t p = problem.first_pair; p < problem.end_pair; ++p) {
       if (!waited && !(args.pair0_ready && p == problem.first_pair)) {
@@ -117,6 +127,18 @@ __device__ __forceinline__ void produce(
                 barrier,
                 n0 + 64 * j,
                 k0 + part,
+                cluster.column_mask);
+          }
+        } else if constexpr (kEnd == End::swiglu) {
+          const PairArgs& pair = args.pair[p];
+          for (uint32_t up = 0; up < 2; ++up) {
+            if (args.cluster_m == 2 && up != cluster.rank_m) continue;
+            load_box(
+                right + up * kTileN / 2 * 128,
+                up ? &args.maps[pair.up_map] : right_map,
+                barrier,
+                k0,
+                (up ? pair.has_up : pair.has_gate) ? n0 : kBeyond,
                 cluster.column_mask);
           }
         } else {
@@ -331,50 +353,6 @@ __device__ __forceinline__ void consume(
     if (L::kStoreInRing) release_last();
   }
   if (lane == 0) tensor_store_wait_read<0>();
-}
-
-template <typename T, int kTileN, bool kRightIsKn>
-__global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ Args args) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using L = Layout<kTileN>;
-  extern __shared__ uint8_t raw[];
-  const uint32_t shared = (shared_address(raw) + 1023) & ~1023u;
-  const uint32_t full = shared + L::kBarrierOffset;
-  const uint32_t empty = full + 8 * L::kStages;
-  const Cluster cluster(args);
-  if (threadIdx.x == 0) {
-    dependents_launch();
-    // A stage is free when each warp of every block that shares a part of it has said so.
-    const uint32_t readers = __popc(cluster.row_mask | cluster.column_mask) * 8;
-    for (int i = 0; i < L::kStages; ++i) {
-      barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, readers);
-    }
-    barrier_init_fence();
-  } else if (threadIdx.x >= 32 && threadIdx.x < 32 + args.map_count) {
-    tensor_map_prefetch(&args.maps[threadIdx.x - 32]);
-  }
-  __syncthreads();
-  if (cluster.blocks > 1) cluster_sync_relaxed();
-  // Broadcast: the compiler must know that whole warps take a branch, or it orders wgmma one by
-  // one.
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  const int role = warp / 4;
-  if (role == 0) {
-    registers_shrink<40>();
-    if (threadIdx.x == 0) {
-      produce<kTileN, kRightIsKn>(args, cluster, shared, full, empty);
-    }
-    __syncwarp();
-    if (cluster.parts_k > 1) {  // the consumers' add_parts
-      cluster_sync_relaxed();
-      cluster_sync();
-    }
-  } else {
-    registers_grow<232>();
-    consume<T, kTileN, kRightIsKn>(args, cluster, shared, full, empty, warp - 4);
-  }
-#endif
 }
 
 }  // namespace metal_lora::cuda::sm90

@@ -18,11 +18,17 @@ constexpr int kWarpBoxBytes = 2048;  ///< 16 rows of results x 64
 constexpr int kMaxPairs = GemmGroup::kMaxProblems * GemmProblem::kMaxPairs;
 constexpr int kMaxShrinks = GemmGroup::kMaxShrinks;
 constexpr int kMaxParts = GemmShrink::kMaxParts;
-constexpr int kMaxMaps = 2 * kMaxPairs + GemmGroup::kMaxProblems + kMaxShrinks * (1 + kMaxParts);
+constexpr int kMaxMaps =
+    2 * kMaxPairs + 2 * GemmGroup::kMaxProblems + kMaxShrinks * (1 + kMaxParts);
+constexpr int kTurnTileN = 128;  ///< of warpgroups that take turns, see gemm_sm90_turns.cuh
+constexpr uint32_t kGateColumns = kTurnTileN / 2;  ///< of gate, and of up, in a tile of both
+constexpr uint32_t kBeyond = 1u << 30;  ///< a row of no matrix: zeros
 
 struct PairArgs {
   uint32_t begin = 0, k = 0;  ///< columns of left; begin > 0: beyond the maps, so all zeros
   uint16_t left_map = 0, right_map = 0;
+  uint16_t up_map = 0;  ///< GemmEnd::swiglu: right of up
+  bool has_gate = true, has_up = true;
 };
 struct ProblemArgs {
   uint32_t n = 0;
@@ -35,6 +41,12 @@ struct ProblemArgs {
   const float* bias = nullptr;
   const void* residual = nullptr;
   size_t residual_stride = 0;
+  const float* up_bias = nullptr;  ///< GemmEnd::swiglu
+  const float* rope = nullptr;
+  uint32_t head_dim = 0;
+  /// What the tile's end reads, on its way to the second-level cache meanwhile.
+  uint16_t ahead_map[2] = {};
+  uint16_t aheads = 0;
 };
 struct ShrinkArgs {
   uint32_t k = 0;
@@ -58,6 +70,7 @@ struct Args {
   uint32_t cluster_k = 1;                 ///< or parts of the sums; then one tile a cluster
   uint32_t clusters = 0;
   uint32_t map_count = 0;
+  GemmSwiglu swiglu;
   ShrinkArgs shrink[kMaxShrinks];
   uint32_t shrinks = 0;
   uint32_t shrink_clusters = 0;  ///< the last clusters, which have fewest tiles or none, make u
@@ -67,17 +80,20 @@ struct Args {
   bool out_f32 = false;
 };
 
-template <int kTileN>
+/// How a tile ends. All but plain: by warpgroups that take turns.
+enum class End { plain, turns, swiglu, swiglu_backward };
+
+template <int kTileN, bool kTurns = false>
 struct Layout {
   static constexpr int kLeftBytes = kTileM * kStepK * 2;
   static constexpr int kRightBytes = kTileN * kStepK * 2;
   static constexpr int kStageBytes = kLeftBytes + kRightBytes;
   /// Steps of a narrow tile (128 x 64) in a stage.
   static constexpr int kShrinkSteps = kTileN == 256 ? 2 : 1;
-  static constexpr int kStages = kTileN >= 192 ? 4 : kTileN == 128 ? 6 : 8;
+  static constexpr int kStages = kTurns ? 7 : kTileN >= 192 ? 4 : kTileN == 128 ? 6 : 8;
   /// Boxes of results of each warp: a tile's, less where there is no room. Then one more lies in
   /// the tile's last stage, see store_tile.
-  static constexpr int kStoreBoxes = kTileN == 256 ? 2 : kTileN / 64;
+  static constexpr int kStoreBoxes = kTurns ? 0 : kTileN == 256 ? 2 : kTileN / 64;
   static constexpr bool kStoreInRing = kTileN == 256;
   static constexpr int kStoreOffset = kStages * kStageBytes;
   static constexpr int kBarrierOffset = kStoreOffset + 8 * kStoreBoxes * kWarpBoxBytes;

@@ -1,7 +1,7 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// The end of a tile in gemm_sm90.cu: bias, residual, rounding, and the way to memory.
+// A tile of gemm_sm90.cu: bias, rounding, and the way to memory.
 #pragma once
 
 #include <type_traits>
@@ -22,27 +22,34 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
 }
 
 template <typename T>
+__device__ __forceinline__ float rounded(float v) {
+  return to_float(from_float<T>(v));
+}
+
+template <typename T>
 struct alignas(2 * sizeof(T)) Two {
   T low, high;
 };
 
-/// Adds bias and residual to the sums of one box of 64 columns: 8 blocks of 8 columns.
-template <typename Out>
-__device__ __forceinline__ void add_terms(
-    float* d, const ProblemArgs& problem, uint32_t m, uint32_t row, uint32_t column) {
-  if (problem.bias != nullptr) {
+/// To the sums of one box of 64 columns: 8 blocks of 8 columns. bias: or null.
+__device__ __forceinline__ void add_bias(
+    float* d, const float* bias, uint32_t n, uint32_t column) {
+  if (bias == nullptr) return;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const uint32_t c = column + 8 * j;
-      const float low = c < problem.n ? __ldg(problem.bias + c) : 0.0f;
-      const float high = c + 1 < problem.n ? __ldg(problem.bias + c + 1) : 0.0f;
-      d[4 * j] += low;
-      d[4 * j + 1] += high;
-      d[4 * j + 2] += low;
-      d[4 * j + 3] += high;
-    }
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t c = column + 8 * j;
+    const float low = c < n ? __ldg(bias + c) : 0.0f;
+    const float high = c + 1 < n ? __ldg(bias + c + 1) : 0.0f;
+    d[4 * j] += low;
+    d[4 * j + 1] += high;
+    d[4 * j + 2] += low;
+    d[4 * j + 3] += high;
   }
-  if (problem.residual == nullptr) return;
+}
+/// The residual that Residual does not take: f32, or n that ends between 16-byte units.
+template <typename Out>
+__device__ __forceinline__ void add_residual(
+    float* d, const ProblemArgs& problem, uint32_t m, uint32_t row, uint32_t column) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if (row + 8 * half >= m) continue;
@@ -105,26 +112,57 @@ __device__ __forceinline__ void put_box(const float* d, uint32_t to) {
   }
 }
 
-/// The same box straight to memory: pairs of lanes trade halves, so that each quad writes whole
-/// 32-byte sectors. n is a multiple of 8.
+/// A box's place in memory, 16-bit, n a multiple of 8: pairs of lanes trade halves (trade), so that
+/// each quad moves whole 32-byte sectors. Part i: rows i / 4 · 8 further, columns i % 4 · 16.
+template <typename T>
+struct Sectors {
+  T* to;
+  size_t stride;
+  uint32_t rows, columns;  ///< that are left
+  __device__ __forceinline__ Sectors(
+      T* base, size_t row_stride, uint32_t m, uint32_t n, uint32_t warp_row, uint32_t column)
+      : stride(row_stride) {
+    const uint32_t lane = threadIdx.x % 32;
+    const uint32_t row = warp_row + lane / 4, first = column + lane % 2 * 8 + lane % 4 / 2 * 4;
+    to = base + row * stride + first;
+    rows = row < m ? m - row : 0;
+    columns = first < n ? n - first : 0;
+  }
+  __device__ __forceinline__ bool there(int i) const {
+    return i / 4 * 8u < rows && i % 4 * 16u < columns;
+  }
+  using Part = std::conditional_t<std::is_const_v<T>, const uint2, uint2>;
+  __device__ __forceinline__ Part* address(int i) const {
+    return reinterpret_cast<Part*>(to + i / 4 * 8 * stride + i % 4 * 16);
+  }
+};
+/// The first of part i's sums in a box; its others: + 1, + 4, + 5.
+__device__ __forceinline__ constexpr int sector_sum(int i) {
+  return i % 4 * 8 + i / 4 * 2;
+}
+/// From memory's order to the sums' (two words: blocks j and j + 1), and back: the same exchange.
+__device__ __forceinline__ uint2 trade(uint2 part) {
+  const bool odd = threadIdx.x % 2;
+  const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? part.x : part.y, 1);
+  return odd ? make_uint2(got, part.y) : make_uint2(part.x, got);
+}
+
+/// The same box straight to memory.
 template <typename T>
 __device__ __forceinline__ void store_sectors(
-    const float* d, const ProblemArgs& problem, uint32_t m, uint32_t warp_row, uint32_t column) {
-  const uint32_t lane = threadIdx.x % 32, odd = lane % 2;
+    const float* d,
+    void* out,
+    size_t stride,
+    uint32_t m,
+    uint32_t n,
+    uint32_t warp_row,
+    uint32_t column) {
+  const Sectors<T> at(static_cast<T*>(out), stride, m, n, warp_row, column);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t row = warp_row + lane / 4 + 8 * half;
-    const uint32_t first = column + 8 * odd + lane % 4 / 2 * 4;
-    T* to = static_cast<T*>(problem.out) + row * problem.out_stride + first;
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-      const uint32_t a = pack2<T>(d[4 * j + 2 * half], d[4 * j + 2 * half + 1]);
-      const uint32_t b = pack2<T>(d[4 * j + 4 + 2 * half], d[4 * j + 5 + 2 * half]);
-      const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? a : b, 1);
-      if (row < m && first + 8 * j < problem.n) {
-        *reinterpret_cast<uint2*>(to + 8 * j) = odd ? make_uint2(got, b) : make_uint2(a, got);
-      }
-    }
+  for (int i = 0; i < 8; ++i) {
+    const float* from = &d[sector_sum(i)];
+    const uint2 part = trade({pack2<T>(from[0], from[1]), pack2<T>(from[4], from[5])});
+    if (at.there(i)) *at.address(i) = part;
   }
 }
 
@@ -163,7 +201,14 @@ __device__ __forceinline__ void store_tile(
   }
   if constexpr (kBoxes < kTileN / 64) {
     static_assert(kBoxes + 1 == kTileN / 64);
-    store_sectors<T>(&d[32 * kBoxes], problem, args.m, warp_row, n0 + 64 * kBoxes);
+    store_sectors<T>(
+        &d[32 * kBoxes],
+        problem.out,
+        problem.out_stride,
+        args.m,
+        problem.n,
+        warp_row,
+        n0 + 64 * kBoxes);
   }
   if constexpr (L::kStoreInRing) {  // before the stage is released
     if (first_lane) {
@@ -190,38 +235,6 @@ __device__ __forceinline__ void store_tile_direct(
   for (int b = 0; b < kTileN / 64; ++b) {
     const uint32_t column = n0 + 64 * b + threadIdx.x % 4 * 2;
     store_direct<Out>(&d[32 * b], problem, args.m, row, column);
-  }
-}
-
-/// Bias and residual, then one of the above.
-template <typename T, int kTileN>
-__device__ __forceinline__ void finish_tile(
-    float (&d)[kTileN / 2],
-    const Args& args,
-    const ProblemArgs& problem,
-    uint32_t warp_row,
-    uint32_t n0,
-    uint32_t boxes,
-    uint32_t in_ring) {
-  if (warp_row >= args.m) return;
-  const uint32_t row = warp_row + threadIdx.x % 32 / 4;
-  if (problem.bias != nullptr || problem.residual != nullptr) {
-#pragma unroll
-    for (int b = 0; b < kTileN / 64; ++b) {
-      const uint32_t column = n0 + 64 * b + threadIdx.x % 4 * 2;
-      if (args.out_f32) {
-        add_terms<float>(&d[32 * b], problem, args.m, row, column);
-      } else {
-        add_terms<T>(&d[32 * b], problem, args.m, row, column);
-      }
-    }
-  }
-  if (args.out_f32) {
-    store_tile_direct<float, kTileN>(d, args, problem, row, n0);
-  } else if (problem.n % 8 != 0) {
-    store_tile_direct<T, kTileN>(d, args, problem, row, n0);
-  } else {
-    store_tile<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
   }
 }
 

@@ -11,9 +11,9 @@ namespace metal_lora::cuda {
 /// The largest m of the skinny form.
 inline constexpr uint32_t kSkinnyMaxTokens = 128;
 
-/// Whether lora_skinny takes the group: can_gemm_sm90, right [n, k], results of the operands' type,
-/// no empty problem, one left that all problems' first pairs share, and each problem's second pair,
-/// where there is one, the output of a part of the one shrink.
+/// Whether lora_skinny takes the group: can_gemm_sm90, right [n, k], a plain end, results of the
+/// operands' type, no empty problem, one left that all problems' first pairs share, and each
+/// problem's second pair, where there is one, the output of a part of the one shrink.
 bool can_lora_skinny(const Context& context, const GemmGroup& group);
 /// Whether it beats gemm_sm90 there: two blocks a tile find room at once, and stages are not more x
 /// and A than L2 can give (above 64 tokens: rank 16 at most).

@@ -503,7 +503,8 @@ void skinny_with_parts(const Context& context, const GemmGroup& group, uint32_t 
 
 bool can_lora_skinny(const Context& context, const GemmGroup& group) {
   if (!can_gemm_sm90(context, group) || group.right_is_kn || group.out_dtype != group.dtype ||
-      group.m > kSkinnyMaxTokens || group.problems == 0 || group.shrinks > 1) {
+      group.end != GemmEnd::plain || group.m > kSkinnyMaxTokens || group.problems == 0 ||
+      group.shrinks > 1) {
     return false;
   }
   const GemmPair& first = group.problem[0].pair[0];
@@ -511,7 +512,8 @@ bool can_lora_skinny(const Context& context, const GemmGroup& group) {
     const GemmProblem& problem = group.problem[i];
     if (problem.pairs == 0 || problem.pairs > 2) return false;
     const GemmPair& pair = problem.pair[0];
-    if (pair.left != first.left || pair.k != first.k || pair.k == 0 || problem.n == 0) {
+    if (pair.left != first.left || pair.k != first.k || pair.k == 0 || problem.n == 0 ||
+        problem.rope) {
       return false;
     }
     if (problem.pairs == 2 && !sm90::part_of(group, problem)) return false;

@@ -3,7 +3,8 @@
 //
 // SwiGLU (Shazeer, arXiv:2002.05202): silu(gate)·up, forward and backward, gate and up apart or
 // side by side in each row. Bandwidth-bound: 16 bytes a thread and array where they align.
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/swiglu.cuh"
+
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/transformer_kernels.h"
 
@@ -11,10 +12,6 @@ namespace metal_lora::cuda {
 namespace {
 
 constexpr int kBlock = 256;
-
-__device__ __forceinline__ float sigmoid(float x) {
-  return 1.0f / (1.0f + __expf(-x));
-}
 
 /// rows of `columns`; gate, up and their gradients at `stride` between rows, y, dy and act dense.
 template <typename T>
@@ -51,11 +48,10 @@ __global__ void __launch_bounds__(kBlock) swiglu_kernel(const Swiglu<T> a) {
     Part dgate, dup;
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      const float g = to_float(gate.v[j]), u = to_float(up.v[j]), d = to_float(dy.v[j]);
-      const float s = sigmoid(g), silu = g * s;
-      y.v[j] = from_float<T>(silu * u);
-      dup.v[j] = from_float<T>(d * silu);
-      dgate.v[j] = from_float<T>(d * u * s * (1.0f + g * (1.0f - s)));
+      const SwigluGradient one(to_float(gate.v[j]), to_float(up.v[j]), to_float(dy.v[j]));
+      y.v[j] = from_float<T>(one.act);
+      dup.v[j] = from_float<T>(one.up);
+      dgate.v[j] = from_float<T>(one.gate);
     }
     *reinterpret_cast<Part*>(a.dgate + wide) = dgate;
     *reinterpret_cast<Part*>(a.dup + wide) = dup;
@@ -63,8 +59,7 @@ __global__ void __launch_bounds__(kBlock) swiglu_kernel(const Swiglu<T> a) {
   } else {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      const float g = to_float(gate.v[j]);
-      y.v[j] = from_float<T>(g * sigmoid(g) * to_float(up.v[j]));
+      y.v[j] = from_float<T>(swiglu(to_float(gate.v[j]), to_float(up.v[j])));
     }
   }
   *reinterpret_cast<Part*>(a.y + dense) = y;

@@ -177,7 +177,7 @@ class TrainStep::Run {
   }
 
   /// y_i = x·W_iᵀ + bias + u_i·B_iᵀ (+ residual) of the linears first … first + count - 1.
-  void linears_forward(
+  GemmGroup forward_group(
       size_t index,
       TrainSlot first,
       std::span<const Rows> y,
@@ -210,10 +210,14 @@ class TrainStep::Run {
       p.residual = residual;
       p.residual_stride = y[i].stride;
     }
-    const GemmShrink inside = inside_forward(index, first, y.size(), x, k);
-    if (!shrink_inside(g, std::span(&inside, 1))) {
-      shrink_forward(index, first, y.size(), x, k);
-    }
+    return g;
+  }
+
+  void run_forward(size_t index, TrainSlot first, GemmGroup& g) {
+    const void* x = g.problem[0].pair[0].left;
+    const uint32_t k = g.problem[0].pair[0].k;
+    const GemmShrink inside = inside_forward(index, first, g.problems, x, k);
+    if (!shrink_inside(g, std::span(&inside, 1))) shrink_forward(index, first, g.problems, x, k);
     call([&](const Context& c) { gemm(c, g); });
   }
 
@@ -313,8 +317,13 @@ class TrainStep::Run {
   }
 
   /// dx = Σ_i dy_i·W_i + v_i·A_i, v_i = scale_i·dy_i·B_i, which stay in layout_.v. Without dx only
-  /// the v.
-  void linears_backward(size_t index, TrainSlot first, std::span<const Rows> dy, void* dx) {
+  /// the v. With swiglu, dx stays where the product takes its place: true.
+  bool linears_backward(
+      size_t index,
+      TrainSlot first,
+      std::span<const Rows> dy,
+      void* dx,
+      const GemmSwiglu* swiglu = nullptr) {
     const auto linears = linears_of(model_.layers[index]);
     const auto& adapters = layout_.adapters[index];
     GemmGroup g = group(true);
@@ -330,7 +339,10 @@ class TrainStep::Run {
         shrink_backward(dy[i], adapter, linears[first + i]->scale, at(layout_.v[first + i]));
       }
     };
-    if (dx == nullptr) return shrink_before();
+    if (dx == nullptr) {
+      shrink_before();
+      return false;
+    }
     dense_used_ = 0;
     for (size_t i = 0; i < dy.size(); ++i) {
       const auto& w = linears[first + i]->weight;
@@ -348,16 +360,58 @@ class TrainStep::Run {
       inside[i] = inside_backward(
           dy[i], adapters[first + i], linears[first + i]->scale, at(layout_.v[first + i]));
     }
+    if (swiglu) {
+      g.swiglu = *swiglu;
+      end_inside(g, GemmEnd::swiglu_backward);
+    }
     if (!shrink_inside(g, std::span(inside.data(), dy.size()))) shrink_before();
     call([&](const Context& c) { gemm(c, g); });
+    return g.end != GemmEnd::plain;
   }
 
-  void gate_up_forward(size_t index) {
+  /// SwiGLU at the end of the product's tiles, where that is possible.
+  void end_inside(GemmGroup& g, GemmEnd end) const {
+    g.end = end;
+    if (!can_gemm_sm90(context_, g)) g.end = GemmEnd::plain;
+  }
+
+  void gate_up_forward(size_t index, bool writes_gate_up, bool writes_act) {
     const Layer& kept = layout_.layers[index];
     const size_t stride = 2 * size_t{model_.ffn};
-    void* gate_up = at(kept.gate_up);
-    const Rows y[] = {{gate_up, stride}, {columns(gate_up, model_.ffn), stride}};
-    linears_forward(index, kGate, y, at(kept.x2));
+    void* gate = at(kept.gate_up);
+    void* up = columns(gate, model_.ffn);
+    const Rows y[] = {{gate, stride}, {up, stride}};
+    GemmGroup g = forward_group(index, kGate, y, at(kept.x2));
+    if (writes_act) {
+      g.swiglu = {nullptr, nullptr, stride, at(kept.act), model_.ffn};
+      if (writes_gate_up) g.swiglu.gate = gate, g.swiglu.up = up;
+      end_inside(g, GemmEnd::swiglu);
+    }
+    run_forward(index, kGate, g);
+    if (!writes_act || g.end != GemmEnd::plain) return;
+    call([&](const Context& c) {
+      swiglu_pair_forward(c, tokens_, model_.ffn, model_.dtype, gate, at(kept.act));
+    });
+  }
+
+  /// q and k rotated.
+  void qkv_forward(size_t index) {
+    const Layer& kept = layout_.layers[index];
+    void* qkv = at(kept.qkv);
+    const size_t stride = qkv_width();
+    const Rows y[] = {
+        {qkv, stride},
+        {columns(qkv, q_width()), stride},
+        {columns(qkv, q_width() + kv_width()), stride}};
+    GemmGroup g = forward_group(index, kQ, y, at(kept.x1));
+    for (int i : {0, 1}) {
+      g.problem[i].rope = static_cast<const float*>(at(layout_.rope));
+      g.problem[i].head_dim = model_.head_dim;
+    }
+    const bool rotates = can_gemm_sm90(context_, g);
+    if (!rotates) g.problem[0].rope = g.problem[1].rope = nullptr;
+    run_forward(index, kQ, g);
+    if (!rotates) rotate(qkv);
   }
 
   void norm_forward(const void* h, const float* weight, void* y) {
@@ -365,7 +419,7 @@ class TrainStep::Run {
         [&](const Context& c) { add_rms_norm_forward(c, norm(), h, nullptr, weight, nullptr, y); });
   }
 
-  void rotate(void* qkv, bool inverse) {
+  void rotate(void* qkv) {
     RopePairParams p;
     p.tokens = tokens_;
     p.q_heads = model_.q_heads;
@@ -373,7 +427,6 @@ class TrainStep::Run {
     p.head_dim = model_.head_dim;
     p.q_stride = p.k_stride = qkv_width();
     p.dtype = model_.dtype;
-    p.inverse = inverse;
     call([&](const Context& c) {
       rope_pair(c, p, qkv, columns(qkv, q_width()), static_cast<const float*>(at(layout_.rope)));
     });
@@ -385,12 +438,7 @@ class TrainStep::Run {
     const bool last = index + 1 == model_.layers.size();
     void* qkv = at(kept.qkv);
     norm_forward(at(kept.h), layer.input_norm, at(kept.x1));
-    const Rows y[] = {
-        {qkv, qkv_width()},
-        {columns(qkv, q_width()), qkv_width()},
-        {columns(qkv, q_width() + kv_width()), qkv_width()}};
-    linears_forward(index, kQ, y, at(kept.x1));
-    rotate(qkv, false);
+    qkv_forward(index);
     call([&](const Context& c) {
       attention_forward(
           c,
@@ -403,15 +451,14 @@ class TrainStep::Run {
           static_cast<float*>(at(kept.logsumexp)));
     });
     const Rows h2[] = {{at(kept.h2), model_.dims}};
-    linears_forward(index, kO, h2, at(kept.attended), at(kept.h));
+    GemmGroup o = forward_group(index, kO, h2, at(kept.attended), at(kept.h));
+    run_forward(index, kO, o);
 
     norm_forward(at(kept.h2), layer.post_norm, at(kept.x2));
-    gate_up_forward(index);
-    call([&](const Context& c) {
-      swiglu_pair_forward(c, tokens_, model_.ffn, model_.dtype, at(kept.gate_up), at(kept.act));
-    });
+    gate_up_forward(index, kept.keeps_gate_up, true);
     const Rows next[] = {{at(last ? layout_.final_h : layout_.layers[index + 1].h), model_.dims}};
-    linears_forward(index, kDown, next, at(kept.act), at(kept.h2));
+    GemmGroup down = forward_group(index, kDown, next, at(kept.act), at(kept.h2));
+    run_forward(index, kDown, down);
   }
 
   void head(float* loss) {
@@ -462,19 +509,17 @@ class TrainStep::Run {
     const size_t stride = 2 * size_t{model_.ffn};
     void* gate_up = at(kept.gate_up);
     if (!kept.keeps_norms) norm_forward(at(kept.h2), layer.post_norm, at(kept.x2));
-    if (!kept.keeps_gate_up) gate_up_forward(index);
+    if (!kept.keeps_gate_up) gate_up_forward(index, true, !kept.keeps_act);
+    void* act = kept.keeps_act || !kept.keeps_gate_up ? nullptr : at(kept.act);
     const Rows d_down[] = {{d_out, model_.dims}};
-    linears_backward(index, kDown, d_down, at(layout_.d_act));
-    call([&](const Context& c) {
-      swiglu_pair_backward(
-          c,
-          tokens_,
-          model_.ffn,
-          model_.dtype,
-          gate_up,
-          at(layout_.d_act),
-          kept.keeps_act ? nullptr : at(kept.act));
-    });
+    const GemmSwiglu swiglu = {
+        gate_up, columns(gate_up, model_.ffn), stride, act, act ? model_.ffn : 0};
+    if (!linears_backward(index, kDown, d_down, at(layout_.d_act), &swiglu)) {
+      call([&](const Context& c) {
+        swiglu_pair_backward(
+            c, tokens_, model_.ffn, model_.dtype, gate_up, at(layout_.d_act), act);
+      });
+    }
     const Rows d_gate_up[] = {{gate_up, stride}, {columns(gate_up, model_.ffn), stride}};
     linears_backward(index, kGate, d_gate_up, at(layout_.d_x));
     norm_backward(at(kept.h2), layer.post_norm, at(layout_.d_x), d_out, d_h2);
@@ -500,9 +545,9 @@ class TrainStep::Run {
           at(layout_.d_attended),
           d_qkv,
           columns(d_qkv, q_width()),
-          columns(d_qkv, q_width() + kv_width()));
+          columns(d_qkv, q_width() + kv_width()),
+          static_cast<const float*>(at(layout_.rope)));
     });
-    rotate(d_qkv, true);
     const Rows dy[] = {
         {d_qkv, qkv_width()},
         {columns(d_qkv, q_width()), qkv_width()},

@@ -23,6 +23,8 @@ void attention_forward(
     void* out,
     float* logsumexp,
     const int32_t* kv_offset = nullptr);
+/// rope: rope_table's values for as many keys as queries, by which dq and dk are turned back (q and
+/// k have been rotated by them), or null.
 void attention_backward(
     const Context& context,
     const AttentionParams& p,
@@ -35,7 +37,8 @@ void attention_backward(
     const void* dout,
     void* dq,
     void* dk,
-    void* dv);
+    void* dv,
+    const float* rope = nullptr);
 
 /// h = x + residual; y = h / sqrt(mean(h²) + eps)·weight. residual and h may be null. y_stride:
 /// elements between rows of y (0: dims).

@@ -4,6 +4,8 @@
 // attention_forward and attention_backward against f64, in every form: tensor cores, FFMA, decode.
 #include <cuda_runtime.h>
 
+#include <cmath>
+
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/transformer_kernels.h"
 #include "tests/cuda/support.h"
@@ -83,11 +85,13 @@ struct Problem {
     return {p, decode(p.dtype, q), decode(p.dtype, k), decode(p.dtype, v), decode(p.dtype, dout)};
   }
   /// offset_on_device: kv_offset by pointer, and a wrong one in p.
-  Results run(bool backward, bool offset_on_device = false) const {
+  Results run(
+      bool backward, bool offset_on_device = false, const std::vector<float>& rope = {}) const {
     test::TestDevice device;
     const DeviceBuffer dev_q(q), dev_k(k), dev_v(v), dev_dout(dout), starts(shape.segments);
     const DeviceBuffer offset(std::vector<int32_t>{static_cast<int32_t>(p.kv_offset)});
     const DeviceBuffer out(dout.size()), lse(size_t{p.q_heads} * p.q_tokens * 4);
+    const DeviceBuffer table(rope);
     const DeviceBuffer dq(q.size()), dk(k.size()), dv(v.size());
     AttentionParams params = p;
     if (offset_on_device) params.kv_offset = 77777;
@@ -114,7 +118,8 @@ struct Problem {
           dev_dout.get(),
           dq.get(),
           dk.get(),
-          dv.get());
+          dv.get(),
+          table.get<const float>());
     }
     device.finish();
     return {
@@ -175,6 +180,37 @@ void check_case(const Shape& s, DType dtype, uint32_t seed, bool offset_on_devic
 
 using host::segment_starts;
 
+/// dq and dk turned back by `rope` against those that the host turns: each is rounded once.
+void check_turned(const Shape& s, DType dtype) {
+  const Problem r(s, dtype, 5);
+  const size_t half = s.head_dim / 2;
+  std::vector<float> rope(s.q_tokens * 2 * half);
+  for (size_t i = 0; i < rope.size(); ++i) {
+    const double angle = 0.37 * (i / (2 * half)) * std::pow(0.7, i % half);
+    rope[i] = static_cast<float>(i % (2 * half) < half ? std::cos(angle) : std::sin(angle));
+  }
+  const Results plain = r.run(true), turned = r.run(true, false, rope);
+  EXPECT_TRUE(turned == r.run(true, false, rope));
+  EXPECT_TRUE(plain.dv == turned.dv);
+  const double unit = dtype == DType::f32 ? 0x1p-22 : host::unit_roundoff(dtype);
+  const auto check = [&](const auto& from, const auto& to, size_t stride, size_t heads) {
+    const auto x = decode(dtype, from), y = decode(dtype, to);
+    for (size_t i = 0; i < x.size(); ++i) {
+      if (i % stride >= heads * s.head_dim) continue;
+      const size_t c = i % stride % s.head_dim;
+      const bool low = c < half;
+      const float* row = &rope[i / stride * 2 * half];
+      const double other = x[low ? i + half : i - half], cosine = row[c % half],
+                   sine = row[half + c % half];
+      const double want = x[i] * cosine + (low ? other : -other) * sine;
+      const double bound = 3 * unit * (std::abs(x[i]) + std::abs(other)) + 1e-6;
+      ASSERT_NEAR(y[i], want, bound) << name_of(s, dtype) << " at " << i;
+    }
+  };
+  check(plain.dq, turned.dq, r.p.q_stride, s.q_heads);
+  check(plain.dk, turned.dk, r.p.k_stride, s.kv_heads);
+}
+
 TEST(CudaAttention, MatchesF64) {
   METAL_LORA_NEEDS_GPU();
   const std::vector<Shape> shapes = {
@@ -206,6 +242,19 @@ TEST(CudaAttention, MatchesF64) {
   uint32_t seed = 1;
   for (const Shape& s : shapes) {
     for (const DType dtype : host::kDTypes) check_case(s, dtype, seed += 10);
+  }
+}
+
+TEST(CudaAttention, TurnsGradientsBackByTheRotation) {
+  METAL_LORA_NEEDS_GPU();
+  const std::vector<Shape> shapes = {
+      {130, 130, 4, 1, 64, 0, 0, segment_starts({31, 99}), 8},
+      {200, 200, 3, 1, 128, 0, 0, {}},
+      {90, 90, 3, 3, 80, 0, 0, segment_starts({45, 45})},
+      {65, 65, 2, 1, 48, 0, 0, {}, 5},
+  };
+  for (const Shape& s : shapes) {
+    for (const DType dtype : host::kDTypes) check_turned(s, dtype);
   }
 }
 

@@ -1,0 +1,309 @@
+// Copyright © 2026 The MetalLoRA authors.
+// SPDX-License-Identifier: MIT
+//
+// What gemm_sm90 does at the end of its tiles against the same product with f32 results (which
+// gemm_test.cu checks) and f64 on the host: rotated heads, SwiGLU both ways.
+#include <cmath>
+#include <random>
+
+#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/gemm.h"
+#include "tests/cuda/gemm_sm90_forms.h"
+#include "tests/cuda/support.h"
+
+namespace metal_lora::test {
+namespace {
+
+using cuda::bf16;
+using cuda::GemmEnd;
+using cuda::GemmGroup;
+using cuda::GemmPair;
+
+struct Shape {
+  uint32_t m, n, k, rank;
+  bool bias = false, shrinks = false;
+};
+
+std::vector<bf16> normal(std::mt19937& random, size_t count, float scale = 1.0f) {
+  std::normal_distribution<float> distribution(0.0f, scale);
+  std::vector<bf16> v(count);
+  for (bf16& x : v) x = bf16(distribution(random));
+  return v;
+}
+/// One rounding to bf16 of a value that f32 arithmetic leaves 2^-20 off at its terms' size.
+double bound(double value, double terms) {
+  return std::abs(value) * 0x1p-8 + terms * 0x1p-20 + 1e-6;
+}
+double sigmoid(double x) {
+  return 1.0 / (1.0 + std::exp(-x));
+}
+
+class GemmEndTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    METAL_LORA_NEEDS_GPU();
+    device_ = std::make_unique<TestDevice>();
+    if (device_->context().capability != 90) GTEST_SKIP() << "needs compute capability 9.0";
+  }
+
+  void* keep(const std::vector<bf16>& host) {
+    buffers_.push_back(std::make_unique<DeviceBuffer>(host));
+    return buffers_.back()->get();
+  }
+  void* room(size_t bytes) {
+    buffers_.push_back(std::make_unique<DeviceBuffer>(bytes));
+    return buffers_.back()->get();
+  }
+  template <typename T>
+  std::vector<T> read(const void* from, size_t count) {
+    device_->finish();
+    std::vector<T> host(count);
+    cuda::check(cudaMemcpy(host.data(), from, count * sizeof(T), cudaMemcpyDeviceToHost), "read");
+    return host;
+  }
+
+  /// Problems that share x, each {x, W} and {u, B}.
+  GemmGroup group(std::mt19937& random, const Shape& s, int problems, bool right_is_kn) {
+    GemmGroup g;
+    g.m = s.m;
+    g.dtype = g.out_dtype = DType::bf16;
+    g.right_is_kn = right_is_kn;
+    g.problems = problems;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(s.k));
+    const void* x = keep(normal(random, size_t{s.m} * s.k));
+    for (int i = 0; i < problems; ++i) {
+      auto& p = g.problem[i];
+      p.n = s.n;
+      const void* w = keep(normal(random, size_t{s.n} * s.k, scale));
+      p.pair[p.pairs++] = {x, s.k, w, right_is_kn ? s.n : s.k, s.k};
+      if (s.rank > 0) {
+        const void* u = keep(normal(random, size_t{s.m} * s.rank, 0.5f));
+        const void* b = keep(normal(random, size_t{s.n} * s.rank, 0.5f));
+        p.pair[p.pairs++] = {u, s.rank, b, right_is_kn ? s.n : s.rank, s.rank};
+      }
+      if (s.bias) {
+        std::vector<float> bias(s.n);
+        for (float& v : bias) v = std::normal_distribution<float>()(random);
+        buffers_.push_back(std::make_unique<DeviceBuffer>(bias));
+        p.bias = buffers_.back()->get<float>();
+      }
+    }
+    if (s.shrinks) {
+      auto& shrink = g.shrink[g.shrinks++];
+      shrink.left = x;
+      shrink.left_stride = shrink.k = s.k;
+      for (int i = 0; i < problems; ++i) {
+        const void* a = keep(normal(random, size_t{s.rank} * s.k, scale));
+        shrink.part[shrink.parts++] = {
+            a, s.k, s.rank, 1.0f, const_cast<void*>(g.problem[i].pair[1].left), s.rank, nullptr};
+      }
+    }
+    return g;
+  }
+
+  /// The sums of problem i, unrounded.
+  std::vector<float> sums(const GemmGroup& g, int i) {
+    GemmGroup plain;
+    plain.m = g.m;
+    plain.dtype = g.dtype;
+    plain.out_dtype = DType::f32;
+    plain.right_is_kn = g.right_is_kn;
+    plain.problems = 1;
+    plain.problem[0] = g.problem[i];
+    plain.problem[0].rope = nullptr;
+    const uint32_t n = g.problem[i].n;
+    plain.problem[0].out = room(size_t{g.m} * n * 4);
+    plain.problem[0].out_stride = n;
+    cuda::gemm_sm90(device_->context(), plain);
+    return read<float>(plain.problem[0].out, size_t{g.m} * n);
+  }
+
+  /// For each form that takes the group, twice: the same bits.
+  template <typename F>
+  void for_each_form(const GemmGroup& g, F&& check) {
+    ASSERT_TRUE(cuda::can_gemm_sm90(device_->context(), g));
+    int taken = 0;
+    for (int form = 0; form < cuda::sm90::form_count(); ++form) {
+      if (!cuda::sm90::form_fits(device_->context(), g, form)) continue;
+      SCOPED_TRACE(cuda::sm90::form_name(form));
+      ++taken;
+      check(form);
+      if (HasFatalFailure()) return;
+    }
+    ASSERT_GT(taken, 0);
+  }
+
+  void check_swiglu(const Shape& s, bool writes_both) {
+    SCOPED_TRACE(testing::Message() << s.m << " x " << s.n << " x " << s.k << " rank " << s.rank);
+    std::mt19937 random(s.m + s.n);
+    GemmGroup g = group(random, s, 2, false);
+    const size_t stride = 2 * size_t{s.n} + 16, count = s.m * stride;
+    auto* both = static_cast<bf16*>(room(count * 2));
+    auto* act = static_cast<bf16*>(room(size_t{s.m} * s.n * 2));
+    g.end = GemmEnd::swiglu;
+    g.swiglu = {nullptr, nullptr, stride, act, s.n};
+    if (writes_both) g.swiglu.gate = both, g.swiglu.up = both + s.n;
+    for_each_form(g, [&](int form) {
+      cuda::sm90::gemm_with_form(device_->context(), g, form);
+      const auto y = read<bf16>(act, size_t{s.m} * s.n);
+      const auto first = read<bf16>(both, count);
+      cuda::sm90::gemm_with_form(device_->context(), g, form);
+      const auto again = read<bf16>(act, size_t{s.m} * s.n);
+      ASSERT_EQ(std::memcmp(y.data(), again.data(), y.size() * 2), 0);
+      const auto gate = sums(g, 0), up = sums(g, 1);
+      for (uint32_t r = 0; r < s.m; ++r) {
+        for (uint32_t c = 0; c < stride; ++c) {
+          const bool there = writes_both && c < 2 * s.n;
+          const float got = float(first[r * stride + c]);
+          if (!there) {
+            ASSERT_TRUE(std::isnan(got)) << r << " " << c;
+            continue;
+          }
+          const double want = c < s.n ? gate[r * s.n + c] : up[r * s.n + c - s.n];
+          ASSERT_NEAR(got, want, bound(want, 16)) << r << " " << c;
+        }
+        for (uint32_t c = 0; c < s.n; ++c) {
+          const double g = float(bf16(gate[r * s.n + c])), u = float(bf16(up[r * s.n + c]));
+          const double want = g * sigmoid(g) * u;
+          // A sum on the edge between two bf16 may round otherwise here.
+          const double edge = (std::abs(g) + 1) * (std::abs(u) + 1) * 0x1p-6;
+          ASSERT_NEAR(float(y[r * s.n + c]), want, edge) << r << " " << c;
+          if (!writes_both) continue;
+          const double kept_g = float(first[r * stride + c]);
+          const double kept_u = float(first[r * stride + s.n + c]);
+          const double exact = kept_g * sigmoid(kept_g) * kept_u;
+          ASSERT_NEAR(float(y[r * s.n + c]), exact, bound(exact, 1)) << r << " " << c;
+        }
+      }
+    });
+  }
+
+  void check_backward(const Shape& s, bool writes_act) {
+    SCOPED_TRACE(testing::Message() << s.m << " x " << s.n << " x " << s.k << " rank " << s.rank);
+    std::mt19937 random(s.m + 3 * s.n);
+    GemmGroup g = group(random, s, 1, true);
+    const size_t stride = 2 * size_t{s.n} + 8, count = s.m * stride;
+    const auto before = normal(random, count);
+    auto* both = static_cast<bf16*>(keep(before));
+    auto* act = static_cast<bf16*>(room(size_t{s.m} * s.n * 2));
+    g.end = GemmEnd::swiglu_backward;
+    g.swiglu = {both, both + s.n, stride, writes_act ? act : nullptr, s.n};
+    const auto d_act = sums(g, 0);
+    std::vector<bf16> bits;
+    for_each_form(g, [&](int form) {
+      cuda::check(cudaMemcpy(both, before.data(), count * 2, cudaMemcpyHostToDevice), "gate, up");
+      cuda::sm90::gemm_with_form(device_->context(), g, form);
+      const auto got = read<bf16>(both, count);
+      if (bits.empty()) bits = got;
+      ASSERT_EQ(std::memcmp(bits.data(), got.data(), count * 2), 0);
+      const auto y = read<bf16>(act, size_t{s.m} * s.n);
+      for (uint32_t r = 0; r < s.m; ++r) {
+        for (uint32_t c = 2 * s.n; c < stride; ++c) {
+          ASSERT_EQ(float(got[r * stride + c]), float(before[r * stride + c]));
+        }
+        for (uint32_t c = 0; c < s.n; ++c) {
+          const double x = float(before[r * stride + c]), u = float(before[r * stride + s.n + c]);
+          const double d = d_act[r * s.n + c], e = sigmoid(x);
+          const double d_gate = d * u * e * (1 + x * (1 - e)), d_up = d * x * e;
+          // d_act is rounded on its way.
+          ASSERT_NEAR(float(got[r * stride + c]), d_gate, 2 * bound(d_gate, 16)) << r << " " << c;
+          ASSERT_NEAR(float(got[r * stride + s.n + c]), d_up, 2 * bound(d_up, 16));
+          const double want = x * e * u;
+          if (writes_act) ASSERT_NEAR(float(y[r * s.n + c]), want, bound(want, 1)) << r << " " << c;
+        }
+      }
+    });
+  }
+
+  void check_rope(const Shape& s, uint32_t head_dim) {
+    std::mt19937 random(s.m + 7 * s.n);
+    GemmGroup g = group(random, s, 3, false);  // q, k and v, which is not rotated
+    const uint32_t half = head_dim / 2;
+    std::vector<float> table(size_t{s.m} * head_dim);
+    for (uint32_t r = 0; r < s.m; ++r) {
+      for (uint32_t i = 0; i < half; ++i) {
+        const double angle = r * std::pow(1e4, -2.0 * i / head_dim);
+        table[r * head_dim + i] = static_cast<float>(std::cos(angle));
+        table[r * head_dim + half + i] = static_cast<float>(std::sin(angle));
+      }
+    }
+    const DeviceBuffer on_device(table);
+    const size_t count = size_t{s.m} * s.n;
+    for (int i = 0; i < 3; ++i) {
+      g.problem[i].out = room(count * 2);
+      g.problem[i].out_stride = s.n;
+      if (i == 2) continue;
+      g.problem[i].rope = on_device.get<float>();
+      g.problem[i].head_dim = head_dim;
+    }
+    for_each_form(g, [&](int form) {
+      cuda::sm90::gemm_with_form(device_->context(), g, form);
+      for (int i = 0; i < 3; ++i) {
+        const auto got = read<bf16>(g.problem[i].out, count);
+        const auto plain = sums(g, i);
+        for (size_t at = 0; at < count; ++at) {
+          const size_t c = at % s.n % head_dim;
+          const float* row = &table[at / s.n * head_dim];
+          const double other = plain[c < half ? at + half : at - half];
+          double want = plain[at];
+          if (i < 2) {
+            want = c < half ? want * row[c] - other * row[half + c]
+                            : want * row[c - half] + other * row[c];
+          }
+          ASSERT_NEAR(float(got[at]), want, bound(want, 16)) << i << " at " << at;
+        }
+      }
+    });
+  }
+
+  std::unique_ptr<TestDevice> device_;
+  std::vector<std::unique_ptr<DeviceBuffer>> buffers_;
+};
+
+TEST_F(GemmEndTest, MakesActOfGateAndUp) {
+  for (const Shape& s :
+       {Shape{128, 128, 64, 16}, Shape{200, 136, 72, 8, true}, Shape{1, 8, 8, 0}, Shape{77, 264, 200, 24},
+        Shape{384, 512, 256, 64, true}}) {
+    for (bool writes_both : {true, false}) {
+      check_swiglu(s, writes_both);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+TEST_F(GemmEndTest, MakesActAndTheLowRankOperandInOneLaunch) {
+  check_swiglu({300, 520, 256, 16, false, true}, true);
+}
+TEST_F(GemmEndTest, TurnsGateAndUpIntoTheirGradients) {
+  for (const Shape& s :
+       {Shape{128, 256, 64, 16}, Shape{200, 136, 72, 8}, Shape{1, 8, 8, 0}, Shape{77, 520, 200, 24},
+        Shape{1100, 4096, 64, 16}}) {
+    for (bool writes_act : {true, false}) {
+      check_backward(s, writes_act);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+TEST_F(GemmEndTest, RotatesHeads) {
+  check_rope({200, 192, 72, 8}, 64);
+  check_rope({129, 384, 136, 16, true}, 128);
+}
+TEST_F(GemmEndTest, RefusesWhatItsTilesDoNotHold) {
+  std::mt19937 random(1);
+  GemmGroup g = group(random, {16, 24, 16, 0}, 2, false);
+  void* act = room(16 * 24 * 2);
+  g.end = GemmEnd::swiglu;
+  g.swiglu = {nullptr, nullptr, 0, act, 24};
+  EXPECT_TRUE(cuda::can_gemm_sm90(device_->context(), g));
+  g.problem[1].n = 16;
+  EXPECT_FALSE(cuda::can_gemm_sm90(device_->context(), g));
+  g.problem[1].n = 24;
+  g.swiglu.act = nullptr;
+  EXPECT_FALSE(cuda::can_gemm_sm90(device_->context(), g));
+  g.end = GemmEnd::plain;
+  g.problem[0].rope = static_cast<const float*>(act);
+  g.problem[0].head_dim = 64;
+  EXPECT_FALSE(cuda::can_gemm_sm90(device_->context(), g));
+}
+
+}  // namespace
+}  // namespace metal_lora::test
