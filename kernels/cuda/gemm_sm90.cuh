@@ -227,8 +227,7 @@ __device__ __forceinline__ void consume_shrinks(
       barrier_wait(full + 8 * ring.stage, ring.parity);
       const uint32_t stage = shared + ring.stage * L::kStageBytes;
       const uint64_t left = wgmma_descriptor(stage + warpgroup * 64 * 128, 16);
-      const uint64_t right =
-          wgmma_descriptor(stage + L::kShrinkSteps * L::kLeftBytes, kBoxBytes);
+      const uint64_t right = wgmma_descriptor(stage + L::kShrinkSteps * L::kLeftBytes, kBoxBytes);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4 * L::kShrinkSteps; ++i) {

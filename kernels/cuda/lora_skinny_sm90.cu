@@ -2,10 +2,28 @@
 // SPDX-License-Identifier: MIT
 //
 // y of up to 128 tokens, adapter included, in one launch: bound by reading W from memory. The
-// matrix unit's tall side (64) takes rows of W, its wide side the tokens; a block has 64 or 128 rows
-// of W and a share of k, so that most multiprocessors read. One more warpgroup multiplies the same x
-// by A: the matrix unit waits for W anyway. Blocks of a cluster leave their sums in shared memory,
+// matrix unit's tall side (64) takes rows of W, its wide side the tokens; a block has 64 rows of W
+// and a share of k, so that all multiprocessors read. A second warpgroup multiplies the same x by
+// A: the matrix unit waits for W anyway. Blocks of a cluster leave their sums in shared memory,
 // each adds up some of the tokens of all (y and u), in the order of k, and puts u·Bᵀ on top.
+//   ladder (H100, k = n = 4096, bf16, 64 tokens, rank 16 / 64; cuBLAS's base 14.5 us, 2.3 TB/s)
+//     a shrink, then gemm_sm90's 64 tiles of 128x64, begun beside it  18.4 / 18.5 us
+//     128 rows a block, k in three, B read when it was wanted         19.4 / 23.3
+//     64 rows, k in two; B to L2 at the start, own sums not through
+//     the cluster's network                                           17.1 / 19.1
+//     dependents placed when a block has asked for its last stage,
+//     their first eight steps of W asked of L2 meanwhile              16.5 / 18.8
+//     a whole multiprocessor for a block's stages                     16.3 / 17.5
+//     (32 tokens 15.7 / 16.2; 128 tokens 19.2 / 21.7, where the product takes 19.8 / 19.6)
+//   Without the adapter 14.8 us. Memory gives W in 11.2 us; rank 64 and 128 tokens are bound by
+//   what L2 gives all blocks, 7.3 TB/s: 8 KB of W a step against 8 of x and 8 of A. Start, first
+//   stage and end are 4.5 us, of which the next kernel hides one. The next 10 % would take A off
+//   the blocks' stages without a block that makes u for all (tried: its end comes before all
+//   others' ends, 18.2 / 20.6). Tried: 128 rows with k in three, which reads x and A half as often,
+//   but leaves a quarter of the multiprocessors idle (18.8 / 20.0); k in four (clusters of four
+//   with a multiprocessor a block do not all find room); x sent to two blocks at once (nothing, or
+//   clusters of four again); asking L2 for W when the kernel ahead begins (+6 us: it is gone when
+//   it is wanted).
 #include <algorithm>
 
 #include "kernels/cuda/lora_skinny.h"
@@ -17,10 +35,13 @@ namespace metal_lora::cuda {
 namespace sm90 {
 namespace {
 
+constexpr uint32_t kRows = 64;  ///< of W, of a tile
 constexpr uint32_t kStepK = 64;
 constexpr uint32_t kMaxRank = 64;
 constexpr uint32_t kMaxStages = 12;
-constexpr uint32_t kSharedBytes = 112 * 1024;  ///< two blocks on a multiprocessor
+constexpr uint32_t kConsumers = 8;  ///< warps: W's, then A's
+constexpr uint32_t kThreads = 32 * (kConsumers + 1);
+constexpr uint32_t kSharedBytes = 224 * 1024;
 constexpr uint32_t kBarrierBytes = 1024;
 /// Steps of W that L2 is asked for before the kernels ahead are over.
 constexpr uint32_t kEarly = 8;
@@ -74,12 +95,12 @@ __device__ __forceinline__ float4 load_block(uint32_t shared, uint32_t block) {
 struct SkinnyPlace {
   uint32_t part, problem, n0;
   uint32_t first, count;  ///< steps
-  __device__ __forceinline__ SkinnyPlace(const SkinnyArgs& args, uint32_t rows) {
+  __device__ __forceinline__ explicit SkinnyPlace(const SkinnyArgs& args) {
     part = blockIdx.x % args.parts;
     uint32_t tile = blockIdx.x / args.parts;
     problem = 0;
     while (tile >= args.problem[problem].tiles) tile -= args.problem[problem++].tiles;
-    n0 = tile * rows;
+    n0 = tile * kRows;
     const uint32_t steps = (args.k + kStepK - 1) / kStepK;
     first = part * steps / args.parts;
     count = (part + 1) * steps / args.parts - first;
@@ -87,7 +108,7 @@ struct SkinnyPlace {
 };
 
 /// One thread: every stage.
-template <uint32_t kRows, uint32_t kTokens>
+template <uint32_t kTokens>
 __device__ __forceinline__ void produce(
     const SkinnyArgs& args, const SkinnyPlace& place, uint32_t barriers, uint32_t stages) {
   const SkinnyProblem& problem = args.problem[place.problem];
@@ -112,7 +133,7 @@ __device__ __forceinline__ void produce(
 }
 
 /// One warpgroup: 64 rows of W, or A's, by all tokens.
-template <typename T, uint32_t kRows, uint32_t kTokens>
+template <typename T, uint32_t kTokens>
 __device__ __forceinline__ void consume(
     const SkinnyArgs& args,
     const SkinnyPlace& place,
@@ -145,7 +166,11 @@ __device__ __forceinline__ void consume(
 /// A block's sums by the tokens: rows of `pitch` floats, 128 of y and then u.
 template <uint32_t kTokens>
 __device__ __forceinline__ void leave_sums(
-    float* sums, uint32_t pitch, uint32_t columns, uint32_t column0, const float (&d)[kTokens / 2]) {
+    float* sums,
+    uint32_t pitch,
+    uint32_t columns,
+    uint32_t column0,
+    const float (&d)[kTokens / 2]) {
   const uint32_t warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   if (column0 + warp * 16 >= columns) return;
   float* to = sums + lane % 4 * 2 * pitch + column0 + warp * 16 + lane / 4;
@@ -186,7 +211,7 @@ sum_parts(const SkinnyArgs& args, const SkinnyPlace& place, uint32_t at) {
 
 /// This block's rows of B to shared memory, zeros beyond n and the rank. Rows of rank_columns and
 /// kRankPad.
-template <typename T, uint32_t kRows, uint32_t kThreads>
+template <typename T>
 __device__ __forceinline__ void load_b(const SkinnyProblem& problem, uint32_t n0, uint32_t to) {
   const uint32_t chunks = problem.rank_columns / 8;
   for (uint32_t i = threadIdx.x; i < kRows * chunks; i += kThreads) {
@@ -228,8 +253,7 @@ __device__ __forceinline__ void finish_rows(
   const uint32_t* u = words(low, token - token0 + g);
   const uint32_t* right = words(b, column + 4 * (g / 2) + g % 2);
   for (uint32_t c = 0; c < problem.rank_columns / 2; c += 8) {
-    const uint32_t a[4] = {
-        u[c], u[c + 4 * low_pitch], u[c + 4], u[c + 4 * low_pitch + 4]};
+    const uint32_t a[4] = {u[c], u[c + 4 * low_pitch], u[c + 4], u[c + 4 * low_pitch + 4]};
     mma::multiply<T>(d[0], a, right[c], right[c + 4]);
     mma::multiply<T>(d[1], a, right[c + low_pitch], right[c + low_pitch + 4]);
   }
@@ -262,22 +286,15 @@ __device__ __forceinline__ void finish_rows(
   }
 }
 
-/// Threads of a block: a warpgroup for each 64 rows of W, one for A, the producer's warp.
-constexpr uint32_t threads_for(uint32_t rows) {
-  return 2 * rows + 128 + 32;
-}
-
-template <typename T, uint32_t kRows, uint32_t kTokens>
-__global__ void __launch_bounds__(threads_for(kRows), kRows * kTokens > 8192 ? 1 : 2)
+template <typename T, uint32_t kTokens>
+__global__ void __launch_bounds__(kThreads, 1)
     skinny_kernel(const __grid_constant__ SkinnyArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr uint32_t kThreads = threads_for(kRows), kConsumers = kThreads / 32 - 1;
-  constexpr uint32_t kAdapter = kRows / 64;  // A's warpgroup
   extern __shared__ uint8_t raw[];
   const uint32_t barriers = (shared_address(raw) + 1023) & ~1023u;
   const uint32_t stages = barriers + kBarrierBytes;
   auto* memory = raw + (stages - shared_address(raw));
-  const SkinnyPlace place(args, kRows);
+  const SkinnyPlace place(args);
   const SkinnyProblem& problem = args.problem[place.problem];
   const uint32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const uint32_t warpgroup = warp / 4;
@@ -306,19 +323,19 @@ __global__ void __launch_bounds__(threads_for(kRows), kRows * kTokens > 8192 ? 1
   const T* b = low + kTokens * (problem.rank_columns + kRankPad);
   const uint32_t b_at = shared_address(b);
   if (warp == kConsumers) {
-    if (threadIdx.x % 32 == 0) produce<kRows, kTokens>(args, place, barriers, stages);
+    if (threadIdx.x % 32 == 0) produce<kTokens>(args, place, barriers, stages);
     __syncwarp();
     dependency_wait();
     __syncthreads();
-    if (adapts) load_b<T, kRows, kThreads>(problem, place.n0, b_at);
+    if (adapts) load_b<T>(problem, place.n0, b_at);
   } else {
     dependency_wait();
     float d[kTokens / 2];
-    const bool works = warpgroup < kAdapter || adapts;
-    const uint32_t left = warpgroup < kAdapter ? warpgroup * 64 * 128 : (kRows + kTokens) * 128;
-    if (works) consume<T, kRows, kTokens>(args, place, barriers, stages, left, d);
+    const bool works = warpgroup == 0 || adapts;
+    const uint32_t left = warpgroup == 0 ? 0 : (kRows + kTokens) * 128;
+    if (works) consume<T, kTokens>(args, place, barriers, stages, left, d);
     __syncthreads();  // all stages are read
-    if (adapts) load_b<T, kRows, kThreads>(problem, place.n0, b_at);
+    if (adapts) load_b<T>(problem, place.n0, b_at);
     if (works) leave_sums<kTokens>(sums, pitch, columns, warpgroup * 64, d);
   }
   cluster_sync();
@@ -372,9 +389,9 @@ uint32_t ceil_div(uint32_t a, uint32_t b) {
 uint32_t tokens_of(uint32_t m) {
   return m <= 32 ? 32 : m <= 64 ? 64 : 128;
 }
-uint32_t tiles_of(const GemmGroup& group, uint32_t rows) {
+uint32_t tiles_of(const GemmGroup& group) {
   uint32_t tiles = 0;
-  for (int i = 0; i < group.problems; ++i) tiles += ceil_div(group.problem[i].n, rows);
+  for (int i = 0; i < group.problems; ++i) tiles += ceil_div(group.problem[i].n, kRows);
   return tiles;
 }
 
@@ -388,12 +405,11 @@ const GemmShrink::Part* part_of(const GemmGroup& group, const GemmProblem& probl
   return nullptr;
 }
 
-void fill_problem(
-    SkinnyProblem& to, const GemmGroup& group, const GemmProblem& from, const SkinnyForm& form) {
+void fill_problem(SkinnyProblem& to, const GemmGroup& group, const GemmProblem& from) {
   const GemmPair& base = from.pair[0];
   to.n = from.n;
-  to.tiles = ceil_div(from.n, form.rows);
-  to.w = make_tensor_map({base.right, group.dtype, from.n, base.k, base.right_stride, form.rows});
+  to.tiles = ceil_div(from.n, kRows);
+  to.w = make_tensor_map({base.right, group.dtype, from.n, base.k, base.right_stride, kRows});
   if (const GemmShrink::Part* part = part_of(group, from); part && part->rank > 0) {
     to.rank = part->rank;
     to.rank_columns = ceil_div(part->rank, 16) * 16;
@@ -420,27 +436,20 @@ uint32_t rank_columns_of(const GemmGroup& group) {
   return most;
 }
 
-template <typename T, uint32_t kRows, uint32_t kTokens>
-void launch(
-    const Context& context,
-    SkinnyArgs& args,
-    const SkinnyForm& form,
-    uint32_t blocks,
-    uint32_t rank_columns) {
-  const auto kernel = skinny_kernel<T, kRows, kTokens>;
+template <typename T, uint32_t kTokens>
+void launch(const Context& context, SkinnyArgs& args, uint32_t blocks, uint32_t rank_columns) {
+  const auto kernel = skinny_kernel<T, kTokens>;
   args.stage_bytes = (kRows + kTokens + rank_columns) * 128;
   // The A side reads 64 rows, whatever the rank: the last stage's lie within the block's memory.
   const uint32_t slack = rank_columns > 0 ? (kMaxRank - rank_columns) * 128 : 0;
-  const uint32_t shared = form.wide ? 2 * kSharedBytes : kSharedBytes;
-  args.stages = std::min(kMaxStages, (shared - 2 * kBarrierBytes - slack) / args.stage_bytes);
+  args.stages = std::min(kMaxStages, (kSharedBytes - 2 * kBarrierBytes - slack) / args.stage_bytes);
   check(
-      cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
       "lora_skinny");
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks;
-  config.blockDim = threads_for(kRows);
-  config.dynamicSmemBytes = shared;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = kSharedBytes;
   config.stream = context.stream;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -452,102 +461,50 @@ void launch(
   check(cudaLaunchKernelEx(&config, kernel, args), "lora_skinny");
 }
 
-template <typename T, uint32_t kRows>
+template <typename T>
 void launch_tokens(
-    const Context& context,
-    SkinnyArgs& args,
-    const SkinnyForm& form,
-    uint32_t blocks,
-    uint32_t rank_columns) {
+    const Context& context, SkinnyArgs& args, uint32_t blocks, uint32_t rank_columns) {
   switch (tokens_of(args.m)) {
     case 32:
-      return launch<T, kRows, 32>(context, args, form, blocks, rank_columns);
+      return launch<T, 32>(context, args, blocks, rank_columns);
     case 64:
-      return launch<T, kRows, 64>(context, args, form, blocks, rank_columns);
+      return launch<T, 64>(context, args, blocks, rank_columns);
     default:
-      return launch<T, kRows, 128>(context, args, form, blocks, rank_columns);
+      return launch<T, 128>(context, args, blocks, rank_columns);
   }
-}
-
-template <typename T>
-void launch_rows(
-    const Context& context,
-    SkinnyArgs& args,
-    const SkinnyForm& form,
-    uint32_t blocks,
-    uint32_t rank_columns) {
-  form.rows == 64 ? launch_tokens<T, 64>(context, args, form, blocks, rank_columns)
-                  : launch_tokens<T, 128>(context, args, form, blocks, rank_columns);
-}
-
-/// µs. A step is bound by memory (W alone), by what L2 gives all blocks or by what a multiprocessor
-/// takes; then come the sums of the other blocks of a cluster, and what start and end cost anyway.
-float cost_of(const Context& context, const GemmGroup& group, const SkinnyForm& form) {
-  constexpr float kMemory = 3.0e6f, kL2 = 7.3e6f, kBlock = 72e3f, kRemote = 25e3f;  // bytes per µs
-  const uint32_t tokens = tokens_of(group.m);
-  // Threes: five of them in the 16 multiprocessors that stand together.
-  const uint32_t slots =
-      form.parts == 3 ? context.multiprocessors * 5 / 16 : context.multiprocessors / form.parts;
-  const uint32_t tiles = tiles_of(group, form.rows), waves = ceil_div(tiles, slots);
-  const auto blocks = static_cast<float>(std::min(tiles, slots) * form.parts);
-  const auto w = static_cast<float>(form.rows * 128);
-  const float stage = w + static_cast<float>((tokens + rank_columns_of(group)) * 128);
-  const float step = std::max({w * blocks / kMemory, stage * blocks / kL2, stage / kBlock});
-  const uint32_t steps = ceil_div(ceil_div(group.problem[0].pair[0].k, kStepK), form.parts);
-  const float remote = static_cast<float>(tokens * form.rows * 4 * (form.parts - 1) / form.parts);
-  return static_cast<float>(waves) * (static_cast<float>(steps) * step + remote / kRemote + 4.5f);
 }
 
 }  // namespace
 
-bool skinny_form_fits(const GemmGroup& group, const SkinnyForm& form) {
-  const uint32_t stage = (form.rows + tokens_of(group.m) + rank_columns_of(group)) * 128;
-  return form.wide || 3 * stage <= kSharedBytes - 2 * kBarrierBytes;
+uint32_t skinny_parts(const Context& context, const GemmGroup& group) {
+  const uint32_t tiles = tiles_of(group), room = context.multiprocessors;
+  // Larger clusters with a multiprocessor a block find room for far less than all.
+  if (tiles * 8 <= room * 6 / 10) return 8;
+  if (tiles * 4 <= room * 6 / 10) return 4;
+  return tiles * 2 <= room ? 2 : 1;
 }
 
-SkinnyForm skinny_form(const Context& context, const GemmGroup& group) {
-  SkinnyForm best;
-  float best_cost = 0.0f;
-  for (uint32_t rows : {64u, 128u}) {
-    // Clusters of four with a multiprocessor a block do not all find room at once.
-    for (uint32_t parts : {1u, 2u, 3u}) {
-      SkinnyForm form = {parts, rows, false};
-      form.wide = rows * tokens_of(group.m) > 4096;
-      const float cost = cost_of(context, group, form);
-      if (best.parts != 0 && cost >= best_cost) continue;
-      best = form;
-      best_cost = cost;
-    }
-  }
-  return best;
-}
-
-void skinny_with_form(const Context& context, const GemmGroup& group, SkinnyForm form) {
+void skinny_with_parts(const Context& context, const GemmGroup& group, uint32_t parts) {
+  if (group.m == 0) return;
   SkinnyArgs args;
-  if (form.parts == 0) form = skinny_form(context, group);
   args.m = group.m;
-  args.parts = form.parts;
-  uint32_t problems = 0;
-  for (int i = 0; i < group.problems; ++i) {
-    if (group.problem[i].n == 0) continue;
-    fill_problem(args.problem[problems++], group, group.problem[i], form);
-  }
-  if (problems == 0 || group.m == 0) return;
+  args.parts = parts;
+  for (int i = 0; i < group.problems; ++i) fill_problem(args.problem[i], group, group.problem[i]);
   const GemmPair& base = group.problem[0].pair[0];
   args.k = base.k;
   args.x = make_tensor_map(
       {base.left, group.dtype, group.m, base.k, base.left_stride, tokens_of(group.m)});
-  const uint32_t blocks = tiles_of(group, form.rows) * form.parts;
-  const uint32_t rank_columns = rank_columns_of(group);
-  group.dtype == DType::bf16 ? launch_rows<bf16>(context, args, form, blocks, rank_columns)
-                             : launch_rows<f16>(context, args, form, blocks, rank_columns);
+  const uint32_t blocks = tiles_of(group) * parts, rank_columns = rank_columns_of(group);
+  group.dtype == DType::bf16 ? launch_tokens<bf16>(context, args, blocks, rank_columns)
+                             : launch_tokens<f16>(context, args, blocks, rank_columns);
 }
 
 }  // namespace sm90
 
 bool can_lora_skinny(const Context& context, const GemmGroup& group) {
   if (!can_gemm_sm90(context, group) || group.right_is_kn || group.out_dtype != group.dtype ||
-      group.m > kSkinnyMaxTokens || group.problems == 0 || group.shrinks > 1) {
+      group.end != GemmEnd::plain || group.m > kSkinnyMaxTokens || group.problems == 0 ||
+      group.shrinks > 1) {
     return false;
   }
   const GemmPair& first = group.problem[0].pair[0];
@@ -555,16 +512,20 @@ bool can_lora_skinny(const Context& context, const GemmGroup& group) {
     const GemmProblem& problem = group.problem[i];
     if (problem.pairs == 0 || problem.pairs > 2) return false;
     const GemmPair& pair = problem.pair[0];
-    if (pair.left != first.left || pair.k != first.k || pair.k == 0) return false;
+    if (pair.left != first.left || pair.k != first.k || pair.k == 0 || problem.n == 0 ||
+        problem.rope) {
+      return false;
+    }
     if (problem.pairs == 2 && !sm90::part_of(group, problem)) return false;
   }
   return true;
 }
 
 bool prefers_lora_skinny(const Context& context, const GemmGroup& group) {
-  const uint32_t tiles = sm90::tiles_of(group, 128);
-  return can_lora_skinny(context, group) && tiles > 0 &&
-         2 * tiles <= static_cast<uint32_t>(context.multiprocessors);
+  if (!can_lora_skinny(context, group)) return false;
+  if (sm90::tiles_of(group) * 2 > static_cast<uint32_t>(context.multiprocessors)) return false;
+  const uint32_t rank_columns = sm90::rank_columns_of(group);
+  return group.m <= 64 || rank_columns == 16;
 }
 
 void lora_skinny(const Context& context, const GemmGroup& group) {
@@ -572,7 +533,7 @@ void lora_skinny(const Context& context, const GemmGroup& group) {
     throw std::invalid_argument(
         "[lora_skinny] group must be one that can_lora_skinny takes, but is not");
   }
-  sm90::skinny_with_form(context, group, {});
+  sm90::skinny_with_parts(context, group, sm90::skinny_parts(context, group));
 }
 
 }  // namespace metal_lora::cuda
