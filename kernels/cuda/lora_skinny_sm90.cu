@@ -322,22 +322,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto* low = reinterpret_cast<T*>(memory + kTokens * pitch * 4);
   const T* b = low + kTokens * (problem.rank_columns + kRankPad);
   const uint32_t b_at = shared_address(b);
+  float d[kTokens / 2];
+  const bool consumes = warp != kConsumers && (warpgroup == 0 || adapts);
   if (warp == kConsumers) {
     if (threadIdx.x % 32 == 0) produce<kTokens>(args, place, barriers, stages);
     __syncwarp();
     dependency_wait();
-    __syncthreads();
-    if (adapts) load_b<T>(problem, place.n0, b_at);
   } else {
     dependency_wait();
-    float d[kTokens / 2];
-    const bool works = warpgroup == 0 || adapts;
     const uint32_t left = warpgroup == 0 ? 0 : (kRows + kTokens) * 128;
-    if (works) consume<T, kTokens>(args, place, barriers, stages, left, d);
-    __syncthreads();  // all stages are read
-    if (adapts) load_b<T>(problem, place.n0, b_at);
-    if (works) leave_sums<kTokens>(sums, pitch, columns, warpgroup * 64, d);
+    if (consumes) consume<T, kTokens>(args, place, barriers, stages, left, d);
   }
+  __syncthreads();  // all stages are read
+  if (adapts) load_b<T>(problem, place.n0, b_at);
+  if (consumes) leave_sums<kTokens>(sums, pitch, columns, warpgroup * 64, d);
   cluster_sync();
 
   // This block's tokens, in eights.
