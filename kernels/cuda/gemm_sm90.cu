@@ -27,7 +27,7 @@
 // products run at the clock that the power allows (1.1 to 1.4 GHz seen under load, 1.98 without).
 // The next 10 % at M = 512: fixed cost (1 to 2 µs a launch over cuBLASLt), and waves that fit (k in
 // more parts); narrow tiles are at the limit of shared memory (128x64: 56 KB a step of 256 cycles).
-#include "kernels/cuda/gemm_sm90_kernel.cuh"
+#include "kernels/cuda/gemm_sm90.cuh"
 
 #include <algorithm>
 #include <array>
@@ -78,10 +78,16 @@ uint32_t tiles_of(const GemmGroup& group, const Form& form) {
   return columns * ceil_div(group.m, kTileM * form.cluster_m);
 }
 
+/// The tile width of a product that ends otherwise: all of gate and up beside each other, or room
+/// for both in shared memory.
+constexpr int end_width(GemmEnd end) {
+  return end == GemmEnd::swiglu ? 2 * kGateColumns : 128;
+}
+
 /// Blocks that split k have one tile each; shrinks want rows of their own.
 bool fits(const Context& context, const GemmGroup& group, const Form& form) {
   if (group.end != GemmEnd::plain &&
-      (form.tile_n != kTurnTileN || form.cluster_n > 1 || form.cluster_k > 1)) {
+      (form.tile_n != end_width(group.end) || form.cluster_n > 1 || form.cluster_k > 1)) {
     return false;
   }
   for (int i = 0; i < group.problems; ++i) {  // whole heads a tile
@@ -106,8 +112,7 @@ uint32_t narrow_tiles(const GemmGroup& group, const Form& form) {
 }
 /// Whether the spare clusters make u within the time of a tile, when the first of them ask for it.
 bool shrinks_hide(const Context& context, const GemmGroup& group, const Form& form) {
-  const uint32_t each =
-      ceil_div(narrow_tiles(group, form), spare_clusters(context, group, form));
+  const uint32_t each = ceil_div(narrow_tiles(group, form), spare_clusters(context, group, form));
   return kNarrowStepNs * each <= form.step_ns;
 }
 
@@ -173,7 +178,7 @@ class Maps {
   std::array<TensorMapRequest, kMaxMaps> requests_;
 };
 
-/// Gate and up as one problem of tiles that hold 64 columns of each; low-rank pairs of one have
+/// Gate and up as one problem of tiles that hold 128 columns of each; low-rank pairs of one have
 /// zeros for the other.
 void fill_gate_up(Args& args, Maps& maps, const GemmGroup& group, uint32_t left_box) {
   const GemmProblem& gate = group.problem[0];
@@ -202,6 +207,9 @@ void fill_gate_up(Args& args, Maps& maps, const GemmGroup& group, uint32_t left_
   for (int p = 1; p < gate.pairs; ++p) add(gate.pair[p], &gate.pair[p], nullptr);
   for (int p = 1; p < up.pairs; ++p) add(up.pair[p], nullptr, &up.pair[p]);
   args.swiglu = group.swiglu;
+  const GemmSwiglu& s = args.swiglu;
+  if (s.gate) args.gate_map = maps.add(s.gate, group.m, gate.n, s.stride, 16);
+  args.act_map = maps.add(s.act, group.m, gate.n, s.act_stride, 16);
 }
 
 void fill_problems(
@@ -242,18 +250,17 @@ void fill_problems(
     to.residual_stride = from.residual_stride;
     to.rope = from.rope;
     to.head_dim = from.head_dim;
-    const auto ahead = [&](const void* data, size_t stride) {
-      to.ahead_map[to.aheads++] = maps.add(data, group.m, from.n, stride, kTileM);
-    };
     if (group.end == GemmEnd::swiglu_backward) {
-      args.swiglu = group.swiglu;
-      ahead(group.swiglu.gate, group.swiglu.stride);
-      ahead(group.swiglu.up, group.swiglu.stride);
+      const GemmSwiglu& s = args.swiglu = group.swiglu;
+      args.gate_map = maps.add(s.gate, group.m, from.n, s.stride, 16);
+      args.up_map = maps.add(s.up, group.m, from.n, s.stride, 16);
       continue;
     }
     if (args.out_f32) continue;
     to.out_map = maps.add(from.out, group.m, from.n, from.out_stride, 16);
-    if (from.residual) ahead(from.residual, from.residual_stride);
+    if (!from.residual) continue;
+    to.residual_map = maps.add(from.residual, group.m, from.n, from.residual_stride, kTileM);
+    to.reads_ahead = true;
   }
 }
 
@@ -318,10 +325,10 @@ void fill_shrinks(
   args.clusters = std::min(slots, args.clusters + args.shrink_clusters);
 }
 
-template <typename T, int kTileN, bool kRightIsKn, End kEnd = End::plain>
+template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd = GemmEnd::plain>
 void launch(const Context& context, const Args& args) {
   const auto kernel = gemm_kernel<T, kTileN, kRightIsKn, kEnd>;
-  constexpr int kBytes = Layout<kTileN, kEnd != End::plain>::kBytes;
+  constexpr int kBytes = Layout<kTileN, kEnd>::kBytes;
   check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
       "gemm_sm90");
@@ -346,10 +353,8 @@ void launch(const Context& context, const Args& args) {
 
 template <typename T, bool kRightIsKn>
 void launch_width(const Context& context, int tile_n, GemmEnd end, const Args& args) {
-  if (end != GemmEnd::plain) {
-    constexpr End kEnd = kRightIsKn ? End::swiglu_backward : End::swiglu;
-    return launch<T, kTurnTileN, kRightIsKn, kEnd>(context, args);
-  }
+  constexpr GemmEnd kEnd = kRightIsKn ? GemmEnd::swiglu_backward : GemmEnd::swiglu;
+  if (end == kEnd) return launch<T, end_width(kEnd), kRightIsKn, kEnd>(context, args);
   switch (tile_n) {
     case 256:
       return launch<T, 256, kRightIsKn>(context, args);

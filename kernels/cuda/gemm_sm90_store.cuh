@@ -32,8 +32,7 @@ struct alignas(2 * sizeof(T)) Two {
 };
 
 /// To the sums of one box of 64 columns: 8 blocks of 8 columns. bias: or null.
-__device__ __forceinline__ void add_bias(
-    float* d, const float* bias, uint32_t n, uint32_t column) {
+__device__ __forceinline__ void add_bias(float* d, const float* bias, uint32_t n, uint32_t column) {
   if (bias == nullptr) return;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -119,8 +118,8 @@ struct Sectors {
   T* to;
   size_t stride;
   uint32_t rows, columns;  ///< that are left
-  __device__ __forceinline__ Sectors(
-      T* base, size_t row_stride, uint32_t m, uint32_t n, uint32_t warp_row, uint32_t column)
+  __device__ __forceinline__
+  Sectors(T* base, size_t row_stride, uint32_t m, uint32_t n, uint32_t warp_row, uint32_t column)
       : stride(row_stride) {
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t row = warp_row + lane / 4, first = column + lane % 2 * 8 + lane % 4 / 2 * 4;

@@ -516,8 +516,7 @@ class TrainStep::Run {
         gate_up, columns(gate_up, model_.ffn), stride, act, act ? model_.ffn : 0};
     if (!linears_backward(index, kDown, d_down, at(layout_.d_act), &swiglu)) {
       call([&](const Context& c) {
-        swiglu_pair_backward(
-            c, tokens_, model_.ffn, model_.dtype, gate_up, at(layout_.d_act), act);
+        swiglu_pair_backward(c, tokens_, model_.ffn, model_.dtype, gate_up, at(layout_.d_act), act);
       });
     }
     const Rows d_gate_up[] = {{gate_up, stride}, {columns(gate_up, model_.ffn), stride}};

@@ -186,6 +186,14 @@ __device__ __forceinline__ void store_matrix_x4(
                : "memory");
 }
 
+/// The same, from shared memory.
+__device__ __forceinline__ void load_matrix_x4(uint32_t shared, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(shared)
+               : "memory");
+}
+
 /// 16 bytes to the same address of block `rank` of the cluster.
 __device__ __forceinline__ void store_remote(uint32_t shared, uint32_t rank, const float* v) {
   asm volatile(
