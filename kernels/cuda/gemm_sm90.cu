@@ -64,6 +64,8 @@ constexpr Form kForms[] = {
 /// A step of a narrow tile, and what a shrink of its own costs when the product begins meanwhile.
 constexpr float kNarrowStepNs = 235;
 constexpr float kShrinkNs = 3000;
+/// A column of a tile whose residual comes from memory at its end.
+constexpr float kResidualNs = 39;
 
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
@@ -82,6 +84,19 @@ uint32_t tiles_of(const GemmGroup& group, const Form& form) {
 /// for both in shared memory.
 constexpr int end_width(GemmEnd end) {
   return end == GemmEnd::swiglu ? 2 * kGateColumns : 128;
+}
+
+/// Residuals come through shared memory where there is room.
+GemmEnd end_of(const GemmGroup& group, const Form& form) {
+  if (group.end != GemmEnd::plain || form.tile_n != 128 || form.cluster_k > 1 ||
+      group.out_dtype == DType::f32) {
+    return group.end;
+  }
+  for (int i = 0; i < group.problems; ++i) {
+    const GemmProblem& problem = group.problem[i];
+    if (!problem.residual || problem.rope || problem.n % 8 != 0) return GemmEnd::plain;
+  }
+  return GemmEnd::residual;
 }
 
 /// Blocks that split k have one tile each; shrinks want rows of their own.
@@ -133,12 +148,15 @@ Choice choose_form(const Context& context, const GemmGroup& group) {
     columns += problem.n;
   }
   steps /= columns;
+  const bool residual = group.problem[0].residual != nullptr;
   Choice best;
   for (const Form& form : kForms) {
     if (!fits(context, group, form)) continue;
     if (group.shrinks > 0 && !shrinks_hide(context, group, form)) continue;
     const float waves = ceil_div(tiles_of(group, form), slots_of(context, form));
-    const float ns = waves * (steps / form.cluster_k * form.step_ns + form.tile_ns);
+    float tile_ns = form.tile_ns;
+    if (residual && end_of(group, form) == GemmEnd::plain) tile_ns += kResidualNs * form.tile_n;
+    const float ns = waves * (steps / form.cluster_k * form.step_ns + tile_ns);
     if (best.form == nullptr || ns < best.ns) best = {&form, ns};
   }
   return best;
@@ -259,8 +277,9 @@ void fill_problems(
     if (args.out_f32) continue;
     to.out_map = maps.add(from.out, group.m, from.n, from.out_stride, 16);
     if (!from.residual) continue;
-    to.residual_map = maps.add(from.residual, group.m, from.n, from.residual_stride, kTileM);
-    to.reads_ahead = true;
+    to.reads_ahead = end_of(group, form) == GemmEnd::plain;
+    const uint32_t rows = to.reads_ahead ? kTileM : 16;
+    to.residual_map = maps.add(from.residual, group.m, from.n, from.residual_stride, rows);
   }
 }
 
@@ -353,8 +372,10 @@ void launch(const Context& context, const Args& args) {
 
 template <typename T, bool kRightIsKn>
 void launch_width(const Context& context, int tile_n, GemmEnd end, const Args& args) {
-  constexpr GemmEnd kEnd = kRightIsKn ? GemmEnd::swiglu_backward : GemmEnd::swiglu;
-  if (end == kEnd) return launch<T, end_width(kEnd), kRightIsKn, kEnd>(context, args);
+  constexpr GemmEnd kSwiglu = kRightIsKn ? GemmEnd::swiglu_backward : GemmEnd::swiglu;
+  constexpr GemmEnd kResidual = GemmEnd::residual;
+  if (end == kSwiglu) return launch<T, end_width(kSwiglu), kRightIsKn, kSwiglu>(context, args);
+  if (end == kResidual) return launch<T, 128, kRightIsKn, kResidual>(context, args);
   switch (tile_n) {
     case 256:
       return launch<T, 256, kRightIsKn>(context, args);
@@ -396,12 +417,13 @@ void gemm_with_form(const Context& context, const GemmGroup& group, int form_ind
   Maps maps(args, group.dtype);
   fill_args(context, args, maps, group, form);
   fill_shrinks(context, args, maps, group, form);
+  const GemmEnd end = end_of(group, form);
   if (group.dtype == DType::bf16) {
-    group.right_is_kn ? launch_width<bf16, true>(context, form.tile_n, group.end, args)
-                      : launch_width<bf16, false>(context, form.tile_n, group.end, args);
+    group.right_is_kn ? launch_width<bf16, true>(context, form.tile_n, end, args)
+                      : launch_width<bf16, false>(context, form.tile_n, end, args);
   } else {
-    group.right_is_kn ? launch_width<f16, true>(context, form.tile_n, group.end, args)
-                      : launch_width<f16, false>(context, form.tile_n, group.end, args);
+    group.right_is_kn ? launch_width<f16, true>(context, form.tile_n, end, args)
+                      : launch_width<f16, false>(context, form.tile_n, end, args);
   }
 }
 }  // namespace sm90
@@ -429,6 +451,7 @@ bool can_shrink(const GemmGroup& group, const GemmShrink& shrink) {
 bool can_swiglu(const GemmGroup& group) {
   const GemmSwiglu& s = group.swiglu;
   const GemmProblem& first = group.problem[0];
+  if (group.end == GemmEnd::residual) return false;
   if (group.out_dtype != group.dtype || first.n % 8 != 0 || s.stride % 8 != 0 ||
       s.act_stride % 8 != 0 || !aligned(s.gate) || !aligned(s.up) || !aligned(s.act)) {
     return false;

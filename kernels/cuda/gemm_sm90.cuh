@@ -273,18 +273,26 @@ __device__ __forceinline__ void consume_shrinks(
   });
 }
 
-/// One lane: its warp's boxes of gate and up, for the tile's end.
-template <int kTileN>
+/// One lane: its warp's boxes for the tile's end, when the stores before have read them.
+template <int kTileN, GemmEnd kEnd>
 __device__ __forceinline__ void load_end_boxes(
-    const Args& args, uint32_t warp_row, uint32_t n0, uint32_t boxes, uint32_t barrier) {
+    const Args& args,
+    const ProblemArgs& problem,
+    uint32_t warp_row,
+    uint32_t n0,
+    uint32_t boxes,
+    uint32_t barrier) {
   constexpr uint32_t kBytes = kTileN / 64 * kWarpBoxBytes;
+  constexpr bool kResidual = kEnd == GemmEnd::residual;
   tensor_store_wait_read<0>();
-  barrier_expect(barrier, 2 * kBytes);
+  barrier_expect(barrier, kResidual ? kBytes : 2 * kBytes);
 #pragma unroll
   for (int b = 0; b < kTileN / 64; ++b) {
-    const uint32_t to = boxes + b * kWarpBoxBytes;
-    tensor_load(to, &args.maps[args.gate_map], barrier, n0 + 64 * b, warp_row);
-    tensor_load(to + kBytes, &args.maps[args.up_map], barrier, n0 + 64 * b, warp_row);
+    const uint32_t to = boxes + b * kWarpBoxBytes, column = n0 + 64 * b;
+    const uint32_t map = kResidual ? problem.residual_map : args.gate_map;
+    tensor_load(to, &args.maps[map], barrier, column, warp_row);
+    if (kResidual) continue;
+    tensor_load(to + kBytes, &args.maps[args.up_map], barrier, column, warp_row);
   }
 }
 
@@ -353,13 +361,15 @@ __device__ __forceinline__ void consume(
         }
       };
       uint32_t steps = last - first - (slices > 0);
-      if (L::kEndBoxes && p == problem.first_pair) {  // when the stores before it have read them
+      if (L::kEndBoxes > 0 && p == problem.first_pair) {
         const uint32_t early = min(steps, 4u);
         run_steps(early);
         steps -= early;
         if (!waited) dependency_wait();
         waited = true;
-        if (lane == 0) load_end_boxes<kTileN>(args, warp_row, n0, boxes, boxes_full);
+        if (lane == 0) {
+          load_end_boxes<kTileN, kEnd>(args, problem, warp_row, n0, boxes, boxes_full);
+        }
       }
       run_steps(steps);
       if (slices == 0) continue;
@@ -395,13 +405,17 @@ __device__ __forceinline__ void consume(
     }
     if (L::kStoreInRing) named_barrier(1 + warpgroup, 128);  // the warpgroup has read its rows
     const uint32_t in_ring = shared + reading * L::kStageBytes + warp * kWarpBoxBytes;
+    if constexpr (L::kEndBoxes > 0) {
+      barrier_wait(boxes_full, boxes_parity);
+      boxes_parity ^= 1;
+    }
     if constexpr (kEnd == GemmEnd::plain) {
       finish_tile<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
+    } else if constexpr (kEnd == GemmEnd::residual) {
+      finish_residual<T, kTileN>(d, args, problem, warp_row, n0, boxes);
     } else if constexpr (kEnd == GemmEnd::swiglu) {
       finish_swiglu<T>(d, args, problem, warp_row, n0, boxes, in_ring);
     } else {
-      barrier_wait(boxes_full, boxes_parity);
-      boxes_parity ^= 1;
       finish_swiglu_backward<T, kTileN>(d, args, problem, warp_row, n0, boxes);
     }
     if (L::kStoreInRing) release_last();
@@ -426,7 +440,9 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
       barrier_init(full + 8 * i, 1);
       barrier_init(empty + 8 * i, readers);
     }
-    for (int i = 0; i < 8 * L::kEndBoxes; ++i) barrier_init(empty + 8 * (L::kStages + i), 1);
+    for (int i = 0; L::kEndBoxes > 0 && i < 8; ++i) {
+      barrier_init(empty + 8 * (L::kStages + i), 1);
+    }
     barrier_init_fence();
   } else if (threadIdx.x >= 32 && threadIdx.x < 32 + args.map_count) {
     tensor_map_prefetch(&args.maps[threadIdx.x - 32]);

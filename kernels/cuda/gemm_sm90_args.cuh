@@ -82,22 +82,25 @@ struct Args {
 
 template <int kTileN, GemmEnd kEnd = GemmEnd::plain>
 struct Layout {
-  /// Boxes of gate and up come to shared memory and leave it as their gradients.
-  static constexpr bool kEndBoxes = kEnd == GemmEnd::swiglu_backward;
+  /// Boxes of the residual, or of gate and up, come to shared memory while the products run, and
+  /// leave it as results.
+  static constexpr int kEndBoxes = kEnd == GemmEnd::residual          ? kTileN / 64
+                                   : kEnd == GemmEnd::swiglu_backward ? kTileN / 32
+                                                                      : 0;
   static constexpr int kLeftBytes = kTileM * kStepK * 2;
   static constexpr int kRightBytes = kTileN * kStepK * 2;
   static constexpr int kStageBytes = kLeftBytes + kRightBytes;
   /// Steps of a narrow tile (128 x 64) in a stage.
   static constexpr int kShrinkSteps = kTileN == 256 ? 2 : 1;
-  static constexpr int kStages = kEndBoxes ? 5 : kTileN >= 192 ? 4 : kTileN == 128 ? 6 : 8;
+  static constexpr int kStages = kEndBoxes == 4 ? 5 : kTileN >= 192 ? 4 : kTileN == 128 ? 6 : 8;
   /// Boxes of results of each warp: a tile's, less where there is no room. Then one more lies in
   /// the tile's last stage, see store_tile.
-  static constexpr int kStoreBoxes = kEndBoxes ? kTileN / 32 : kTileN == 256 ? 2 : kTileN / 64;
+  static constexpr int kStoreBoxes = kEndBoxes > 0 ? kEndBoxes : kTileN == 256 ? 2 : kTileN / 64;
   static constexpr bool kStoreInRing = kTileN == 256;
   static constexpr int kStoreOffset = kStages * kStageBytes;
   static constexpr int kBarrierOffset = kStoreOffset + 8 * kStoreBoxes * kWarpBoxBytes;
   static constexpr int kBytes =
-      kBarrierOffset + (2 * kStages + 8 * kEndBoxes) * 8 + 1024;  ///< 1024: alignment
+      kBarrierOffset + (2 * kStages + 8 * (kEndBoxes > 0)) * 8 + 1024;  ///< 1024: alignment
 };
 
 /// The steps of a tile that this block sums: all, or its part where the cluster splits k.

@@ -141,6 +141,42 @@ __device__ __forceinline__ void finish_tile(
   }
 }
 
+/// The residual lies in this warp's boxes, where the results take its place.
+template <typename T, int kTileN>
+__device__ __forceinline__ void finish_residual(
+    float (&d)[kTileN / 2],
+    const Args& args,
+    const ProblemArgs& problem,
+    uint32_t warp_row,
+    uint32_t n0,
+    uint32_t boxes) {
+  const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+  for (int b = 0; b < kTileN / 64; ++b) {
+    add_bias(&d[32 * b], problem.bias, problem.n, n0 + 64 * b + lane % 4 * 2);
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      uint32_t residual[4];
+      load_matrix_x4(boxes + b * kWarpBoxBytes + box_place(j), residual);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 r = unpack2<T>(residual[i]);
+        d[32 * b + 4 * j + 2 * i] += r.x;
+        d[32 * b + 4 * j + 2 * i + 1] += r.y;
+      }
+    }
+    put_box<T>(&d[32 * b], boxes + b * kWarpBoxBytes);
+  }
+  async_proxy_fence();
+  __syncwarp();
+  if (lane != 0 || warp_row >= args.m) return;
+#pragma unroll
+  for (int b = 0; b < kTileN / 64; ++b) {
+    if (n0 + 64 * b >= problem.n) break;
+    tensor_store(&args.maps[problem.out_map], boxes + b * kWarpBoxBytes, n0 + 64 * b, warp_row);
+  }
+}
+
 /// 128 columns of gate and, in the upper half of the sums, of up: both to memory if wanted, and act
 /// of what was rounded.
 template <typename T>
@@ -211,8 +247,7 @@ __device__ __forceinline__ void finish_swiglu_backward(
   for (int b = 0; b < kBoxes; ++b) {
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
-      const uint32_t chunk = (j + lane / 16) ^ (lane % 8);
-      const uint32_t at = boxes + b * kWarpBoxBytes + lane % 16 * 128 + chunk * 16;
+      const uint32_t at = boxes + b * kWarpBoxBytes + box_place(j);
       uint32_t gate[4], up[4];
       load_matrix_x4(at, gate);
       load_matrix_x4(at + kBoxes * kWarpBoxBytes, up);

@@ -95,15 +95,20 @@ __device__ __forceinline__ void store_direct(
   }
 }
 
+/// Where in a warp's swizzled box of 16 rows x 64 columns this lane's row of blocks j and j + 1 of
+/// 8 columns lies.
+__device__ __forceinline__ uint32_t box_place(int j) {
+  const uint32_t lane = threadIdx.x % 32;
+  return lane % 16 * 128 + ((j + lane / 16) ^ (lane % 8)) * 16;
+}
+
 /// One warp's box of 16 rows x 64 columns of 16-bit results, swizzled, to shared memory.
 template <typename T>
 __device__ __forceinline__ void put_box(const float* d, uint32_t to) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < 8; j += 2) {
-    const int chunk = (j + lane / 16) ^ (lane % 8);
     store_matrix_x4(
-        to + lane % 16 * 128 + chunk * 16,
+        to + box_place(j),
         pack2<T>(d[4 * j], d[4 * j + 1]),
         pack2<T>(d[4 * j + 2], d[4 * j + 3]),
         pack2<T>(d[4 * j + 4], d[4 * j + 5]),
