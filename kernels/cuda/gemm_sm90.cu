@@ -65,7 +65,7 @@ constexpr Form kForms[] = {
 constexpr float kNarrowStepNs = 235;
 constexpr float kShrinkNs = 3000;
 /// A column of a tile whose residual comes from memory at its end.
-constexpr float kResidualNs = 39;
+constexpr float kResidualNs = 10;
 
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;

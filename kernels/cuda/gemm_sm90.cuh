@@ -454,8 +454,8 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const int role = warp / 4;
   if (role == 0) {
-    registers_shrink<40>();
-    if (threadIdx.x == 0) {
+    registers_shrink<56>();
+    if (warp == 0 && elect_lane()) {
       produce<kTileN, kRightIsKn, kEnd>(args, cluster, shared, full, empty);
     }
     __syncwarp();
@@ -464,7 +464,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
       cluster_sync();
     }
   } else {
-    registers_grow<232>();
+    registers_grow<224>();
     consume<T, kTileN, kRightIsKn, kEnd>(args, cluster, shared, full, empty, warp - 4);
   }
 #endif
