@@ -110,7 +110,7 @@ __device__ __forceinline__ void keys_block(
   const int per_head = block_end - first_block, steps = per_head * heads;
 
   const auto produce = [&](int step) {
-    if (threadIdx.x != 0 || step >= steps) return;
+    if (threadIdx.x >= 32 || step >= steps || !sm90::elect_lane()) return;
     const int s = step % kStages, head = kv_head * heads + step / per_head;
     const int row = (first_block + step % per_head) * kTileRows;
     if (step >= kStages) sm90::barrier_wait(b.empty + 8 * s, (step / kStages - 1) & 1);
@@ -255,7 +255,7 @@ __device__ __forceinline__ void queries_block(
   const int steps = max((last - first_tile + kTileRows) / kTileRows, 0);
 
   const auto produce = [&](int step) {
-    if (threadIdx.x != 0 || step >= steps) return;
+    if (threadIdx.x >= 32 || step >= steps || !sm90::elect_lane()) return;
     const int s = step % kStages, key = first_tile + step * kTileRows;
     if (step >= kStages) sm90::barrier_wait(b.empty + 8 * s, (step / kStages - 1) & 1);
     const uint32_t to = b.stages + s * kStageBytes, barrier = b.full + 8 * s;

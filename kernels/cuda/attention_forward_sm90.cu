@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 2 : 1)
   const int tiles = max((last - first_tile + kTileRows) / kTileRows, 0);
 
   const auto produce = [&](int t) {
-    if (threadIdx.x != 0 || t >= tiles) return;
+    if (threadIdx.x >= 32 || t >= tiles || !sm90::elect_lane()) return;
     const int s = t % kStages;
     if (t >= kStages) sm90::barrier_wait(empty + 8 * s, (t / kStages - 1) & 1);
     const uint32_t to = stages + s * S::kStageBytes, barrier = full + 8 * s;

@@ -114,6 +114,7 @@ __global__ void __launch_bounds__(kBlock) held_kernel(const Rows a) {
   namespace cg = cooperative_groups;
   extern __shared__ __align__(16) float held[];
   __shared__ Softmax own_part;
+  allow_dependents();
   wait_for_previous();
   const auto cluster = cg::this_cluster();
   const uint32_t token = blockIdx.x / kBlocks, rank = blockIdx.x % kBlocks;

@@ -41,6 +41,7 @@ struct GemmProblem {
 /// gemm_sm90 only, 16-bit: SwiGLU at the end of a product's tiles, whose own `out` is not written.
 enum class GemmEnd : uint8_t {
   plain,
+  residual,  ///< plain, every problem with a residual: gemm_sm90 itself chooses it
   /// Two problems of one n, whose sums are gate and up; their first pairs share left and k. act =
   /// silu(gate)·up of the rounded ones. right_is_kn = false.
   swiglu,

@@ -30,7 +30,7 @@
 // products run at the clock that the power allows (1.1 to 1.4 GHz seen under load, 1.98 without).
 // The next 10 % at M = 512: fixed cost (1 to 2 µs a launch over cuBLASLt), and waves that fit (k in
 // more parts); narrow tiles are at the limit of shared memory (128x64: 56 KB a step of 256 cycles).
-#include "kernels/cuda/gemm_sm90_kernel.cuh"
+#include "kernels/cuda/gemm_sm90.cuh"
 
 #include <algorithm>
 #include <array>
@@ -67,6 +67,8 @@ constexpr Form kForms[] = {
 /// A step of a narrow tile, and what a shrink of its own costs when the product begins meanwhile.
 constexpr float kNarrowStepNs = 235;
 constexpr float kShrinkNs = 3000;
+/// A column of a tile whose residual comes from memory at its end.
+constexpr float kResidualNs = 10;
 
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
@@ -81,10 +83,29 @@ uint32_t tiles_of(const GemmGroup& group, const Form& form) {
   return columns * ceil_div(group.m, kTileM * form.cluster_m);
 }
 
+/// The tile width of a product that ends otherwise: all of gate and up beside each other, or room
+/// for both in shared memory.
+constexpr int end_width(GemmEnd end) {
+  return end == GemmEnd::swiglu ? 2 * kGateColumns : 128;
+}
+
+/// Residuals come through shared memory where there is room.
+GemmEnd end_of(const GemmGroup& group, const Form& form) {
+  if (group.end != GemmEnd::plain || form.tile_n != 128 || form.cluster_k > 1 ||
+      group.out_dtype == DType::f32) {
+    return group.end;
+  }
+  for (int i = 0; i < group.problems; ++i) {
+    const GemmProblem& problem = group.problem[i];
+    if (!problem.residual || problem.rope || problem.n % 8 != 0) return GemmEnd::plain;
+  }
+  return GemmEnd::residual;
+}
+
 /// Blocks that split k have one tile each; shrinks want rows of their own.
 bool fits(const Context& context, const GemmGroup& group, const Form& form) {
   if (group.end != GemmEnd::plain &&
-      (form.tile_n != kTurnTileN || form.cluster_n > 1 || form.cluster_k > 1)) {
+      (form.tile_n != end_width(group.end) || form.cluster_n > 1 || form.cluster_k > 1)) {
     return false;
   }
   for (int i = 0; i < group.problems; ++i) {  // whole heads a tile
@@ -130,12 +151,15 @@ Choice choose_form(const Context& context, const GemmGroup& group) {
     columns += problem.n;
   }
   steps /= columns;
+  const bool residual = group.problem[0].residual != nullptr;
   Choice best;
   for (const Form& form : kForms) {
     if (!fits(context, group, form)) continue;
     if (group.shrinks > 0 && !shrinks_hide(context, group, form)) continue;
     const float waves = ceil_div(tiles_of(group, form), slots_of(context, form));
-    const float ns = waves * (steps / form.cluster_k * form.step_ns + form.tile_ns);
+    float tile_ns = form.tile_ns;
+    if (residual && end_of(group, form) == GemmEnd::plain) tile_ns += kResidualNs * form.tile_n;
+    const float ns = waves * (steps / form.cluster_k * form.step_ns + tile_ns);
     if (best.form == nullptr || ns < best.ns) best = {&form, ns};
   }
   return best;
@@ -175,7 +199,7 @@ class Maps {
   std::array<TensorMapRequest, kMaxMaps> requests_;
 };
 
-/// Gate and up as one problem of tiles that hold 64 columns of each; low-rank pairs of one have
+/// Gate and up as one problem of tiles that hold 128 columns of each; low-rank pairs of one have
 /// zeros for the other.
 void fill_gate_up(Args& args, Maps& maps, const GemmGroup& group, uint32_t left_box) {
   const GemmProblem& gate = group.problem[0];
@@ -204,6 +228,9 @@ void fill_gate_up(Args& args, Maps& maps, const GemmGroup& group, uint32_t left_
   for (int p = 1; p < gate.pairs; ++p) add(gate.pair[p], &gate.pair[p], nullptr);
   for (int p = 1; p < up.pairs; ++p) add(up.pair[p], nullptr, &up.pair[p]);
   args.swiglu = group.swiglu;
+  const GemmSwiglu& s = args.swiglu;
+  if (s.gate) args.gate_map = maps.add(s.gate, group.m, gate.n, s.stride, 16);
+  args.act_map = maps.add(s.act, group.m, gate.n, s.act_stride, 16);
 }
 
 void fill_problems(
@@ -244,18 +271,18 @@ void fill_problems(
     to.residual_stride = from.residual_stride;
     to.rope = from.rope;
     to.head_dim = from.head_dim;
-    const auto ahead = [&](const void* data, size_t stride) {
-      to.ahead_map[to.aheads++] = maps.add(data, group.m, from.n, stride, kTileM);
-    };
     if (group.end == GemmEnd::swiglu_backward) {
-      args.swiglu = group.swiglu;
-      ahead(group.swiglu.gate, group.swiglu.stride);
-      ahead(group.swiglu.up, group.swiglu.stride);
+      const GemmSwiglu& s = args.swiglu = group.swiglu;
+      args.gate_map = maps.add(s.gate, group.m, from.n, s.stride, 16);
+      args.up_map = maps.add(s.up, group.m, from.n, s.stride, 16);
       continue;
     }
     if (args.out_f32) continue;
     to.out_map = maps.add(from.out, group.m, from.n, from.out_stride, 16);
-    if (from.residual) ahead(from.residual, from.residual_stride);
+    if (!from.residual) continue;
+    to.reads_ahead = end_of(group, form) == GemmEnd::plain;
+    const uint32_t rows = to.reads_ahead ? kTileM : 16;
+    to.residual_map = maps.add(from.residual, group.m, from.n, from.residual_stride, rows);
   }
 }
 
@@ -320,10 +347,10 @@ void fill_shrinks(
   args.clusters = std::min(slots, args.clusters + args.shrink_clusters);
 }
 
-template <typename T, int kTileN, bool kRightIsKn, End kEnd = End::plain>
+template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd = GemmEnd::plain>
 void launch(const Context& context, const Args& args) {
   const auto kernel = gemm_kernel<T, kTileN, kRightIsKn, kEnd>;
-  constexpr int kBytes = Layout<kTileN, kEnd != End::plain>::kBytes;
+  constexpr int kBytes = Layout<kTileN, kEnd>::kBytes;
   check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
       "gemm_sm90");
@@ -348,10 +375,10 @@ void launch(const Context& context, const Args& args) {
 
 template <typename T, bool kRightIsKn>
 void launch_width(const Context& context, int tile_n, GemmEnd end, const Args& args) {
-  if (end != GemmEnd::plain) {
-    constexpr End kEnd = kRightIsKn ? End::swiglu_backward : End::swiglu;
-    return launch<T, kTurnTileN, kRightIsKn, kEnd>(context, args);
-  }
+  constexpr GemmEnd kSwiglu = kRightIsKn ? GemmEnd::swiglu_backward : GemmEnd::swiglu;
+  constexpr GemmEnd kResidual = GemmEnd::residual;
+  if (end == kSwiglu) return launch<T, end_width(kSwiglu), kRightIsKn, kSwiglu>(context, args);
+  if (end == kResidual) return launch<T, 128, kRightIsKn, kResidual>(context, args);
   switch (tile_n) {
     case 256:
       return launch<T, 256, kRightIsKn>(context, args);
@@ -393,12 +420,13 @@ void gemm_with_form(const Context& context, const GemmGroup& group, int form_ind
   Maps maps(args, group.dtype);
   fill_args(context, args, maps, group, form);
   fill_shrinks(context, args, maps, group, form);
+  const GemmEnd end = end_of(group, form);
   if (group.dtype == DType::bf16) {
-    group.right_is_kn ? launch_width<bf16, true>(context, form.tile_n, group.end, args)
-                      : launch_width<bf16, false>(context, form.tile_n, group.end, args);
+    group.right_is_kn ? launch_width<bf16, true>(context, form.tile_n, end, args)
+                      : launch_width<bf16, false>(context, form.tile_n, end, args);
   } else {
-    group.right_is_kn ? launch_width<f16, true>(context, form.tile_n, group.end, args)
-                      : launch_width<f16, false>(context, form.tile_n, group.end, args);
+    group.right_is_kn ? launch_width<f16, true>(context, form.tile_n, end, args)
+                      : launch_width<f16, false>(context, form.tile_n, end, args);
   }
 }
 }  // namespace sm90
@@ -426,6 +454,7 @@ bool can_shrink(const GemmGroup& group, const GemmShrink& shrink) {
 bool can_swiglu(const GemmGroup& group) {
   const GemmSwiglu& s = group.swiglu;
   const GemmProblem& first = group.problem[0];
+  if (group.end == GemmEnd::residual) return false;
   if (group.out_dtype != group.dtype || first.n % 8 != 0 || s.stride % 8 != 0 ||
       s.act_stride % 8 != 0 || !aligned(s.gate) || !aligned(s.up) || !aligned(s.act)) {
     return false;

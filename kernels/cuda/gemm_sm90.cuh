@@ -34,29 +34,45 @@ __device__ __forceinline__ void for_each_shrink(const Args& args, const Cluster&
   }
 }
 
-/// Until u of these 128 rows is there; the last tile that saw it clears the flags for the next
-/// launch.
-__device__ __forceinline__ void wait_for_shrinks(const Args& args, uint32_t block) {
-  while (flag_load_acquire(args.flags + block) < args.shrinks) __nanosleep(64);
-  async_proxy_fence_global();
-}
-__device__ __forceinline__ void count_tile(const Args& args, uint32_t block) {
-  uint32_t* seen = args.flags + args.flag_count + block;
-  if (atomicAdd(seen, 1) + 1 < args.tiles_n) return;
-  *seen = 0;
-  args.flags[block] = 0;
-}
+/// The producer's view of u: waits until that of a tile's 128 rows is there, once for each of the
+/// first 64 blocks of rows; the last tile that saw it clears the flags for the next launch. An
+/// answer is looked at a tile later, since a round trip would drain the ring.
+class SeenShrinks {
+ public:
+  __device__ __forceinline__ explicit SeenShrinks(const Args& args) : args_(args) {}
+  __device__ __forceinline__ void wait(uint32_t block) {
+    if (block < 64 && (ready_ >> block & 1) != 0) return;
+    while (flag_load_acquire(args_.flags + block) < args_.shrinks) __nanosleep(64);
+    async_proxy_fence_global();
+    if (block < 64) ready_ |= uint64_t{1} << block;
+  }
+  __device__ __forceinline__ void count_tile(uint32_t block) {
+    finish();
+    block_ = block;
+    seen_ = atomicAdd(args_.flags + args_.flag_count + block, 1) + 1;
+  }
+  __device__ __forceinline__ void finish() const {
+    if (seen_ < args_.tiles_n) return;
+    args_.flags[args_.flag_count + block_] = 0;
+    args_.flags[block_] = 0;
+  }
+
+ private:
+  const Args& args_;
+  uint64_t ready_ = 0;
+  uint32_t block_ = 0, seen_ = 0;
+};
 
 /// Columns of a tile in its problem: gate and up lie in one tile side by side.
-template <int kTileN, End kEnd>
-constexpr uint32_t kColumns = kEnd == End::swiglu ? kTileN / 2 : kTileN;
+template <int kTileN, GemmEnd kEnd>
+constexpr uint32_t kColumns = kEnd == GemmEnd::swiglu ? kTileN / 2 : kTileN;
 
 /// One thread: every stage of every tile of this block. Blocks of a cluster that share an operand
 /// load a part each and send it to all.
-template <int kTileN, bool kRightIsKn, End kEnd>
+template <int kTileN, bool kRightIsKn, GemmEnd kEnd>
 __device__ __forceinline__ void produce(
     const Args& args, const Cluster& cluster, uint32_t shared, uint32_t full, uint32_t empty) {
-  using L = Layout<kTileN, kEnd != End::plain>;
+  using L = Layout<kTileN, kEnd>;
   Ring<L::kStages> ring;
   bool waited = false;
   const uint32_t left_rows = args.tile_rows / args.cluster_n;
@@ -84,6 +100,7 @@ __device__ __forceinline__ void produce(
       ring.advance();
     }
   });
+  SeenShrinks seen(args);
   const uint32_t tiles = args.tiles_m * args.tiles_n;
   for (uint32_t index = cluster.index(); index < tiles; index += cluster.count()) {
     const Tile tile = find_tile(args, index);
@@ -91,11 +108,9 @@ __device__ __forceinline__ void produce(
     const uint32_t m0 =
         (tile.m * args.cluster_m + cluster.rank_m) * kTileM + cluster.rank_n * left_rows;
     const uint32_t n0 = (tile.n * args.cluster_n + cluster.rank_n) * kColumns<kTileN, kEnd>;
-    for (uint32_t i = 0; i < problem.aheads; ++i) {
-      const CUtensorMap* map = &args.maps[problem.ahead_map[i]];
-      for (uint32_t b = 0; b < kTileN / 64; ++b) {
-        tensor_prefetch(map, n0 + 64 * b, m0 - cluster.rank_n * left_rows);
-      }
+    for (uint32_t b = 0; problem.reads_ahead && b < kTileN / 64; ++b) {
+      const CUtensorMap* map = &args.maps[problem.residual_map];
+      tensor_prefetch(map, n0 + 64 * b, m0 - cluster.rank_n * left_rows);
     }
     Share share = cluster.share(problem.steps);
     for (uint32_t p = problem.first_pair; p < problem.end_pair; ++p) {
@@ -103,7 +118,7 @@ __device__ __forceinline__ void produce(
         dependency_wait();
         waited = true;
       }
-      if (args.shrinks > 0 && p == problem.first_pair + 1) wait_for_shrinks(args, m0 / kTileM);
+      if (args.shrinks > 0 && p == problem.first_pair + 1) seen.wait(m0 / kTileM);
       const CUtensorMap* left_map = &args.maps[args.pair[p].left_map];
       const CUtensorMap* right_map = &args.maps[args.pair[p].right_map];
       uint32_t first, last;
@@ -129,7 +144,7 @@ __device__ __forceinline__ void produce(
                 k0 + part,
                 cluster.column_mask);
           }
-        } else if constexpr (kEnd == End::swiglu) {
+        } else if constexpr (kEnd == GemmEnd::swiglu) {
           const PairArgs& pair = args.pair[p];
           for (uint32_t up = 0; up < 2; ++up) {
             if (args.cluster_m == 2 && up != cluster.rank_m) continue;
@@ -147,8 +162,9 @@ __device__ __forceinline__ void produce(
         ring.advance();
       }
     }
-    if (args.shrinks > 0) count_tile(args, m0 / kTileM);
+    if (args.shrinks > 0) seen.count_tile(m0 / kTileM);
   }
+  seen.finish();
   // The block stays until the others of its cluster have arrived at its barriers for the last time.
   if (cluster.blocks == cluster.parts_k) return;
   for (int i = 0; i < L::kStages; ++i, ring.advance()) {
@@ -206,17 +222,17 @@ __device__ __forceinline__ void store_shrink(
 }
 
 /// One warpgroup: 64 rows of this block's narrow tiles, before its others.
-template <typename T, int kTileN, bool kRightIsKn>
+template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd>
 __device__ __forceinline__ void consume_shrinks(
     const Args& args,
     const Cluster& cluster,
-    Ring<Layout<kTileN>::kStages>& ring,
+    Ring<Layout<kTileN, kEnd>::kStages>& ring,
     uint32_t shared,
     uint32_t full,
     uint32_t empty,
     uint32_t warp,
     bool releases) {
-  using L = Layout<kTileN>;
+  using L = Layout<kTileN, kEnd>;
   const uint32_t warpgroup = warp / 4, lane = threadIdx.x % 32;
   for_each_shrink(args, cluster, [&](const ShrinkArgs& shrink, uint32_t block) {
     float d[32];
@@ -257,8 +273,31 @@ __device__ __forceinline__ void consume_shrinks(
   });
 }
 
+/// One lane: its warp's boxes for the tile's end, when the stores before have read them.
+template <int kTileN, GemmEnd kEnd>
+__device__ __forceinline__ void load_end_boxes(
+    const Args& args,
+    const ProblemArgs& problem,
+    uint32_t warp_row,
+    uint32_t n0,
+    uint32_t boxes,
+    uint32_t barrier) {
+  constexpr uint32_t kBytes = kTileN / 64 * kWarpBoxBytes;
+  constexpr bool kResidual = kEnd == GemmEnd::residual;
+  tensor_store_wait_read<0>();
+  barrier_expect(barrier, kResidual ? kBytes : 2 * kBytes);
+#pragma unroll
+  for (int b = 0; b < kTileN / 64; ++b) {
+    const uint32_t to = boxes + b * kWarpBoxBytes, column = n0 + 64 * b;
+    const uint32_t map = kResidual ? problem.residual_map : args.gate_map;
+    tensor_load(to, &args.maps[map], barrier, column, warp_row);
+    if (kResidual) continue;
+    tensor_load(to + kBytes, &args.maps[args.up_map], barrier, column, warp_row);
+  }
+}
+
 /// One warpgroup: 64 rows of every tile of this block.
-template <typename T, int kTileN, bool kRightIsKn>
+template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd>
 __device__ __forceinline__ void consume(
     const Args& args,
     const Cluster& cluster,
@@ -266,17 +305,19 @@ __device__ __forceinline__ void consume(
     uint32_t full,
     uint32_t empty,
     uint32_t warp) {
-  using L = Layout<kTileN>;
+  using L = Layout<kTileN, kEnd>;
   const uint32_t warpgroup = warp / 4;
   Ring<L::kStages> ring;
   bool waited = false;
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t boxes = shared + L::kStoreOffset + warp * L::kStoreBoxes * kWarpBoxBytes;
+  const uint32_t boxes_full = empty + 8 * (L::kStages + warp);
+  uint32_t boxes_parity = 0;
   // Lane i of each warp tells block i that its part of a stage has been read.
   const bool releases =
       lane < cluster.blocks && (((cluster.row_mask | cluster.column_mask) >> lane) & 1) != 0;
   if (args.shrinks > 0) {
-    consume_shrinks<T, kTileN, kRightIsKn>(
+    consume_shrinks<T, kTileN, kRightIsKn, kEnd>(
         args, cluster, ring, shared, full, empty, warp, releases);
   }
   const uint32_t tiles = args.tiles_m * args.tiles_n;
@@ -285,7 +326,8 @@ __device__ __forceinline__ void consume(
   while (index < tiles) {
     const ProblemArgs& problem = args.problem[tile.problem];
     const uint32_t m0 = (tile.m * args.cluster_m + cluster.rank_m) * kTileM + warpgroup * 64;
-    const uint32_t n0 = (tile.n * args.cluster_n + cluster.rank_n) * kTileN;
+    const uint32_t n0 = (tile.n * args.cluster_n + cluster.rank_n) * kColumns<kTileN, kEnd>;
+    const uint32_t warp_row = m0 + warp % 4 * 16;
     float d[kTileN / 2];
     int accumulate = 0;
     uint32_t reading = 0;
@@ -303,19 +345,33 @@ __device__ __forceinline__ void consume(
       share.take((k + kStepK - 1) / kStepK, first, last);
       // A small rank, or what is left of k: no instruction on slices that are only zeros.
       const uint32_t slices = last > first && last * kStepK > k ? (k % kStepK + 15) / 16 % 4 : 0;
-      for (uint32_t step = last - first - (slices > 0); step > 0; --step) {
-        barrier_wait(full + 8 * ring.stage, ring.parity);
-        const uint32_t stage = shared + ring.stage * L::kStageBytes;
-        const uint64_t left = wgmma_descriptor(stage + warpgroup * 64 * 128, 16);
-        const uint64_t right = wgmma_descriptor(stage + L::kLeftBytes, kBoxBytes);
-        wgmma_fence();
-        multiply<T, kTileN, kRightIsKn>(d, left, right, 0, accumulate);
-        multiply<T, kTileN, kRightIsKn>(d, left, right, 1, 1);
-        multiply<T, kTileN, kRightIsKn>(d, left, right, 2, 1);
-        multiply<T, kTileN, kRightIsKn>(d, left, right, 3, 1);
-        wgmma_commit();
-        release_previous();
+      const auto run_steps = [&](uint32_t steps) {
+        for (; steps > 0; --steps) {
+          barrier_wait(full + 8 * ring.stage, ring.parity);
+          const uint32_t stage = shared + ring.stage * L::kStageBytes;
+          const uint64_t left = wgmma_descriptor(stage + warpgroup * 64 * 128, 16);
+          const uint64_t right = wgmma_descriptor(stage + L::kLeftBytes, kBoxBytes);
+          wgmma_fence();
+          multiply<T, kTileN, kRightIsKn>(d, left, right, 0, accumulate);
+          multiply<T, kTileN, kRightIsKn>(d, left, right, 1, 1);
+          multiply<T, kTileN, kRightIsKn>(d, left, right, 2, 1);
+          multiply<T, kTileN, kRightIsKn>(d, left, right, 3, 1);
+          wgmma_commit();
+          release_previous();
+        }
+      };
+      uint32_t steps = last - first - (slices > 0);
+      if (L::kEndBoxes > 0 && p == problem.first_pair) {
+        const uint32_t early = min(steps, 4u);
+        run_steps(early);
+        steps -= early;
+        if (!waited) dependency_wait();
+        waited = true;
+        if (lane == 0) {
+          load_end_boxes<kTileN, kEnd>(args, problem, warp_row, n0, boxes, boxes_full);
+        }
       }
+      run_steps(steps);
       if (slices == 0) continue;
       barrier_wait(full + 8 * ring.stage, ring.parity);
       const uint32_t stage = shared + ring.stage * L::kStageBytes;
@@ -349,10 +405,69 @@ __device__ __forceinline__ void consume(
     }
     if (L::kStoreInRing) named_barrier(1 + warpgroup, 128);  // the warpgroup has read its rows
     const uint32_t in_ring = shared + reading * L::kStageBytes + warp * kWarpBoxBytes;
-    finish_tile<T, kTileN>(d, args, problem, m0 + warp % 4 * 16, n0, boxes, in_ring);
+    if constexpr (L::kEndBoxes > 0) {
+      barrier_wait(boxes_full, boxes_parity);
+      boxes_parity ^= 1;
+    }
+    if constexpr (kEnd == GemmEnd::plain) {
+      finish_tile<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
+    } else if constexpr (kEnd == GemmEnd::residual) {
+      finish_residual<T, kTileN>(d, args, problem, warp_row, n0, boxes);
+    } else if constexpr (kEnd == GemmEnd::swiglu) {
+      finish_swiglu<T>(d, args, problem, warp_row, n0, boxes, in_ring);
+    } else {
+      finish_swiglu_backward<T, kTileN>(d, args, problem, warp_row, n0, boxes);
+    }
     if (L::kStoreInRing) release_last();
   }
   if (lane == 0) tensor_store_wait_read<0>();
+}
+
+template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd>
+__global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ Args args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using L = Layout<kTileN, kEnd>;
+  extern __shared__ uint8_t raw[];
+  const uint32_t shared = (shared_address(raw) + 1023) & ~1023u;
+  const uint32_t full = shared + L::kBarrierOffset;
+  const uint32_t empty = full + 8 * L::kStages;
+  const Cluster cluster(args);
+  if (threadIdx.x == 0) {
+    dependents_launch();
+    // A stage is free when each warp of every block that shares a part of it has said so.
+    const uint32_t readers = __popc(cluster.row_mask | cluster.column_mask) * 8;
+    for (int i = 0; i < L::kStages; ++i) {
+      barrier_init(full + 8 * i, 1);
+      barrier_init(empty + 8 * i, readers);
+    }
+    for (int i = 0; L::kEndBoxes > 0 && i < 8; ++i) {
+      barrier_init(empty + 8 * (L::kStages + i), 1);
+    }
+    barrier_init_fence();
+  } else if (threadIdx.x >= 32 && threadIdx.x < 32 + args.map_count) {
+    tensor_map_prefetch(&args.maps[threadIdx.x - 32]);
+  }
+  __syncthreads();
+  if (cluster.blocks > 1) cluster_sync_relaxed();
+  // Broadcast: the compiler must know that whole warps take a branch, or it orders wgmma one by
+  // one.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int role = warp / 4;
+  if (role == 0) {
+    registers_shrink<56>();
+    if (warp == 0 && elect_lane()) {
+      produce<kTileN, kRightIsKn, kEnd>(args, cluster, shared, full, empty);
+    }
+    __syncwarp();
+    if (cluster.parts_k > 1) {  // the consumers' add_parts
+      cluster_sync_relaxed();
+      cluster_sync();
+    }
+  } else {
+    registers_grow<224>();
+    consume<T, kTileN, kRightIsKn, kEnd>(args, cluster, shared, full, empty, warp - 4);
+  }
+#endif
 }
 
 }  // namespace metal_lora::cuda::sm90

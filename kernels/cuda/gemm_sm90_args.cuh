@@ -20,8 +20,7 @@ constexpr int kMaxShrinks = GemmGroup::kMaxShrinks;
 constexpr int kMaxParts = GemmShrink::kMaxParts;
 constexpr int kMaxMaps =
     2 * kMaxPairs + 2 * GemmGroup::kMaxProblems + kMaxShrinks * (1 + kMaxParts);
-constexpr int kTurnTileN = 128;  ///< of warpgroups that take turns, see gemm_sm90_turns.cuh
-constexpr uint32_t kGateColumns = kTurnTileN / 2;  ///< of gate, and of up, in a tile of both
+constexpr uint32_t kGateColumns = 128;  ///< of gate, and of up, in a tile of both
 constexpr uint32_t kBeyond = 1u << 30;  ///< a row of no matrix: zeros
 
 struct PairArgs {
@@ -45,8 +44,8 @@ struct ProblemArgs {
   const float* rope = nullptr;
   uint32_t head_dim = 0;
   /// What the tile's end reads, on its way to the second-level cache meanwhile.
-  uint16_t ahead_map[2] = {};
-  uint16_t aheads = 0;
+  uint16_t residual_map = 0;
+  bool reads_ahead = false;
 };
 struct ShrinkArgs {
   uint32_t k = 0;
@@ -71,6 +70,7 @@ struct Args {
   uint32_t clusters = 0;
   uint32_t map_count = 0;
   GemmSwiglu swiglu;
+  uint32_t gate_map = 0, up_map = 0, act_map = 0;
   ShrinkArgs shrink[kMaxShrinks];
   uint32_t shrinks = 0;
   uint32_t shrink_clusters = 0;  ///< the last clusters, which have fewest tiles or none, make u
@@ -80,24 +80,27 @@ struct Args {
   bool out_f32 = false;
 };
 
-/// How a tile ends. All but plain: by warpgroups that take turns.
-enum class End { plain, turns, swiglu, swiglu_backward };
-
-template <int kTileN, bool kTurns = false>
+template <int kTileN, GemmEnd kEnd = GemmEnd::plain>
 struct Layout {
+  /// Boxes of the residual, or of gate and up, come to shared memory while the products run, and
+  /// leave it as results.
+  static constexpr int kEndBoxes = kEnd == GemmEnd::residual          ? kTileN / 64
+                                   : kEnd == GemmEnd::swiglu_backward ? kTileN / 32
+                                                                      : 0;
   static constexpr int kLeftBytes = kTileM * kStepK * 2;
   static constexpr int kRightBytes = kTileN * kStepK * 2;
   static constexpr int kStageBytes = kLeftBytes + kRightBytes;
   /// Steps of a narrow tile (128 x 64) in a stage.
   static constexpr int kShrinkSteps = kTileN == 256 ? 2 : 1;
-  static constexpr int kStages = kTurns ? 7 : kTileN >= 192 ? 4 : kTileN == 128 ? 6 : 8;
+  static constexpr int kStages = kEndBoxes == 4 ? 5 : kTileN >= 192 ? 4 : kTileN == 128 ? 6 : 8;
   /// Boxes of results of each warp: a tile's, less where there is no room. Then one more lies in
   /// the tile's last stage, see store_tile.
-  static constexpr int kStoreBoxes = kTurns ? 0 : kTileN == 256 ? 2 : kTileN / 64;
+  static constexpr int kStoreBoxes = kEndBoxes > 0 ? kEndBoxes : kTileN == 256 ? 2 : kTileN / 64;
   static constexpr bool kStoreInRing = kTileN == 256;
   static constexpr int kStoreOffset = kStages * kStageBytes;
   static constexpr int kBarrierOffset = kStoreOffset + 8 * kStoreBoxes * kWarpBoxBytes;
-  static constexpr int kBytes = kBarrierOffset + 2 * kStages * 8 + 1024;  ///< 1024: alignment
+  static constexpr int kBytes =
+      kBarrierOffset + (2 * kStages + 8 * (kEndBoxes > 0)) * 8 + 1024;  ///< 1024: alignment
 };
 
 /// The steps of a tile that this block sums: all, or its part where the cluster splits k.

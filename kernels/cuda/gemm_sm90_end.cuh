@@ -141,109 +141,146 @@ __device__ __forceinline__ void finish_tile(
   }
 }
 
-/// 64 columns of gate and, in the upper half of the sums, of up: both to memory if wanted, and act
+/// The residual lies in this warp's boxes, where the results take its place.
+template <typename T, int kTileN>
+__device__ __forceinline__ void finish_residual(
+    float (&d)[kTileN / 2],
+    const Args& args,
+    const ProblemArgs& problem,
+    uint32_t warp_row,
+    uint32_t n0,
+    uint32_t boxes) {
+  const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+  for (int b = 0; b < kTileN / 64; ++b) {
+    add_bias(&d[32 * b], problem.bias, problem.n, n0 + 64 * b + lane % 4 * 2);
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      uint32_t residual[4];
+      load_matrix_x4(boxes + b * kWarpBoxBytes + box_place(j), residual);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 r = unpack2<T>(residual[i]);
+        d[32 * b + 4 * j + 2 * i] += r.x;
+        d[32 * b + 4 * j + 2 * i + 1] += r.y;
+      }
+    }
+    put_box<T>(&d[32 * b], boxes + b * kWarpBoxBytes);
+  }
+  async_proxy_fence();
+  __syncwarp();
+  if (lane != 0 || warp_row >= args.m) return;
+#pragma unroll
+  for (int b = 0; b < kTileN / 64; ++b) {
+    if (n0 + 64 * b >= problem.n) break;
+    tensor_store(&args.maps[problem.out_map], boxes + b * kWarpBoxBytes, n0 + 64 * b, warp_row);
+  }
+}
+
+/// 128 columns of gate and, in the upper half of the sums, of up: both to memory if wanted, and act
 /// of what was rounded.
 template <typename T>
-__device__ __forceinline__ void end_swiglu(
-    float (&d)[64], const Args& args, const ProblemArgs& problem, uint32_t warp_row, uint32_t n0) {
-  const uint32_t column = n0 + threadIdx.x % 4 * 2;
-  add_bias(d, problem.bias, problem.n, column);
-  add_bias(d + 32, problem.up_bias, problem.n, column);
-  const GemmSwiglu& s = args.swiglu;
-  if (s.gate != nullptr) {
-    store_sectors<T>(d, s.gate, s.stride, args.m, problem.n, warp_row, n0);
-    store_sectors<T>(d + 32, s.up, s.stride, args.m, problem.n, warp_row, n0);
-  }
+__device__ __forceinline__ void finish_swiglu(
+    float (&d)[128],
+    const Args& args,
+    const ProblemArgs& problem,
+    uint32_t warp_row,
+    uint32_t n0,
+    uint32_t boxes,
+    uint32_t in_ring) {
+  if (warp_row >= args.m) return;
+  const uint32_t lane = threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < 32; ++i) d[i] = swiglu(rounded<T>(d[i]), rounded<T>(d[i + 32]));
-  store_sectors<T>(d, s.act, s.act_stride, args.m, problem.n, warp_row, n0);
-}
-
-/// gate and up of one box.
-template <typename T>
-struct GateUp {
-  SectorBox gate, up;
-  __device__ __forceinline__ void load(
-      const Args& args, const ProblemArgs& problem, uint32_t warp_row, uint32_t column) {
-    const GemmSwiglu& s = args.swiglu;
-    gate.template load<T>(s.gate, s.stride, args.m, problem.n, warp_row, column);
-    up.template load<T>(s.up, s.stride, args.m, problem.n, warp_row, column);
+  for (int b = 0; b < 4; ++b) {
+    const float* bias = b < 2 ? problem.bias : problem.up_bias;
+    add_bias(&d[32 * b], bias, problem.n, n0 + b % 2 * 64 + lane % 4 * 2);
   }
-};
-
-/// Two neighbours' gradients from d_act, gate and up, packed.
-template <typename T>
-__device__ __forceinline__ void turn_swiglu(
-    const float* d, uint32_t& gate, uint32_t& up, uint32_t& act) {
-  const float2 g = unpack2<T>(gate), u = unpack2<T>(up);
-  const SwigluGradient low(g.x, u.x, rounded<T>(d[0])), high(g.y, u.y, rounded<T>(d[1]));
-  gate = pack2<T>(low.gate, high.gate);
-  up = pack2<T>(low.up, high.up);
-  act = pack2<T>(low.act, high.act);
-}
-
-/// d_act never goes to memory: gate and up become their gradients.
-template <typename T>
-__device__ __forceinline__ void end_swiglu_backward(
-    float (&d)[64], const Args& args, const ProblemArgs& problem, uint32_t warp_row, uint32_t n0) {
   const GemmSwiglu& s = args.swiglu;
-  GateUp<T> box[2];
-#pragma unroll
-  for (int b = 0; b < 2; ++b) box[b].load(args, problem, warp_row, n0 + 64 * b);
+  const bool writes_both = s.gate != nullptr;
+  if (lane == 0) tensor_store_wait_read<0>();  // the tile before
+  __syncwarp();
+  if (writes_both) put_box<T>(d, in_ring);
 #pragma unroll
   for (int b = 0; b < 2; ++b) {
-    const uint32_t column = n0 + 64 * b;
-    const Sectors<T> gate(static_cast<T*>(s.gate), s.stride, args.m, problem.n, warp_row, column);
-    const Sectors<T> up(static_cast<T*>(s.up), s.stride, args.m, problem.n, warp_row, column);
-    const Sectors<T> act(static_cast<T*>(s.act), s.act_stride, args.m, problem.n, warp_row, column);
+    float act[32];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      uint2 g = trade(box[b].gate.part[i]), u = trade(box[b].up.part[i]), a;
-      const float* from = &d[32 * b + sector_sum(i)];
-      turn_swiglu<T>(from, g.x, u.x, a.x);
-      turn_swiglu<T>(from + 4, g.y, u.y, a.y);
-      g = trade(g);
-      u = trade(u);
-      if (gate.there(i)) {
-        *gate.address(i) = g;
-        *up.address(i) = u;
-      }
-      if (s.act == nullptr) continue;
-      a = trade(a);
-      if (act.there(i)) *act.address(i) = a;
+    for (int i = 0; i < 32; ++i) {
+      act[i] = swiglu(rounded<T>(d[32 * b + i]), rounded<T>(d[32 * b + 64 + i]));
+    }
+    put_box<T>(act, boxes + b * kWarpBoxBytes);
+  }
+  async_proxy_fence();
+  __syncwarp();
+  const bool second = n0 + 64 < problem.n;
+  if (lane == 0) {
+    if (writes_both) tensor_store(&args.maps[args.gate_map], in_ring, n0, warp_row);
+    tensor_store(&args.maps[args.act_map], boxes, n0, warp_row);
+    if (second) tensor_store(&args.maps[args.act_map], boxes + kWarpBoxBytes, n0 + 64, warp_row);
+  }
+  if (!writes_both) return;
+  store_sectors<T>(&d[32], s.gate, s.stride, args.m, problem.n, warp_row, n0 + 64);
+  store_sectors<T>(&d[64], s.up, s.stride, args.m, problem.n, warp_row, n0);
+  store_sectors<T>(&d[96], s.up, s.stride, args.m, problem.n, warp_row, n0 + 64);
+  if (lane == 0) {  // before the stage is released
+    if (second) {
+      tensor_store_wait_read<2>();
+    } else {
+      tensor_store_wait_read<0>();
     }
   }
+  __syncwarp();
 }
 
-/// A warp's 16 rows of a tile, where warpgroups take turns.
-template <typename T, End kEnd>
-__device__ __forceinline__ void end_rows(
-    float (&d)[64], const Args& args, const ProblemArgs& problem, uint32_t warp_row, uint32_t n0) {
-  if (warp_row >= args.m) return;
-  if constexpr (kEnd == End::swiglu) {
-    end_swiglu<T>(d, args, problem, warp_row, n0);
-  } else if constexpr (kEnd == End::swiglu_backward) {
-    end_swiglu_backward<T>(d, args, problem, warp_row, n0);
-  } else {
-    add_terms<T, kTurnTileN>(d, args, problem, warp_row, n0);
-    const uint32_t row = warp_row + threadIdx.x % 32 / 4;
-    if (args.out_f32) {
-      store_tile_direct<float, kTurnTileN>(d, args, problem, row, n0);
-    } else if (problem.n % 8 != 0) {
-      store_tile_direct<T, kTurnTileN>(d, args, problem, row, n0);
-    } else {
+/// d_act never goes to memory: this warp's boxes of gate and, behind them, of up become their
+/// gradients, and d_act in the sums becomes act.
+template <typename T, int kTileN>
+__device__ __forceinline__ void finish_swiglu_backward(
+    float (&d)[kTileN / 2],
+    const Args& args,
+    const ProblemArgs& problem,
+    uint32_t warp_row,
+    uint32_t n0,
+    uint32_t boxes) {
+  constexpr int kBoxes = kTileN / 64;
+  const uint32_t lane = threadIdx.x % 32;
 #pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        store_sectors<T>(
-            &d[32 * b],
-            problem.out,
-            problem.out_stride,
-            args.m,
-            problem.n,
-            warp_row,
-            n0 + 64 * b);
+  for (int b = 0; b < kBoxes; ++b) {
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+      const uint32_t at = boxes + b * kWarpBoxBytes + box_place(j);
+      uint32_t gate[4], up[4];
+      load_matrix_x4(at, gate);
+      load_matrix_x4(at + kBoxes * kWarpBoxBytes, up);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float* of = &d[32 * b + 4 * j + 2 * i];
+        const float2 g = unpack2<T>(gate[i]), u = unpack2<T>(up[i]);
+        const SwigluGradient low(g.x, u.x, rounded<T>(of[0])), high(g.y, u.y, rounded<T>(of[1]));
+        gate[i] = pack2<T>(low.gate, high.gate);
+        up[i] = pack2<T>(low.up, high.up);
+        of[0] = low.act;
+        of[1] = high.act;
       }
+      store_matrix_x4(at, gate[0], gate[1], gate[2], gate[3]);
+      store_matrix_x4(at + kBoxes * kWarpBoxBytes, up[0], up[1], up[2], up[3]);
     }
+  }
+  async_proxy_fence();
+  __syncwarp();
+  if (lane == 0 && warp_row < args.m) {
+#pragma unroll
+    for (int b = 0; b < kBoxes; ++b) {
+      const uint32_t column = n0 + 64 * b, at = boxes + b * kWarpBoxBytes;
+      if (column >= problem.n) break;
+      tensor_store(&args.maps[args.gate_map], at, column, warp_row);
+      tensor_store(&args.maps[args.up_map], at + kBoxes * kWarpBoxBytes, column, warp_row);
+    }
+  }
+  const GemmSwiglu& s = args.swiglu;
+  if (s.act == nullptr) return;
+#pragma unroll
+  for (int b = 0; b < kBoxes; ++b) {
+    store_sectors<T>(&d[32 * b], s.act, s.act_stride, args.m, problem.n, warp_row, n0 + 64 * b);
   }
 }
 

@@ -32,8 +32,7 @@ struct alignas(2 * sizeof(T)) Two {
 };
 
 /// To the sums of one box of 64 columns: 8 blocks of 8 columns. bias: or null.
-__device__ __forceinline__ void add_bias(
-    float* d, const float* bias, uint32_t n, uint32_t column) {
+__device__ __forceinline__ void add_bias(float* d, const float* bias, uint32_t n, uint32_t column) {
   if (bias == nullptr) return;
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
@@ -96,15 +95,20 @@ __device__ __forceinline__ void store_direct(
   }
 }
 
+/// Where in a warp's swizzled box of 16 rows x 64 columns this lane's row of blocks j and j + 1 of
+/// 8 columns lies.
+__device__ __forceinline__ uint32_t box_place(int j) {
+  const uint32_t lane = threadIdx.x % 32;
+  return lane % 16 * 128 + ((j + lane / 16) ^ (lane % 8)) * 16;
+}
+
 /// One warp's box of 16 rows x 64 columns of 16-bit results, swizzled, to shared memory.
 template <typename T>
 __device__ __forceinline__ void put_box(const float* d, uint32_t to) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int j = 0; j < 8; j += 2) {
-    const int chunk = (j + lane / 16) ^ (lane % 8);
     store_matrix_x4(
-        to + lane % 16 * 128 + chunk * 16,
+        to + box_place(j),
         pack2<T>(d[4 * j], d[4 * j + 1]),
         pack2<T>(d[4 * j + 2], d[4 * j + 3]),
         pack2<T>(d[4 * j + 4], d[4 * j + 5]),
@@ -119,8 +123,8 @@ struct Sectors {
   T* to;
   size_t stride;
   uint32_t rows, columns;  ///< that are left
-  __device__ __forceinline__ Sectors(
-      T* base, size_t row_stride, uint32_t m, uint32_t n, uint32_t warp_row, uint32_t column)
+  __device__ __forceinline__
+  Sectors(T* base, size_t row_stride, uint32_t m, uint32_t n, uint32_t warp_row, uint32_t column)
       : stride(row_stride) {
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t row = warp_row + lane / 4, first = column + lane % 2 * 8 + lane % 4 / 2 * 4;

@@ -53,6 +53,25 @@ __device__ __forceinline__ T summed(T x, T residual) {
   return from_float<T>(to_float(x) + to_float(residual));
 }
 
+/// The weights of a vector of 16 bytes of T, in wide loads that do not wait for the sums.
+template <typename T, typename W>
+struct Weights {
+  static constexpr int kCount = Vec16<T>::kCount, kEach = Vec16<W>::kCount;
+  Vec16<W> part[kCount < kEach ? 1 : kCount / kEach];
+  __device__ __forceinline__ void load(const W* from) {
+    if constexpr (kCount < kEach) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) part[0].v[j] = from[j];
+    } else {
+#pragma unroll
+      for (int p = 0; p < kCount / kEach; ++p) part[p] = load16(from + p * kEach);
+    }
+  }
+  __device__ __forceinline__ float at(int j) const {
+    return to_float(part[j / kEach].v[j % kEach]);
+  }
+};
+
 /// A block a row, kChunks vectors of 16 bytes a thread.
 template <typename T, typename W, int kChunks>
 __global__ void __launch_bounds__(kBlock) forward_rows(const Forward<T, W> a) {
@@ -62,11 +81,14 @@ __global__ void __launch_bounds__(kBlock) forward_rows(const Forward<T, W> a) {
   const uint32_t row = blockIdx.x;
   const size_t at = size_t{row} * a.dims;
   Vec16<T> v[kChunks];
+  Weights<T, W> weights[kChunks];
   float sums[1] = {0.0f};
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const uint32_t i = (c * kBlock + threadIdx.x) * kV;
-    if (i < a.dims) v[c] = load16(a.x + at + i);
+    if (i >= a.dims) continue;
+    v[c] = load16(a.x + at + i);
+    weights[c].load(a.weight + i);
   }
   if (a.residual != nullptr) {
 #pragma unroll
@@ -95,7 +117,7 @@ __global__ void __launch_bounds__(kBlock) forward_rows(const Forward<T, W> a) {
     Vec16<T> out;
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
-      out.v[j] = from_float<T>(to_float(v[c].v[j]) * scale * to_float(a.weight[i + j]));
+      out.v[j] = from_float<T>(to_float(v[c].v[j]) * scale * weights[c].at(j));
     }
     store16(a.y + at + i, out);
   }
@@ -143,7 +165,8 @@ __global__ void __launch_bounds__(kBlock) backward_rows(const Backward<T, W> a) 
   constexpr int kV = Vec16<T>::kCount;
   const uint32_t row = blockIdx.x;
   const size_t at = size_t{row} * a.dims;
-  Vec16<T> h[kChunks], g[kChunks];
+  Vec16<T> h[kChunks], g[kChunks], beside[kChunks] = {};
+  Weights<T, W> weights[kChunks];
   float sums[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
@@ -151,6 +174,8 @@ __global__ void __launch_bounds__(kBlock) backward_rows(const Backward<T, W> a) 
     if (i >= a.dims) continue;
     h[c] = load16(a.h + at + i);
     g[c] = load16(a.dy + at + i);
+    if (a.dh != nullptr) beside[c] = load16(a.dh + at + i);
+    weights[c].load(a.weight + i);
   }
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
@@ -160,7 +185,7 @@ __global__ void __launch_bounds__(kBlock) backward_rows(const Backward<T, W> a) 
     for (int j = 0; j < kV; ++j) {
       const float v = to_float(h[c].v[j]);
       sums[0] += v * v;
-      sums[1] += v * to_float(g[c].v[j]) * to_float(a.weight[i + j]);
+      sums[1] += v * to_float(g[c].v[j]) * weights[c].at(j);
     }
   }
   row_sums(sums);
@@ -171,13 +196,11 @@ __global__ void __launch_bounds__(kBlock) backward_rows(const Backward<T, W> a) 
   for (int c = 0; c < kChunks; ++c) {
     const uint32_t i = (c * kBlock + threadIdx.x) * kV;
     if (i >= a.dims) continue;
-    Vec16<T> beside{}, out;
-    if (a.dh != nullptr) beside = load16(a.dh + at + i);
+    Vec16<T> out;
 #pragma unroll
     for (int j = 0; j < kV; ++j) {
-      float v =
-          scale * to_float(a.weight[i + j]) * to_float(g[c].v[j]) - to_float(h[c].v[j]) * pull;
-      if (a.dh != nullptr) v += to_float(beside.v[j]);
+      float v = scale * weights[c].at(j) * to_float(g[c].v[j]) - to_float(h[c].v[j]) * pull;
+      if (a.dh != nullptr) v += to_float(beside[c].v[j]);
       out.v[j] = from_float<T>(v);
     }
     store16(a.dx + at + i, out);
@@ -286,7 +309,7 @@ void add_rms_norm_forward(
         static_cast<const W*>(weight),
         static_cast<T*>(h),
         static_cast<T*>(y)};
-    const int chunks = chunks_of<T>(p.dims, {x, residual, h, y});
+    const int chunks = chunks_of<T>(p.dims, {x, residual, weight, h, y});
     const auto kernel = chunks == 0   ? forward_any<T, W>
                         : chunks == 1 ? forward_rows<T, W, 1>
                         : chunks == 2 ? forward_rows<T, W, 2>
@@ -336,7 +359,7 @@ void add_rms_norm_backward(
         static_cast<const T*>(dh),
         static_cast<T*>(dx),
         scale};
-    const int chunks = chunks_of<T>(p.dims, {h, dy, dh, dx});
+    const int chunks = chunks_of<T>(p.dims, {h, weight, dy, dh, dx});
     const auto kernel = chunks == 0   ? backward_any<T, W>
                         : chunks == 1 ? backward_rows<T, W, 1>
                         : chunks == 2 ? backward_rows<T, W, 2>

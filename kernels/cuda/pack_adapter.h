@@ -16,7 +16,7 @@ struct PackedAdapter {
   size_t from_a = 0, from_b = 0, to_a = 0, to_b = 0;
 };
 
-/// At most 8 adapters, those of a layer.
+/// A launch for 64 adapters that have a rank.
 void pack_adapters(
     const Context& context,
     std::span<const PackedAdapter> adapters,

@@ -68,24 +68,17 @@ TrainLayout make_train_layout(const TrainModel& m, uint32_t max_tokens, const Re
   l.packed = bump.take(packed * kTrainElement);
   l.flags = bump.take(gemm_flag_count(max_tokens) * sizeof(uint32_t));
   l.rope = bump.take(t * m.head_dim * sizeof(float));
-  // One for all layers that do not keep their own.
-  const auto shared = [&](uint32_t kept, size_t bytes) {
-    return kept < m.layers.size() ? bump.take(bytes) : 0;
-  };
   const size_t wide_bytes = t * m.ffn * kTrainElement, dims_bytes = t * m.dims * kTrainElement;
-  const size_t gate_up = shared(keep.gate_up, 2 * wide_bytes);
-  const size_t x1 = shared(keep.norms, dims_bytes), x2 = shared(keep.norms, dims_bytes);
-  const size_t act = shared(keep.act, wide_bytes);
   for (size_t i = 0; i < m.layers.size(); ++i) {
     auto& layer = l.layers.emplace_back();
     const size_t from_last = m.layers.size() - 1 - i;
     layer.keeps_gate_up = from_last < keep.gate_up;
     layer.keeps_norms = from_last < keep.norms;
     layer.keeps_act = from_last < keep.act;
-    layer.gate_up = layer.keeps_gate_up ? bump.take(2 * wide_bytes) : gate_up;
-    layer.x1 = layer.keeps_norms ? bump.take(dims_bytes) : x1;
-    layer.x2 = layer.keeps_norms ? bump.take(dims_bytes) : x2;
-    layer.act = layer.keeps_act ? bump.take(wide_bytes) : act;
+    if (layer.keeps_gate_up) layer.gate_up = bump.take(2 * wide_bytes);
+    if (layer.keeps_norms) layer.x1 = bump.take(dims_bytes);
+    if (layer.keeps_norms) layer.x2 = bump.take(dims_bytes);
+    if (layer.keeps_act) layer.act = bump.take(wide_bytes);
     layer.h = bump.take(t * m.dims * kTrainElement);
     layer.qkv = bump.take(t * qkv_width * kTrainElement);
     layer.attended = bump.take(t * q_width * kTrainElement);
@@ -108,7 +101,20 @@ TrainLayout make_train_layout(const TrainModel& m, uint32_t max_tokens, const Re
 
   Bump loss(bump.end());
   l.loss_scratch = loss.take(kTrainLossScratchBytes);
+  // One for all layers that do not keep their own; between the two passes it holds nothing.
   Bump backward(bump.end());
+  const auto shared = [&](uint32_t kept, size_t bytes) {
+    return kept < m.layers.size() ? backward.take(bytes) : 0;
+  };
+  const size_t gate_up = shared(keep.gate_up, 2 * wide_bytes);
+  const size_t x1 = shared(keep.norms, dims_bytes), x2 = shared(keep.norms, dims_bytes);
+  const size_t act = shared(keep.act, wide_bytes);
+  for (auto& layer : l.layers) {
+    if (!layer.keeps_gate_up) layer.gate_up = gate_up;
+    if (!layer.keeps_norms) layer.x1 = x1;
+    if (!layer.keeps_norms) layer.x2 = x2;
+    if (!layer.keeps_act) layer.act = act;
+  }
   l.d_act = backward.take(t * m.ffn * kTrainElement);
   l.d_attended = backward.take(t * q_width * kTrainElement);
   l.d_qkv = backward.take(t * qkv_width * kTrainElement);

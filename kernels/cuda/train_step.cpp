@@ -137,11 +137,13 @@ class TrainStep::Run {
         cudaMemsetAsync(
             at(layout_.flags), 0, gemm_flag_count(tokens_) * sizeof(uint32_t), context_.stream),
         "train_step");
-    for (size_t i = 0; i < model_.layers.size(); ++i) {
-      call([&](const Context& c) {
-        pack_adapters(c, layout_.adapters[i], parameters_, model_.dtype, at(layout_.packed));
-      });
+    std::vector<PackedAdapter> adapters;
+    for (const auto& of_layer : layout_.adapters) {
+      adapters.insert(adapters.end(), of_layer.begin(), of_layer.end());
     }
+    call([&](const Context& c) {
+      pack_adapters(c, adapters, parameters_, model_.dtype, at(layout_.packed));
+    });
     call([&](const Context& c) {
       rope_table(
           c,
@@ -217,7 +219,9 @@ class TrainStep::Run {
     const void* x = g.problem[0].pair[0].left;
     const uint32_t k = g.problem[0].pair[0].k;
     const GemmShrink inside = inside_forward(index, first, g.problems, x, k);
-    if (!shrink_inside(g, std::span(&inside, 1))) shrink_forward(index, first, g.problems, x, k);
+    if (!shrink_inside(g, std::span(&inside, 1))) {
+      g.pair0_ready = shrink_forward(index, first, g.problems, x, k);
+    }
     call([&](const Context& c) { gemm(c, g); });
   }
 
@@ -274,8 +278,8 @@ class TrainStep::Run {
     return s;
   }
 
-  /// u_i = scale_i·x·A_iᵀ of linears that share x, which is read once.
-  void shrink_forward(size_t index, TrainSlot first, size_t count, const void* x, uint32_t k) {
+  /// u_i = scale_i·x·A_iᵀ of linears that share x, which is read once. Whether there are any.
+  bool shrink_forward(size_t index, TrainSlot first, size_t count, const void* x, uint32_t k) {
     const auto linears = linears_of(model_.layers[index]);
     const auto& kept = layout_.layers[index];
     ShrinkCall s = shrink_call({const_cast<void*>(x), k}, k, false);
@@ -289,8 +293,9 @@ class TrainStep::Run {
       part.rank = adapter.padded_rank;
       part.factor = linears[first + i]->scale;
     }
-    if (s.parts == 0) return;
+    if (s.parts == 0) return false;
     call([&](const Context& c) { lora_shrink(c, s); });
+    return true;
   }
 
   ShrinkCall shrink_call(Rows x, uint32_t k, bool right_is_kn) const {
@@ -333,11 +338,14 @@ class TrainStep::Run {
     p.out = dx;
     p.out_stride = p.n;
     const auto shrink_before = [&] {
+      bool any = false;
       for (size_t i = 0; i < dy.size(); ++i) {
         const auto& adapter = adapters[first + i];
         if (adapter.rank == 0) continue;
         shrink_backward(dy[i], adapter, linears[first + i]->scale, at(layout_.v[first + i]));
+        any = true;
       }
+      return any;
     };
     if (dx == nullptr) {
       shrink_before();
@@ -364,7 +372,7 @@ class TrainStep::Run {
       g.swiglu = *swiglu;
       end_inside(g, GemmEnd::swiglu_backward);
     }
-    if (!shrink_inside(g, std::span(inside.data(), dy.size()))) shrink_before();
+    if (!shrink_inside(g, std::span(inside.data(), dy.size()))) g.pair0_ready = shrink_before();
     call([&](const Context& c) { gemm(c, g); });
     return g.end != GemmEnd::plain;
   }
@@ -516,8 +524,7 @@ class TrainStep::Run {
         gate_up, columns(gate_up, model_.ffn), stride, act, act ? model_.ffn : 0};
     if (!linears_backward(index, kDown, d_down, at(layout_.d_act), &swiglu)) {
       call([&](const Context& c) {
-        swiglu_pair_backward(
-            c, tokens_, model_.ffn, model_.dtype, gate_up, at(layout_.d_act), act);
+        swiglu_pair_backward(c, tokens_, model_.ffn, model_.dtype, gate_up, at(layout_.d_act), act);
       });
     }
     const Rows d_gate_up[] = {{gate_up, stride}, {columns(gate_up, model_.ffn), stride}};

@@ -49,6 +49,18 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t
       "r"(rank)
       : "memory");
 }
+/// True for one lane of a whole warp. Unlike a comparison of threadIdx it tells the compiler that
+/// only one lane goes on, so that what the copy engine wants in uniform registers gets there without
+/// a loop over lanes.
+__device__ __forceinline__ bool elect_lane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(elected));
+  return elected != 0;
+}
 /// Waits until the phase of this parity is over.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
@@ -186,6 +198,14 @@ __device__ __forceinline__ void store_matrix_x4(
                "r"(b),
                "r"(c),
                "r"(d)
+               : "memory");
+}
+
+/// The same, from shared memory.
+__device__ __forceinline__ void load_matrix_x4(uint32_t shared, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(shared)
                : "memory");
 }
 

@@ -262,7 +262,10 @@ class GemmEndTest : public testing::Test {
 
 TEST_F(GemmEndTest, MakesActOfGateAndUp) {
   for (const Shape& s :
-       {Shape{128, 128, 64, 16}, Shape{200, 136, 72, 8, true}, Shape{1, 8, 8, 0}, Shape{77, 264, 200, 24},
+       {Shape{128, 128, 64, 16},
+        Shape{200, 136, 72, 8, true},
+        Shape{1, 8, 8, 0},
+        Shape{77, 264, 200, 24},
         Shape{384, 512, 256, 64, true}}) {
     for (bool writes_both : {true, false}) {
       check_swiglu(s, writes_both);
@@ -275,7 +278,10 @@ TEST_F(GemmEndTest, MakesActAndTheLowRankOperandInOneLaunch) {
 }
 TEST_F(GemmEndTest, TurnsGateAndUpIntoTheirGradients) {
   for (const Shape& s :
-       {Shape{128, 256, 64, 16}, Shape{200, 136, 72, 8}, Shape{1, 8, 8, 0}, Shape{77, 520, 200, 24},
+       {Shape{128, 256, 64, 16},
+        Shape{200, 136, 72, 8},
+        Shape{1, 8, 8, 0},
+        Shape{77, 520, 200, 24},
         Shape{1100, 4096, 64, 16}}) {
     for (bool writes_act : {true, false}) {
       check_backward(s, writes_act);

@@ -69,8 +69,10 @@ TEST(CudaTrainStep, TakesWhatTheLayersAddUpTo) {
     return static_cast<double>(TrainStep(model, kTokens, kept).workspace_bytes());
   };
   const double token_layers = 16.0 * kTokens * 1024;
-  // The copy that layers without their own share is as large as the last one's own.
-  EXPECT_EQ(bytes({16, 16, 16}), bytes({15, 15, 15}));
+  // What layers without their own share lies where the loss works between the two passes.
+  const double own = kTokens * (3 * 8192 + 2 * 2048) * 2.0;
+  EXPECT_LT(bytes({15, 15, 15}), bytes({16, 16, 16}));
+  EXPECT_GT(bytes({15, 15, 15}), bytes({16, 16, 16}) - own);
   EXPECT_NEAR(bytes({8, 0, 0}) - bytes({4, 0, 0}), 4 * token_layers / 16 * 32, 1e6);
   EXPECT_GT(bytes({16, 16, 16}), 74 * token_layers);
   EXPECT_LT(bytes({16, 16, 16}), 74 * token_layers + 1.0e9);
