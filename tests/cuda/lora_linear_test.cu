@@ -6,7 +6,7 @@
 //   an operand in another type than x is rounded to it: e; so are u and v on their way into the
 //   product of a 16-bit call: e each;
 //   a sum of k terms: (k + 8)·2^-23, since a matrix unit may truncate where FFMA rounds;
-//   dA and dB of a 16-bit call split f32 operands in two bf16: 2^-16; in bf16 from 1024 tokens on
+//   dA and dB of a 16-bit call split f32 operands in two bf16: 2^-16; in bf16 from 512 tokens on
 //   they read u and v rounded to bf16: e.
 // The result is rounded once to its own type.
 #include <gtest/gtest.h>
@@ -315,7 +315,7 @@ class Linear {
 
   void check_adapter_gradients(const Branch& b) const {
     const size_t m = c_.m, n = b.spec.n, k = c_.k, r = b.spec.rank;
-    const bool narrow = c_.dtype == DType::bf16 && c_.m >= 1024;
+    const bool narrow = c_.dtype == DType::bf16 && c_.m >= 512;
     const double split = c_.dtype == DType::f32 ? 0.0 : narrow ? 1.1 * e() : 0x1p-16;
     const auto d = dropped_x(b);
     const Sums v = v_of(b);
