@@ -171,40 +171,56 @@ inline float median(std::vector<float> v) {
   return v[v.size() / 2];
 }
 
-/// Median microseconds of one call of f(i), from replays of a graph of `launches` calls.
-inline float graph_us(
-    Device& device, const std::function<void(int)>& f, int launches = 20, int replays = 9) {
+/// Median microseconds of one call of each of several f(i), from replays of a graph of `launches`
+/// calls each. The graphs are replayed in turns: clocks that fall under load fall for all of them.
+inline std::vector<float> turns_us(
+    Device& device,
+    const std::vector<std::function<void(int)>>& calls,
+    int launches = 20,
+    int replays = 9) {
   const auto stream = device.context.stream;
-  device.memory.reset();
-  f(0);
-  cuda::check(cudaStreamSynchronize(stream), "first call");
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-  for (int i = 0; i < launches; ++i) {
+  std::vector<cudaGraphExec_t> graphs(calls.size());
+  for (size_t c = 0; c < calls.size(); ++c) {
     device.memory.reset();
-    f(i);
+    calls[c](0);
+    cuda::check(cudaStreamSynchronize(stream), "first call");
+    cudaGraph_t graph;
+    cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+    for (int i = 0; i < launches; ++i) {
+      device.memory.reset();
+      calls[c](i);
+    }
+    cuda::check(cudaStreamEndCapture(stream, &graph), "capture");
+    cuda::check(cudaGraphInstantiate(&graphs[c], graph, 0), "cudaGraphInstantiate");
+    cudaGraphDestroy(graph);
   }
-  cuda::check(cudaStreamEndCapture(stream, &graph), "capture");
-  cuda::check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
   cudaEvent_t begin, end;
   cudaEventCreate(&begin);
   cudaEventCreate(&end);
-  std::vector<float> us;
+  std::vector<std::vector<float>> us(calls.size());
   for (int r = 0; r < replays + 2; ++r) {
-    cudaEventRecord(begin, stream);
-    cuda::check(cudaGraphLaunch(executable, stream), "cudaGraphLaunch");
-    cudaEventRecord(end, stream);
-    cuda::check(cudaEventSynchronize(end), "replay");
-    float ms = 0.0f;
-    cudaEventElapsedTime(&ms, begin, end);
-    if (r >= 2) us.push_back(ms * 1e3f / launches);
+    for (size_t c = 0; c < calls.size(); ++c) {
+      cudaEventRecord(begin, stream);
+      cuda::check(cudaGraphLaunch(graphs[c], stream), "cudaGraphLaunch");
+      cudaEventRecord(end, stream);
+      cuda::check(cudaEventSynchronize(end), "replay");
+      float ms = 0.0f;
+      cudaEventElapsedTime(&ms, begin, end);
+      if (r >= 2) us[c].push_back(ms * 1e3f / launches);
+    }
   }
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
-  cudaGraphExecDestroy(executable);
-  cudaGraphDestroy(graph);
-  return median(us);
+  for (auto graph : graphs) cudaGraphExecDestroy(graph);
+  std::vector<float> medians;
+  for (auto& list : us) medians.push_back(median(list));
+  return medians;
+}
+
+/// The same of one call.
+inline float graph_us(
+    Device& device, const std::function<void(int)>& f, int launches = 20, int replays = 9) {
+  return turns_us(device, {f}, launches, replays)[0];
 }
 
 }  // namespace metal_lora::bench

@@ -129,21 +129,25 @@ void bench_layers(uint32_t k, uint32_t n, uint32_t rank, const std::vector<uint3
   int at = 0;
   for (uint32_t m : tokens) {
     const Case shape{k, n, rank, m};
+    device.context.weights_ready = m <= mlc::kVectorMaxTokens;  // as in a decode step's graph
     const auto next = [&](const auto& list) -> const auto& {
       return list[++at % list.size()];
     };
-    const float cublas_us =
-        bench::graph_us(device, [&](int) { cublas.forward(m, n, k, x, next(dense).data, y); });
-    const float base_us = bench::graph_us(
-        device, [&](int) { forward_of(device.context, shape, x, branch_of(next(dense), {}, y)); });
     const auto with_lora = [&](const std::vector<mlc::WeightView>& weights) {
-      return bench::graph_us(device, [&](int) {
+      return [&](int) {
         const auto& w = next(weights);
         forward_of(device.context, shape, x, branch_of(w, lora[at % copies], y));
-      });
+      };
     };
-    const float lora_us = with_lora(dense);
-    const float int4_us = with_lora(int4), nf4_us = with_lora(nf4);
+    const auto us = bench::turns_us(
+        device,
+        {[&](int) { cublas.forward(m, n, k, x, next(dense).data, y); },
+         [&](int) { forward_of(device.context, shape, x, branch_of(next(dense), {}, y)); },
+         with_lora(dense),
+         with_lora(int4),
+         with_lora(nf4)});
+    const float cublas_us = us[0], base_us = us[1], lora_us = us[2], int4_us = us[3],
+                nf4_us = us[4];
     std::printf(
         "{\"kind\": \"layer\", \"k\": %u, \"n\": %u, \"rank\": %u, \"tokens\": %u, "
         "\"cublas_us\": %.2f, \"base_us\": %.2f, \"lora_us\": %.2f, \"lora_over_cublas\": %.3f, "
@@ -162,21 +166,24 @@ void bench_layers(uint32_t k, uint32_t n, uint32_t rank, const std::vector<uint3
         nf4_us,
         nf4_us / cublas_us);
     if (m >= 512) {
-      const float base_both = bench::graph_us(device, [&](int) {
-        const void* w = next(dense).data;
-        cublas.forward(m, n, k, x, w, y);
-        cublas.backward(m, n, k, dy, w, dx);
-      });
-      const float lora_both = bench::graph_us(device, [&](int) {
-        auto b = branch_of(next(dense), lora[at % copies], y);
-        b.u = u;
-        forward_of(device.context, shape, x, b);
-        b.dy = dy;
-        b.u_saved = u;
-        b.da = da;
-        b.db = db;
-        mlc::lora_linear_backward(device.context, m, k, DType::bf16, x, &b, 1, dx);
-      });
+      const auto both = bench::turns_us(
+          device,
+          {[&](int) {
+             const void* w = next(dense).data;
+             cublas.forward(m, n, k, x, w, y);
+             cublas.backward(m, n, k, dy, w, dx);
+           },
+           [&](int) {
+             auto b = branch_of(next(dense), lora[at % copies], y);
+             b.u = u;
+             forward_of(device.context, shape, x, b);
+             b.dy = dy;
+             b.u_saved = u;
+             b.da = da;
+             b.db = db;
+             mlc::lora_linear_backward(device.context, m, k, DType::bf16, x, &b, 1, dx);
+           }});
+      const float base_both = both[0], lora_both = both[1];
       std::printf(
           ", \"cublas_both_us\": %.2f, \"lora_both_us\": %.2f, \"both_over_cublas\": %.3f",
           base_both,
@@ -226,12 +233,14 @@ void bench_many(uint32_t m, bool rotate) {
   auto* y = device.normal<mlc::bf16>(size_t{m} * kN, 1.0f);
   int at = 0;
   const auto next = [&]() -> const mlc::WeightView& { return weights[++at % copies]; };
-  const float cublas_us =
-      bench::graph_us(device, [&](int) { cublas.forward(m, kN, kK, x, next().data, y); });
-  const float ours = bench::graph_us(device, [&](int i) {
-    mlc::lora_linear_multi_forward(
-        device.context, m, DType::bf16, x, next(), banks[i % banks.size()], device_ids, nullptr, y);
-  });
+  const auto us = bench::turns_us(
+      device,
+      {[&](int) { cublas.forward(m, kN, kK, x, next().data, y); },
+       [&](int i) {
+         mlc::lora_linear_multi_forward(
+             device.context, m, DType::bf16, x, next(), banks[i % banks.size()], device_ids, nullptr, y);
+       }});
+  const float cublas_us = us[0], ours = us[1];
   std::printf(
       "{\"kind\": \"multi\", \"tokens\": %u, \"adapters\": %u, \"rank\": %u, \"rotating\": %s, "
       "\"cublas_us\": %.2f, \"lora_us\": %.2f, \"over_cublas\": %.3f}\n",

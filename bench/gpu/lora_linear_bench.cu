@@ -5,8 +5,8 @@
 // forward + backward; then what it is made of (the portable products, in bf16 and f32). Weights
 // rotate so that L2 does not hold them. One line a case: microseconds, TFLOP/s, ratio.
 //
-//   lora_linear_bench [products|parts|forms|linears|branches|quantised|dropout]...    (default: all).
-//   Link with -lcublas.
+//   lora_linear_bench [products|parts|forms|linears|branches|quantised|dropout]...    (default:
+//   all). Link with -lcublas.
 #include <cublas_v2.h>
 
 #include <cmath>
@@ -195,7 +195,7 @@ void bench_linear(uint32_t k, uint32_t n, std::vector<uint32_t> ranks, float dro
   auto* dx = device.normal<mlc::bf16>(size_t{kMost} * k, 1.0f);
   size_t at = 0;
   const auto next = [&]() -> const mlc::WeightView& { return weights[++at % copies]; };
-  for (uint32_t m : {1u, 8u, 32u, 64u, 128u, 512u, 4096u}) {
+  for (uint32_t m : {1u, 8u, 32u, 64u, 128u, 256u, 512u, 4096u}) {
     if (dropout > 0.0f && m < 512) continue;
     const auto base = [&](bool backward) {
       const void* w = next().data;
@@ -508,18 +508,10 @@ void bench_forms(uint32_t k, uint32_t n, uint32_t rank, uint32_t m) {
     calls.push_back([&, form] { mlc::sm90::gemm_with_form(context, group_of(true), form); });
   }
   if (mlc::can_lora_skinny(context, group)) {
-    for (uint32_t parts_k : {1u, 2u, 3u, 4u, 6u, 8u}) {
-      for (uint32_t parts_n : {1u, 2u}) {
-        for (uint32_t tokens : {32u, 64u, 128u}) {
-          if (parts_k * parts_n > 8 || tokens > 2 * m || 2 * tokens < m) continue;
-          names.push_back(
-              "skinny k/" + std::to_string(parts_k) + " n*" + std::to_string(parts_n) + " of " +
-              std::to_string(tokens));
-          calls.push_back([&, parts_k, parts_n, tokens] {
-            mlc::sm90::skinny_with_form(context, group_of(true), {parts_k, parts_n, tokens});
-          });
-        }
-      }
+    for (uint32_t parts : {1u, 2u, 3u, 4u, 8u}) {
+      names.push_back("skinny, k in " + std::to_string(parts));
+      if (parts == mlc::sm90::skinny_parts(context, group)) names.back() += " (taken)";
+      calls.push_back([&, parts] { mlc::sm90::skinny_with_parts(context, group_of(true), parts); });
     }
   }
   const auto us = compare_us(device, calls);

@@ -77,6 +77,7 @@ class DecodeStep::Run {
         stage_(base_ + l_.stage, kStageScratchBytes, nullptr),
         context_(context) {
     context_.scratch = &stage_;
+    context_.weights_ready = true;  // nothing in the graph writes them
   }
 
   void all() {

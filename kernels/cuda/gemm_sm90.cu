@@ -22,7 +22,10 @@
 // A rank-16 pair costs 1 to 7 % of the base (a whole stage of loads, whatever its width). Where
 // gemm_hides_shrinks, u made in the same launch costs up to 3 % more (q, k, v of 3072 columns: 7 %
 // at rank 16, 17 % at rank 64), and a shrink ahead 3 to 18 %: 1.02 of the base instead of 1.12 at
-// M = K = N = 4096 and rank 16.
+// M = K = N = 4096 and rank 16. At M = 512, K = N = 4096, four multiprocessors without a tile make
+// u: 1.05 of the base at rank 16, 1.12 at rank 64, whose A makes them late.
+// Rows of x beyond m are not asked for: zeros cost the copy engine more than rows (M = 64,
+// N = 11008: 36.6 instead of 43.8 µs). Asking L2 for W's first steps before the wait: -3 %.
 // The main loop takes 1025 cycles a step of 128x256x64, and the matrix unit needs 1024: long
 // products run at the clock that the power allows (1.1 to 1.4 GHz seen under load, 1.98 without).
 // The next 10 % at M = 512: fixed cost (1 to 2 µs a launch over cuBLASLt), and waves that fit (k in
@@ -503,6 +506,12 @@ bool gemm_hides_shrinks(const Context& context, const GemmGroup& group) {
   GemmGroup base = group;
   base.shrinks = 0;
   const sm90::Choice inside = sm90::choose_form(context, group);
+  // A launch of its own finds room beside few tiles, and is over before a narrow tile is.
+  if (inside.form &&
+      2 * sm90::tiles_of(group, *inside.form) <= sm90::slots_of(context, *inside.form) &&
+      inside.form->step_ns < 1.5f * sm90::kNarrowStepNs) {
+    return false;
+  }
   return inside.form && inside.ns <= sm90::choose_form(context, base).ns + sm90::kShrinkNs;
 }
 

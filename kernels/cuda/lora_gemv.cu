@@ -2,15 +2,25 @@
 // SPDX-License-Identifier: MIT
 //
 // y = x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ for a few tokens, limited by reading W. This file checks and
-// sorts calls; lora_gemv_stream.cuh is the dispatch, lora_gemv_formats.cuh the formats.
-//   ladder (H100, 4096 x 4096 bf16, m 1, no adapter / rank 16; cuBLAS's base 16.3 µs):
+// sorts calls; lora_gemv_tile.cuh is what its forms share, lora_gemv_stream.cuh the one for any
+// format, lora_gemv_direct.cuh the one for 4-bit codes in groups of 64, lora_gemv_formats.cuh the
+// formats.
+//   ladder (H100, 4096 x 4096 bf16, m 1, no adapter / rank 16; cuBLAS's base 15.5 µs, reading W 10.8):
 //   5200 instructions, clusters of 8 in two rounds      18.5 / 29.5 µs
 //   each part once (1500 instructions)                  18.2 / 26.2 µs
 //   three blocks a multiprocessor, one round, the ring
 //   filled ahead of the wait                            16.6 / 19.0 µs (65% / 57% of reading)
-//   int4 24.1 / 30.7 -> 9.5 / 12.9 µs, nf4 19.2 / 25.0 -> 10.8 / 14.1 µs, int8 27.0 / 33.8 ->
-//   15.2 / 19.2 µs. Next: what is not streaming, ≈ 6 µs a launch: the exchange of u and of partial
-//   sums (1.5 µs), the load of B at the end (1 µs), first stages that only wait for memory.
+//   a block's warps share a tile's columns instead of a
+//   cluster's blocks; u through L2 behind a flag        12.4 / 15.5 µs
+//   ... each sum of u with its own word                 12.5 / 14.5 µs (86% / 74%)
+//   rank 64: 16.4 µs; 8 tokens 14.1 / 15.2; n = 11008: 32.2 / 33.5 (90% / 86%), rank 64 37.8.
+//   int4  24.1 / 30.7 -> 9.5 / 12.9 -> 8.7 / 10.8 (as above) -> 7.4 / 8.8 µs: the direct form, since
+//   a warp's 2500 instructions took 5 µs of it; nf4 10.8 / 14.1 -> 9.5 / 11.3 -> 8.4 / 9.9 µs.
+// Tried: 16 warps a block (spills, no room for the next launch's blocks: no gain), one block a
+// multiprocessor (14.4 µs for int4), u fetched by one warp (17.5 instead of 16.3 µs at 8 tokens).
+// 16 bytes of static shared memory beside the ring cost 5 µs at bf16: rows must begin at multiples
+// of 128. The next 10 % of int4: about 5 µs are x from L2, the block's barrier, the grid's end;
+// fewer registers (124) would let the next launch's blocks in earlier.
 #include <algorithm>
 #include <bit>
 #include <stdexcept>
@@ -69,6 +79,18 @@ uint32_t unit_chunks(const WeightParams& w) {
   return w.k % (groups * w.group_size) == 0 ? groups * w.group_size / gemv::kChunk : 0;
 }
 
+uint32_t weight_bits(WeightFormat format) {
+  if (format == WeightFormat::int8) return 8;
+  return format == WeightFormat::int4 || format == WeightFormat::nf4 ? 4 : 16;
+}
+
+/// Sums of u that go from block to block, and how many there is room for among the counters: the
+/// upper quarter is lora_multi's.
+size_t u_words(const Call& call) {
+  return size_t{call.u_parts} * call.m * call.rank_tiles * gemv::kTileRows;
+}
+constexpr size_t kWords = (METAL_LORA_CUDA_COUNTERS / 4 * 3 - 2) / 2;
+
 /// Whether the streaming form can work out this branch's u itself.
 bool can_fuse_shrink(DType dtype, const LoraBranch& b) {
   const LoraParams& lora = b.lora.params;
@@ -76,6 +98,7 @@ bool can_fuse_shrink(DType dtype, const LoraBranch& b) {
 }
 
 Call make_call(
+    const Context& context,
     uint32_t m,
     uint32_t k,
     DType dtype,
@@ -122,12 +145,18 @@ Call make_call(
     if (!can_fuse_shrink(dtype, from)) call.u_given = true;
     if (lora.dtype != dtype || !aligned(b.b, 16) || b.rank % 8 != 0) call.wide_b = false;
   }
-  call.passes = (call.tiles + 7) / 8;
-  if (call.rank_tiles > 0 && !call.u_given) {
-    call.rank_splits = std::max(1u, std::bit_floor(8 / call.rank_tiles));
-    call.rank_splits_log2 = static_cast<uint32_t>(std::countr_zero(call.rank_splits));
-    call.rank_items = call.rank_tiles * call.rank_splits;
+  // A part is over before the tiles of W are: half as many bytes, or a quarter of k's chunks. More
+  // than there are places for at once would cost a round.
+  const uint32_t most = std::min(gemv::kMaxParts, 32 / weight_bits(first.format));
+  const auto places = 2 * static_cast<uint32_t>(context.multiprocessors);
+  const uint32_t spare = call.tiles < places ? places - call.tiles : places;
+  while (2 * call.u_parts <= most && 2 * call.u_parts * 16 <= call.chunks &&
+         2 * call.u_parts * call.rank_tiles <= spare && 2 * u_words(call) <= kWords) {
+    call.u_parts *= 2;
   }
+  if (u_words(call) > kWords) call.u_given = true;
+  if (!call.u_given) call.u_tiles = call.rank_tiles * call.u_parts;
+  call.all_tiles = call.u_tiles + call.tiles;
   return call;
 }
 
@@ -185,10 +214,19 @@ bool stream(
     bool only_ask) {
   LoraBranch with_u[gemv::kMaxBranches];
   std::copy(branches, branches + count, with_u);
-  Call call = make_call(m, k, dtype, x, with_u, count, y_dtype);
+  Call call = make_call(context, m, k, dtype, x, with_u, count, y_dtype);
   call.only_ask = only_ask;
   if (call.u_given && m > kVectorMaxTokens) return false;
   if (call.tiles == 0) return call.rank_tiles == 0;
+  if (call.u_tiles > 0 && !only_ask) {
+    call.left = context.counters;
+    const size_t bytes = (2 + 2 * u_words(call)) * sizeof(uint32_t);
+    if (call.left == nullptr) {
+      call.left = static_cast<uint32_t*>(context.scratch->take(bytes));
+      check(cudaMemsetAsync(call.left, 0, bytes, context.stream), "lora_gemv's counters");
+    }
+    call.u = reinterpret_cast<uint64_t*>(call.left + 2);
+  }
   if (call.u_given && !only_ask) {
     for (size_t i = 0; i < count; ++i) {
       const uint32_t rank = with_u[i].lora.params.rank;

@@ -10,6 +10,7 @@ namespace metal_lora::cuda::gemv {
 
 inline constexpr uint32_t kMaxBranches = 4;
 inline constexpr uint32_t kChunk = 32;     ///< columns that one step of the tensor cores takes
+inline constexpr uint32_t kMaxParts = 8;   ///< of a tile of A
 inline constexpr uint32_t kTileRows = 16;  ///< rows of W (or of A) that a warp works on
 
 /// A branch as the kernels read it.
@@ -35,14 +36,13 @@ struct Call {
   uint32_t m = 0, k = 0;
   uint32_t branches = 0;
   uint32_t tiles = 0, rank_tiles = 0;
-  uint32_t chunks = 0;            ///< k / 32
-  uint32_t unit = 1, units = 0;   ///< chunks that stay in one block, and how many such
-  uint32_t rank_items = 0;        ///< rank_tiles << rank_splits_log2; 0 where u is given
-  uint32_t rank_splits_log2 = 0;  ///< warps that share a tile of ranks, each a part of the columns
-  uint32_t rank_splits = 0;       ///< as a number; 0 where u is given
-  uint32_t passes = 0;
-  uint32_t slice_chunks = 0;  ///< the most that a block gets
-  uint32_t blocks_log2 = 0;   ///< of a cluster
+  uint32_t u_parts = 1;                 ///< blocks that share a tile of A, each some columns
+  uint32_t u_tiles = 0, all_tiles = 0;  ///< such parts, that come first; none where u is given
+  uint32_t chunks = 0;                  ///< k / 32
+  uint32_t unit = 1, units = 0;         ///< chunks that stay in one warp, and how many such
+  bool x_stays = false;                 ///< x is kept in shared memory; else read from L2
+  uint64_t* u = nullptr;     ///< [u_parts, m, 16 rank_tiles], zero: {1, sum} once it is there
+  uint32_t* left = nullptr;  ///< blocks that have left
   DType y_dtype = DType::bf16, scales_dtype = DType::f32, adapter_dtype = DType::bf16;
   bool u_given = false;  ///< by an earlier kernel, in every branch's u
   bool wide_b = false;   ///< every B is of x's type, 16-byte aligned, of a rank in eights

@@ -90,7 +90,7 @@ template <typename T>
 struct Dense {
   using Storage = T;
   static constexpr uint32_t kRowBytes = 128, kChunkBytes = 64, kGroupChunks = 0;
-  static constexpr uint32_t kExtraBytes = 0, kStages = 3;
+  static constexpr uint32_t kExtraBytes = 0, kStages = 4;
   static constexpr bool kInterleaved = false, kBiases = false, kNf4 = false, kDouble = false;
   template <uint32_t kPitch = kRowBytes>
   static __device__ __forceinline__ uint4
@@ -115,7 +115,7 @@ template <typename T, uint32_t kGroup>
 struct Int4 {
   using Storage = T;
   static constexpr uint32_t kRowBytes = 128, kChunkBytes = 16, kGroupChunks = kGroup / kChunk;
-  static constexpr uint32_t kExtraBytes = 2 * 16 * (8 / kGroupChunks + 1) * 4, kStages = 2;
+  static constexpr uint32_t kExtraBytes = 2 * 16 * (8 / kGroupChunks + 1) * 4, kStages = 3;
   static constexpr bool kInterleaved = true, kBiases = true, kNf4 = false, kDouble = false;
   /// A code q in the upper bits of a mantissa is 1 + q/16 exactly: one shift and one logic
   /// operation a pair. w = scale·q + bias = 16·scale·v + (bias - 16·scale).
@@ -182,7 +182,7 @@ inline constexpr uint32_t kTableBytes = 256 * kTableCopies * 4;
 template <typename T, bool kDoubleQuant>
 struct Nf4 {
   using Storage = T;
-  static constexpr uint32_t kRowBytes = 128, kChunkBytes = 16, kGroupChunks = 2, kStages = 2;
+  static constexpr uint32_t kRowBytes = 128, kChunkBytes = 16, kGroupChunks = 2, kStages = 3;
   static constexpr uint32_t kExtraBytes = 16 * kAbsmaxPitch * 4 + (kDoubleQuant ? 16 * 2 * 4 : 0);
   static constexpr bool kInterleaved = false, kBiases = false, kNf4 = true, kDouble = kDoubleQuant;
   /// table: the address of the lane's own copy.

@@ -6,11 +6,25 @@ namespace metal_lora::cuda::gemv {
 namespace {
 
 template <typename T>
+bool direct(const Context& context, const Call& call) {
+  switch (call.scales_dtype) {
+    case DType::f32:
+      return launch_direct<DirectInt4<T, float>>(context, call);
+    case DType::f16:
+      return launch_direct<DirectInt4<T, f16>>(context, call);
+    case DType::bf16:
+      return launch_direct<DirectInt4<T, bf16>>(context, call);
+  }
+  return false;
+}
+
+template <typename T>
 bool launch(const Context& context, const Call& call, uint32_t group_size) {
   switch (group_size) {
     case 32:
       return launch_tokens<Int4<T, 32>>(context, call);
     case 64:
+      if (direct<T>(context, call)) return true;
       return launch_tokens<Int4<T, 64>>(context, call);
     case 128:
       return launch_tokens<Int4<T, 128>>(context, call);

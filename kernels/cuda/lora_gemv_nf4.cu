@@ -7,8 +7,12 @@ namespace {
 
 template <typename T>
 bool launch(const Context& context, const Call& call) {
-  return call.double_quant ? launch_tokens<Nf4<T, true>>(context, call)
-                           : launch_tokens<Nf4<T, false>>(context, call);
+  if (call.double_quant) {
+    return launch_direct<DirectNf4<T, true>>(context, call) ||
+           launch_tokens<Nf4<T, true>>(context, call);
+  }
+  return launch_direct<DirectNf4<T, false>>(context, call) ||
+         launch_tokens<Nf4<T, false>>(context, call);
 }
 
 }  // namespace

@@ -1,70 +1,41 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// The one dispatch of lora_gemv. A cluster of blocks splits the columns, so that each block keeps
-// only its slice of x; its eight warps take a tile of 16 rows each, stream the tile's slice through
-// a private ring in shared memory (cp.async: no barrier between warps), and push their partial
-// sums to the block of the cluster that finishes the tile. u = x·Aᵀ is worked out by each cluster
-// on its own, ahead of W and in the same way: nobody waits for another cluster, so that no flags,
-// counters or co-residence of the grid are needed, and A comes from L2 after its first reader.
-// Cluster barriers are split in arrive and wait with a tile's streaming in between.
+// lora_gemv for any format: a warp streams its columns through a private ring in shared memory
+// (cp.async: no barrier between warps), which runs on into the block's next tile while one ends.
 #pragma once
 
-#include "kernels/cuda/lora_gemv_cluster.cuh"
-#include "kernels/cuda/lora_gemv_formats.cuh"
+#include "kernels/cuda/lora_gemv_tile.cuh"
 
 namespace metal_lora::cuda::gemv {
 
-inline constexpr uint32_t kWarps = 8, kThreads = 32 * kWarps;
-/// What fits: with more tokens x takes the room of a stage, then that of a second inbox.
-constexpr uint32_t inboxes(uint32_t tokens) {
-  return tokens <= 16 ? 2 : 1;
-}
-template <class Format>
-constexpr uint32_t stages(uint32_t tokens) {
-  return tokens <= 8 ? Format::kStages : 2;
-}
-
-/// Where things lie in dynamic shared memory; kTokens = 8, 16, 32 or 64.
+/// Where things lie in dynamic shared memory.
 struct Layout {
-  uint32_t x, sums, inbox, u_inbox, u, bytes;
+  uint32_t x_pitch;  ///< bytes of a token's x: reads of eight tokens' 64 bytes meet no conflict
+  uint32_t x, end, bytes;
 };
-template <class Format, uint32_t kTokens>
+template <class Format>
 __host__ __device__ inline Layout make_layout(const Call& call) {
   Layout l;
-  const uint32_t ranks = call.rank_tiles * kTileRows;
-  l.x = kWarps * stages<Format>(kTokens) * (kTileRows * Format::kRowBytes + Format::kExtraBytes);
-  l.sums = l.x + call.slice_chunks * kTokens * kChunk * 2;
-  l.inbox = l.sums + (Format::kBiases ? call.slice_chunks * kTokens * 4 : 0);
-  l.u_inbox = l.inbox + inboxes(kTokens) * kWarps * kTileRows * kTokens * 4;
-  l.u = l.u_inbox + call.rank_splits * ranks * kTokens * 4;
-  l.bytes = l.u + ranks * kTokens * 4;
+  l.x_pitch = (call.k * 2 + 127) / 128 * 128 + 64;
+  l.x = kWarps * Format::kStages * (kTileRows * Format::kRowBytes + Format::kExtraBytes);
+  l.end = l.x + (call.x_stays ? call.m * l.x_pitch : 0);
+  l.bytes = l.end + TileEnd<typename Format::Storage, 1>::bytes(call);
   return l;
-}
-
-/// Branches are few: the one that a tile (of rows or of ranks) belongs to.
-__device__ __forceinline__ const Branch& branch_of_tile(const Call& call, uint32_t tile) {
-  uint32_t i = 0;
-#pragma unroll 1
-  while (i + 1 < call.branches && tile >= call.branch[i + 1].tile0) ++i;
-  return call.branch[i];
-}
-__device__ __forceinline__ const Branch& branch_of_rank_tile(const Call& call, uint32_t tile) {
-  uint32_t i = 0;
-#pragma unroll 1
-  while (i + 1 < call.branches && tile >= call.branch[i + 1].rank_tile0) ++i;
-  return call.branch[i];
 }
 
 /// The code is written to be small: each part stands once, since a launch that runs for 5 … 10 µs
 /// pays for every line of instructions that it fetches (a form of 5200 instructions instead of
 /// this one's took twice the time).
 template <class Format, uint32_t kTokens>
-class Stream {
+class Stream : TileEnd<typename Format::Storage, kTokens / 8> {
   using T = typename Format::Storage;
+  using End = TileEnd<T, kTokens / 8>;
+  using End::call_, End::lane_, End::warp_;
+  using End::multiply, End::rank_chunk;
+  static constexpr bool kDense = Format::kGroupChunks == 0;
   static constexpr uint32_t kParts = kTokens / 8;
-  static constexpr uint32_t kStages = stages<Format>(kTokens);
-  static constexpr bool kTwoInboxes = inboxes(kTokens) == 2;
+  static constexpr uint32_t kStages = Format::kStages;
   static constexpr uint32_t kRowBytes = Format::kRowBytes, kStageBytes = kTileRows * kRowBytes;
   static constexpr uint32_t kStageStride = kStageBytes + Format::kExtraBytes;
   static constexpr uint32_t kStageChunks = kRowBytes / Format::kChunkBytes;
@@ -73,145 +44,102 @@ class Stream {
 
  public:
   __device__ Stream(const Call& call, uint32_t shared, const float* codes, uint32_t table)
-      : call_(call), codes_(codes) {
-    const Layout l = make_layout<Format, kTokens>(call);
-    warp_ = threadIdx.x / 32;
-    lane_ = threadIdx.x % 32;
+      : End(call, shared + make_layout<Format>(call).end), codes_(codes) {
+    const Layout l = make_layout<Format>(call);
     table_ = table + 4 * (lane_ % kTableCopies);
     ring_ = shared + warp_ * kStages * kStageStride;
     x_ = shared + l.x;
-    sums_ = shared + l.sums;
-    inbox_ = shared + l.inbox;
-    u_inbox_ = shared + l.u_inbox;
-    u_ = shared + l.u;
-    block_ = blockIdx.x & ((1u << call.blocks_log2) - 1);
-    cluster_ = blockIdx.x >> call.blocks_log2;
-    clusters_ = gridDim.x >> call.blocks_log2;
-    first_ = min(call.chunks, (call.units * block_ >> call.blocks_log2) * call.unit);
-    slice_ = min(call.chunks, (call.units * (block_ + 1) >> call.blocks_log2) * call.unit) - first_;
-    // Jobs of a warp: its parts of A (in rounds that all warps count alike), then its tiles of W.
-    rank_jobs_ = (call.rank_items + kWarps - 1) / kWarps;
+    x_pitch_ = l.x_pitch;
+    first_ = call.units * warp_ / kWarps * call.unit;
+    slice_ = call.units * (warp_ + 1) / kWarps * call.unit - first_;
+    next_ = blockIdx.x;
   }
 
-  /// What does not depend on the kernel before: into L2 only, so that it is harmless if it does.
-  __device__ void prefetch() const {
-    const uint32_t tile = cluster_ * kWarps + warp_;
-    if (tile < call_.tiles && lane_ < 16) {
-      const Branch& b = branch_of_tile(call_, tile);
-      const uint32_t at = (tile - b.tile0) * kTileRows + lane_;
-      if (at < b.n) {
-        prefetch_l2(
-            b.w + (size_t{at} * call_.chunks + first_) * Format::kChunkBytes,
-            slice_ * Format::kChunkBytes);
-      }
-    }
-    // B's rows of the first tile that this block finishes, one block of bytes.
-    const uint32_t own = cluster_ * kWarps + (warp_ << call_.blocks_log2) + block_;
-    if (call_.wide_b && lane_ == 16 && warp_ < kWarps >> call_.blocks_log2 && own < call_.tiles) {
-      const Branch& b = branch_of_tile(call_, own);
-      const uint32_t row0 = (own - b.tile0) * kTileRows;
-      const uint32_t bytes = min(kTileRows, b.n - row0) * b.rank * 2;
-      if (bytes > 0) prefetch_l2(b.b + size_t{row0} * b.rank * 2, bytes);
-    }
-  }
-
-  /// Everything that may go before the wait: with the promise, the ring's first stages too.
+  /// Everything that may go before the wait. Into L2 alone what the kernel before may still write.
   __device__ void begin() {
-    cluster_arrive();  // the others' shared memory may be written once they run
+    prefetch();
     open_next();
     if (call_.weights_ready) fill_ring();
+  }
+
+  __device__ void run() {
+    copy_x();
+    mma::copies_commit();
+    if (call_.weights_ready) {
+      mma::copies_wait<0>();
+    } else {
+      fill_ring();
+      mma::copies_wait<kStages - 1>();
+    }
+    __syncthreads();  // of tables
+    uint32_t buffer = 0;
+#pragma unroll 1
+    for (uint32_t tile = blockIdx.x; tile < call_.all_tiles; tile += gridDim.x, buffer ^= 1) {
+      float sums[kParts][4] = {};
+      if (tile < call_.u_tiles) {
+        consume_a(tile, sums);
+        End::end_part(tile, buffer, sums);
+        continue;
+      }
+      typename End::Early early;
+      if (kDense) early = End::load_early(tile);
+      consume_w(tile, sums);
+      if (!kDense) early = End::load_early(tile);  // registers are short before
+      End::end_tile(tile, buffer, sums, early);
+    }
+    End::leave();
+  }
+
+ private:
+  // ---- the ring: the columns of this warp, of one tile after the other ----
+
+  __device__ void prefetch() const {
+    End::prefetch();
+    const uint32_t tile = blockIdx.x;
+    if (call_.weights_ready || tile < call_.u_tiles || slice_ == 0) return;
+    const Branch& b = branch_of_tile(call_, tile - call_.u_tiles);
+    const uint32_t row0 = (tile - call_.u_tiles - b.tile0) * kTileRows;
+    if (lane_ < min(kTileRows, b.n - row0)) {
+      prefetch_l2(
+          b.w + (size_t{row0 + lane_} * call_.chunks + first_) * Format::kChunkBytes,
+          slice_ * Format::kChunkBytes);
+    }
   }
   __device__ void fill_ring() {
 #pragma unroll 1
     for (uint32_t i = 0; i + 1 < kStages; ++i) issue();
   }
 
-  __device__ void run() {
-    copy_x();
-    if (!call_.weights_ready) fill_ring();
-    if (call_.weights_ready) {
-      mma::copies_wait<0>();
-    } else {
-      mma::copies_wait<kStages - 1>();
-    }
-    prepare_x();
-    __syncthreads();
-    cluster_wait();
-    uint32_t buffer = 0, pass = cluster_;
-    if (rank_jobs_ == 0 && call_.rank_tiles > 0) cluster_arrive();
-#pragma unroll 1
-    for (uint32_t job = 0;; ++job) {
-      const bool of_rank = job < rank_jobs_, last = !of_rank && pass >= call_.passes;
-      float sums[kParts][4] = {};
-      if (!last) consume(job, pass, of_rank, sums);
-      if (of_rank) {
-        push_u(job * kWarps + warp_, sums);
-        if (job + 1 == rank_jobs_) cluster_arrive();
-        continue;
-      }
-      if (job > rank_jobs_) {
-        cluster_wait();
-        finish(pass - clusters_, kTwoInboxes ? buffer ^ 1 : 0);
-        if (last) break;
-        if constexpr (!kTwoInboxes) {
-          cluster_arrive();
-          cluster_wait();
-        }
-      } else if (call_.rank_tiles > 0) {
-        cluster_wait();
-        gather_u();
-      }
-      push_tile(sums, kTwoInboxes ? buffer : 0);
-      cluster_arrive();
-      pass += clusters_;
-      buffer ^= 1;
-    }
-  }
-
- private:
-  // ---- the ring: first this warp's parts of A, then its tiles of W ----
-
-  __device__ uint32_t item_chunk(uint32_t part) const {
-    return slice_ * part >> call_.rank_splits_log2;
-  }
-
-  /// Makes the next non-empty job the one that issue() copies; done: at_ = end_.
+  /// Makes the next tile of which this warp has columns the one that issue() copies; none is left:
+  /// at_ = end_.
   __device__ void open_next() {
+    at_ = end_ = 0;
 #pragma unroll 1
-    while (at_ == end_) {
+    for (; end_ == 0 && next_ < call_.all_tiles; next_ += gridDim.x) {
       const char* base;
-      if (job_ < rank_jobs_) {
-        const uint32_t item = job_++ * kWarps + warp_;
-        if (item >= call_.rank_items) continue;
-        const uint32_t tile = item >> call_.rank_splits_log2;
-        const uint32_t part = item & ((1u << call_.rank_splits_log2) - 1);
+      uint32_t first = first_;
+      end_ = slice_;
+      of_rank_ = next_ < call_.u_tiles;
+      if (of_rank_) {
+        const uint32_t tile = next_ / call_.u_parts;
         const Branch& b = branch_of_rank_tile(call_, tile);
         source_branch_ = &b;
         base = b.a;
-        at_ = item_chunk(part);
-        end_ = item_chunk(part + 1);
         row0_ = (tile - b.rank_tile0) * kTileRows;
         rows_ = b.rank - row0_;
         chunk_bytes_ = kRankChunkBytes;
-        of_rank_ = true;
+        first = rank_chunk(next_, warp_);
+        end_ = rank_chunk(next_, warp_ + 1) - first;
       } else {
-        const uint32_t pass = cluster_ + (job_ - rank_jobs_) * clusters_;
-        if (pass >= call_.passes) return;
-        ++job_;
-        const uint32_t tile = pass * kWarps + warp_;
-        if (tile >= call_.tiles) continue;
-        const Branch& b = branch_of_tile(call_, tile);
+        const Branch& b = branch_of_tile(call_, next_ - call_.u_tiles);
         source_branch_ = &b;
         base = b.w;
-        at_ = 0;
-        end_ = slice_;
-        row0_ = (tile - b.tile0) * kTileRows;
+        row0_ = (next_ - call_.u_tiles - b.tile0) * kTileRows;
         rows_ = b.n - row0_;
         chunk_bytes_ = Format::kChunkBytes;
-        of_rank_ = false;
       }
       stride_ = call_.chunks * chunk_bytes_;
-      source_ = base + size_t{row0_} * stride_ + first_ * chunk_bytes_ + lane_ % kSlots * 16;
+      source_ = base + size_t{row0_} * stride_ + first * chunk_bytes_ + lane_ % kSlots * 16;
     }
   }
 
@@ -228,7 +156,7 @@ class Stream {
         if (!of_rank_) copy_absmax(stage + kStageBytes, count);
       }
       at_ += count;
-      open_next();
+      if (at_ == end_) open_next();
     }
     mma::copies_commit();
     in_ = in_ + 1 == kStages ? 0 : in_ + 1;
@@ -286,153 +214,172 @@ class Stream {
 
   // ---- x ----
 
-  /// The slice of x in the order in which the tensor cores take it: 16 bytes of a lane are token
-  /// g's columns 8t … of a chunk.
+  /// The warp's columns of all tokens.
   __device__ void copy_x() const {
-    const uint32_t count = slice_ * kParts * 32;
-#pragma unroll 2
-    for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-      const uint32_t chunk = i / 32 / kParts, token = i / 32 % kParts * 8 + lane_ / 4;
-      const bool inside = token < call_.m;
-      const T* from = static_cast<const T*>(call_.x) + size_t{inside ? token : 0} * call_.k +
-                      (first_ + chunk) * kChunk + lane_ % 4 * 8;
-      mma::copy_async<16>(x_ + i * 16, from, inside ? 16 : 0);
-    }
-    mma::copies_commit();
-  }
-  /// The order of pairs for 4-bit codes, and sums of each chunk's values for the biases. A thread
-  /// touches what it copied itself.
-  __device__ void prepare_x() const {
-    if constexpr (Format::kBiases) {
-      const uint32_t count = slice_ * kParts * 32;
+    if (!call_.x_stays) return;
+    const uint32_t pieces = slice_ * 4;  // of 16 bytes
 #pragma unroll 1
-      for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
-        uint4 v = load_shared16(x_ + i * 16);
-        const T* values = reinterpret_cast<const T*>(&v);
-        float sum = 0.0f;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum += to_float(values[j]);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-        sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-        if (lane_ % 4 == 0) push_local(sums_ + (i / 32 * 8 + lane_ / 4) * 4, sum);
-        if constexpr (Format::kInterleaved) {
-          v = interleave(v);
-          asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};\n" ::"r"(x_ + i * 16),
-                       "r"(v.x),
-                       "r"(v.y),
-                       "r"(v.z),
-                       "r"(v.w)
-                       : "memory");
-        }
-      }
+    for (uint32_t token = 0; token < call_.m; ++token) {
+      const char* from =
+          static_cast<const char*>(call_.x) + (size_t{token} * call_.chunks + first_) * 64;
+      const uint32_t to = x_ + token * x_pitch_ + first_ * 64;
+#pragma unroll 2
+      for (uint32_t i = lane_; i < pieces; i += 32) mma::copy_async<16>(to + 16 * i, from + 16 * i);
     }
   }
-  static __device__ void push_local(uint32_t address, float v) {
-    asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(address), "f"(v) : "memory");
+
+  /// Token lane / 4's columns 8t … of a chunk: 16 bytes, in the order of the weights' pairs.
+  __device__ uint4 load_x(uint32_t chunk, uint32_t part, bool stays) const {
+    const uint32_t token = 8 * part + lane_ / 4;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (token < call_.m) {
+      const uint32_t at = chunk * 64 + lane_ % 4 * 16;
+      v = stays ? load_shared16(x_ + token * x_pitch_ + at)
+                : __ldcg(reinterpret_cast<const uint4*>(
+                      static_cast<const char*>(call_.x) + size_t{token} * call_.k * 2 + at));
+      if constexpr (Format::kInterleaved) v = interleave(v);
+    }
+    return v;
   }
 
   // ---- products ----
 
-  /// sums of this warp's part of a job.
-  __device__ void consume(uint32_t job, uint32_t pass, bool of_rank, float (&sums)[kParts][4]) {
-    uint32_t at = 0, end = slice_, step = kStageChunks, row0 = 0, codes = 0;
-    if (of_rank) {
-      const uint32_t item = job * kWarps + warp_;
-      const uint32_t part = item & ((1u << call_.rank_splits_log2) - 1);
-      if (item >= call_.rank_items) return;
-      at = item_chunk(part);
-      end = item_chunk(part + 1);
-      step = kRankStageChunks;
+  /// sums of this warp's columns of a part of a tile of A; x comes from L2, once.
+  __device__ void consume_a(uint32_t item, float (&sums)[kParts][4]) {
+    const uint32_t first = rank_chunk(item, warp_);
+    consume_dense(first, rank_chunk(item, warp_ + 1) - first, false, sums);
+  }
+
+  /// sums of this warp's columns of a tile of W.
+  __device__ void consume_w(uint32_t tile, float (&sums)[kParts][4]) {
+    if constexpr (kDense) {
+      consume_dense(first_, slice_, call_.x_stays, sums);
     } else {
-      const uint32_t tile = pass * kWarps + warp_;
-      if (tile >= call_.tiles) return;
+      uint32_t row0 = 0, codes = 0;
       if constexpr (Format::kDouble) {
-        const Branch& b = branch_of_tile(call_, tile);
+        const Branch& b = branch_of_tile(call_, tile - call_.u_tiles);
         codes = static_cast<uint32_t>(&b - call_.branch) * kNf4NestedHead;
-        row0 = (tile - b.tile0) * kTileRows;
+        row0 = (tile - call_.u_tiles - b.tile0) * kTileRows;
         nested_last_ = b.n - 1;
       }
-    }
 #pragma unroll 1
-    for (; at < end; at += step) {
-      mma::copies_wait<kStages - 2>();
-      __syncwarp();
-      issue();
-      const uint32_t stage = ring_ + out_ * kStageStride, count = min(step, end - at);
-      out_ = out_ + 1 == kStages ? 0 : out_ + 1;
-      if (Format::kGroupChunks == 0 || of_rank) {
-#pragma unroll
-        for (uint32_t c = 0; c < kRankStageChunks; ++c) {
-          if (c < count) dense_chunk(stage, c, at + c, sums);
-        }
-      } else if constexpr (Format::kGroupChunks > 0) {
+      for (uint32_t at = 0; at < slice_; at += kStageChunks) {
+        const uint32_t count = min(kStageChunks, slice_ - at);
+        const uint32_t stage = next_stage();
+        Scales scales;
+        if constexpr (Format::kBiases) load_scales(stage, count, scales);
 #pragma unroll 2
         for (uint32_t c = 0; c < count; c += Format::kGroupChunks) {
-          group(stage, c, at, codes, row0, sums);
+          group(stage, c, at, codes, row0, scales, sums);
         }
       }
     }
   }
 
-  /// sums += the chunk's 16 rows times the tokens; lo and hi: 8 weights of rows g and g + 8.
-  __device__ void multiply(float (&sums)[kParts][4], uint4 lo, uint4 hi, uint32_t chunk) const {
-    const uint32_t first[4] = {lo.x, hi.x, lo.y, hi.y}, second[4] = {lo.z, hi.z, lo.w, hi.w};
+  __device__ void consume_dense(
+      uint32_t first, uint32_t chunks, bool x_stays, float (&sums)[kParts][4]) {
+#pragma unroll 1
+    for (uint32_t at = 0; at < chunks; at += kRankStageChunks) {
+      const uint32_t count = min(kRankStageChunks, chunks - at);
+      uint4 x[kRankStageChunks][kParts];  // asked for before the wait
 #pragma unroll
-    for (uint32_t p = 0; p < kParts; ++p) {
-      const uint4 x = load_shared16(x_ + ((chunk * kParts + p) * 32 + lane_) * 16);
-      mma::multiply<T>(sums[p], first, x.x, x.y);
-      mma::multiply<T>(sums[p], second, x.z, x.w);
+      for (uint32_t c = 0; c < kRankStageChunks; ++c) {
+        load_x(first + at + min(c, count - 1), x_stays, x[c]);
+      }
+      const uint32_t stage = next_stage();
+#pragma unroll
+      for (uint32_t c = 0; c < kRankStageChunks; ++c) {
+        if (c < count) dense_chunk(stage, c, x[c], sums);
+      }
     }
+  }
+  /// The ring's next stage, once it is there; the one behind the last is asked for.
+  __device__ uint32_t next_stage() {
+    mma::copies_wait<kStages - 2>();
+    __syncwarp();
+    issue();
+    const uint32_t stage = ring_ + out_ * kStageStride;
+    out_ = out_ + 1 == kStages ? 0 : out_ + 1;
+    return stage;
+  }
+
+  __device__ void load_x(uint32_t chunk, bool stays, uint4 (&x)[kParts]) const {
+#pragma unroll
+    for (uint32_t p = 0; p < kParts; ++p) x[p] = load_x(chunk, p, stays);
   }
 
   __device__ void dense_chunk(
-      uint32_t stage, uint32_t c, uint32_t x_chunk, float (&sums)[kParts][4]) const {
+      uint32_t stage, uint32_t c, const uint4 (&x)[kParts], float (&sums)[kParts][4]) const {
     const uint32_t g = lane_ / 4, t = lane_ % 4;
     uint4 lo = Dense<T>::template weights<kRowBytes>(stage, g, c, t, 0);
     uint4 hi = Dense<T>::template weights<kRowBytes>(stage, g + 8, c, t, 0);
     if constexpr (Format::kInterleaved) lo = interleave(lo), hi = interleave(hi);
-    multiply(sums, lo, hi, x_chunk);
+    multiply(sums, lo, hi, x);
   }
 
-  /// A group of columns: its products unscaled, then scaled in f32 into sums.
+  /// Scales and biases of rows g and g + 8, of a stage's groups t, t + 4: each lane converts its own.
+  static constexpr uint32_t kStageGroups =
+      Format::kGroupChunks > 0 ? kStageChunks / Format::kGroupChunks : 1;
+  static constexpr uint32_t kLaneGroups = (kStageGroups + 3) / 4;
+  struct Scales {
+    float4 v[kLaneGroups];
+  };
+  __device__ void load_scales(uint32_t stage, uint32_t chunks, Scales& scales) const {
+    const uint32_t g = lane_ / 4, t = lane_ % 4, groups = chunks / Format::kGroupChunks;
+    const uint32_t row = stage + kStageBytes + g * scale_pitch<Format>() * 4;
+    constexpr uint32_t kHalf = scale_bytes<Format>() / 2;
+#pragma unroll
+    for (uint32_t i = 0; i < kLaneGroups; ++i) {
+      const uint32_t index = min(t + 4 * i, groups - 1);
+      const float2 lo =
+          Format::scale_and_bias(scale_at(row, index), scale_at(row + 2 * kHalf, index));
+      const float2 hi =
+          Format::scale_and_bias(scale_at(row + kHalf, index), scale_at(row + 3 * kHalf, index));
+      scales.v[i] = make_float4(lo.x, lo.y, hi.x, hi.y);
+    }
+  }
+
+  /// A group of columns: its products unscaled, then scaled in f32 into sums. With biases the
+  /// tensor cores add up x, too: times rows of ones.
   __device__ void group(
       uint32_t stage,
       uint32_t c,
       uint32_t at,
       uint32_t codes,
       uint32_t row0,
+      const Scales& scales,
       float (&sums)[kParts][4]) const {
     const uint32_t g = lane_ / 4, t = lane_ % 4;
-    float products[kParts][4] = {};
+    float products[kParts][4] = {}, x_sums[kParts][4] = {};
 #pragma unroll
     for (uint32_t j = 0; j < Format::kGroupChunks; ++j) {
+      uint4 x[kParts];
+      load_x(first_ + at + c + j, call_.x_stays, x);
       multiply(
           products,
           Format::weights(stage, g, c + j, t, table_),
           Format::weights(stage, g + 8, c + j, t, table_),
-          at + c + j);
+          x);
+      if constexpr (Format::kBiases) {
+        constexpr uint32_t kOnes = std::is_same_v<T, bf16> ? 0x3f803f80u : 0x3c003c00u;
+        const uint4 ones = make_uint4(kOnes, kOnes, kOnes, kOnes);
+        multiply(x_sums, ones, ones, x);
+      }
     }
     const uint32_t index = c / Format::kGroupChunks, extra = stage + kStageBytes;
     if constexpr (Format::kBiases) {
-      const uint32_t row = extra + g * scale_pitch<Format>() * 4;
-      constexpr uint32_t kHalf = scale_bytes<Format>() / 2;
-      const float2 lo =
-          Format::scale_and_bias(scale_at(row, index), scale_at(row + 2 * kHalf, index));
-      const float2 hi =
-          Format::scale_and_bias(scale_at(row + kHalf, index), scale_at(row + 3 * kHalf, index));
+      const uint32_t from = (lane_ & ~3u) | (index & 3);
+      const float4 own = index < 4 ? scales.v[0] : scales.v[kLaneGroups - 1];
+      const float2 lo = {
+          __shfl_sync(0xffffffffu, own.x, from), __shfl_sync(0xffffffffu, own.y, from)};
+      const float2 hi = {
+          __shfl_sync(0xffffffffu, own.z, from), __shfl_sync(0xffffffffu, own.w, from)};
 #pragma unroll
       for (uint32_t p = 0; p < kParts; ++p) {
-        float x0 = 0.0f, x1 = 0.0f;
-#pragma unroll
-        for (uint32_t j = 0; j < Format::kGroupChunks; ++j) {
-          const uint2 v = load_shared8(sums_ + ((at + c + j) * kTokens + 8 * p + 2 * t) * 4);
-          x0 += __uint_as_float(v.x);
-          x1 += __uint_as_float(v.y);
-        }
-        sums[p][0] = fmaf(lo.x, products[p][0], fmaf(lo.y, x0, sums[p][0]));
-        sums[p][1] = fmaf(lo.x, products[p][1], fmaf(lo.y, x1, sums[p][1]));
-        sums[p][2] = fmaf(hi.x, products[p][2], fmaf(hi.y, x0, sums[p][2]));
-        sums[p][3] = fmaf(hi.x, products[p][3], fmaf(hi.y, x1, sums[p][3]));
+        sums[p][0] = fmaf(lo.x, products[p][0], fmaf(lo.y, x_sums[p][0], sums[p][0]));
+        sums[p][1] = fmaf(lo.x, products[p][1], fmaf(lo.y, x_sums[p][1], sums[p][1]));
+        sums[p][2] = fmaf(hi.x, products[p][2], fmaf(hi.y, x_sums[p][2], sums[p][2]));
+        sums[p][3] = fmaf(hi.x, products[p][3], fmaf(hi.y, x_sums[p][3], sums[p][3]));
       }
     } else {
       const float lo = absmax(extra, g, index, at, codes, row0);
@@ -474,138 +421,9 @@ class Stream {
     }
   }
 
-  // ---- u ----
-
-  /// A warp's partial sums of u to the blocks that add them up: rank r to block r % blocks.
-  __device__ void push_u(uint32_t item, const float (&sums)[kParts][4]) const {
-    if (item >= call_.rank_items) return;
-    const uint32_t g = lane_ / 4, t = lane_ % 4, log2 = call_.blocks_log2;
-    const uint32_t tile = item >> call_.rank_splits_log2;
-    const uint32_t part = item & ((1u << call_.rank_splits_log2) - 1);
-    const uint32_t own = call_.rank_tiles * kTileRows >> log2;
-    const uint32_t from = (block_ << call_.rank_splits_log2) + part;
-    const uint32_t mine = (tile * kTileRows + g) >> log2;  // rank g + 8 is 8 >> log2 further
-    const uint32_t to =
-        address_in(u_inbox_ + ((from * own + mine) * kTokens + 2 * t) * 4, g & ((1u << log2) - 1));
-#pragma unroll
-    for (uint32_t p = 0; p < kParts; ++p) {
-#pragma unroll
-      for (uint32_t j = 0; j < 4; ++j) {
-        const uint32_t token = 8 * p + 2 * t + j % 2;
-        const uint32_t further = (j / 2 * 8 >> log2) * kTokens + 8 * p + j % 2;
-        if (token < call_.m) push(to + further * 4, sums[p][j]);
-      }
-    }
-  }
-
-  /// This block's ranks of u, summed in the order of the columns, to all blocks.
-  __device__ void gather_u() const {
-    const uint32_t log2 = call_.blocks_log2, own = call_.rank_tiles * kTileRows >> log2;
-    const uint32_t token = threadIdx.x % kTokens;
-    if (token >= call_.m) return;
-#pragma unroll 1
-    for (uint32_t mine = threadIdx.x / kTokens; mine < own; mine += kThreads / kTokens) {
-      const uint32_t rank = (mine << log2) + block_;
-      const Branch& b = branch_of_rank_tile(call_, rank / kTileRows);
-      const uint32_t row = rank - b.rank_tile0 * kTileRows;
-      float sum = 0.0f;
-      if (call_.u_given) {
-        if (row < b.rank) sum = b.u[token * b.rank + row];
-      } else {
-#pragma unroll 8
-        for (uint32_t from = 0; from < 1u << (log2 + call_.rank_splits_log2); ++from) {
-          sum += load_shared_float(u_inbox_ + ((from * own + mine) * kTokens + token) * 4);
-        }
-        if (cluster_ == 0 && b.u != nullptr && row < b.rank) b.u[token * b.rank + row] = sum;
-      }
-      const uint32_t to = u_ + (token * call_.rank_tiles * kTileRows + rank) * 4;
-#pragma unroll 1
-      for (uint32_t i = 0; i < 1u << log2; ++i) push(address_in(to, i), sum);
-    }
-  }
-
-  // ---- y ----
-
-  /// inbox [buffer][tile / blocks][from block][token][row]
-  __device__ uint32_t inbox_at(uint32_t buffer, uint32_t slot, uint32_t from) const {
-    return inbox_ +
-           (buffer * kWarps + (slot << call_.blocks_log2) + from) * (kTileRows * kTokens * 4);
-  }
-
-  __device__ void push_tile(const float (&sums)[kParts][4], uint32_t buffer) const {
-    const uint32_t g = lane_ / 4, t = lane_ % 4;
-    const uint32_t to = address_in(
-        inbox_at(buffer, warp_ >> call_.blocks_log2, block_) + (2 * t * kTileRows + g) * 4,
-        warp_ & ((1u << call_.blocks_log2) - 1));
-#pragma unroll
-    for (uint32_t p = 0; p < kParts; ++p) {
-#pragma unroll
-      for (uint32_t j = 0; j < 4; ++j) {
-        const uint32_t further = (8 * p + j % 2) * kTileRows + j / 2 * 8;
-        if (8 * p + 2 * t + j % 2 < call_.m) push(to + further * 4, sums[p][j]);
-      }
-    }
-  }
-
-  __device__ void finish(uint32_t pass, uint32_t buffer) const {
-    const uint32_t row = threadIdx.x % kTileRows;
-#pragma unroll 1
-    for (uint32_t token = threadIdx.x / kTileRows; token < call_.m; token += kThreads / kTileRows) {
-      finish_token(pass, buffer, row, token);
-    }
-  }
-
-  __device__ void finish_token(uint32_t pass, uint32_t buffer, uint32_t row, uint32_t token) const {
-#pragma unroll 1
-    for (uint32_t slot = 0; slot < kWarps >> call_.blocks_log2; ++slot) {
-      const uint32_t tile = pass * kWarps + (slot << call_.blocks_log2) + block_;
-      if (tile >= call_.tiles) continue;
-      const Branch& b = branch_of_tile(call_, tile);
-      const uint32_t out = (tile - b.tile0) * kTileRows + row;
-      if (out >= b.n) continue;
-      const size_t at = size_t{token} * b.n + out;
-      float sum = 0.0f;
-#pragma unroll 8
-      for (uint32_t from = 0; from < 1u << call_.blocks_log2; ++from) {
-        sum += load_shared_float(inbox_at(buffer, slot, from) + (token * kTileRows + row) * 4);
-      }
-      if (b.rank > 0) sum = fmaf(b.scale, expand(b, out, token), sum);
-      if (b.bias != nullptr) sum += b.bias[out];
-      if (b.residual != nullptr) sum += load_as_float(b.residual, call_.y_dtype, at);
-      store_from_float(b.y, call_.y_dtype, at, sum);
-    }
-  }
-
-  /// u[token]·B[row]
-  __device__ float expand(const Branch& b, uint32_t row, uint32_t token) const {
-    uint32_t u = u_ + (token * call_.rank_tiles + b.rank_tile0) * kTileRows * 4;
-    float sum = 0.0f;
-    if (call_.wide_b) {
-      const T* from = reinterpret_cast<const T*>(b.b) + size_t{row} * b.rank;
-#pragma unroll 2
-      for (uint32_t r = 0; r < b.rank; r += 8, u += 32) {
-        const Vec16<T> v = load16(from + r);
-        const uint4 lo = load_shared16(u), hi = load_shared16(u + 16);
-        const uint32_t us[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
-#pragma unroll
-        for (uint32_t j = 0; j < 8; ++j) {
-          sum = fmaf(to_float(v.v[j]), __uint_as_float(us[j]), sum);
-        }
-      }
-      return sum;
-    }
-#pragma unroll 1
-    for (uint32_t r = 0; r < b.rank; ++r, u += 4) {
-      const float v = load_as_float(b.b, call_.adapter_dtype, size_t{row} * b.rank + r);
-      sum = fmaf(v, load_shared_float(u), sum);
-    }
-    return sum;
-  }
-
-  const Call& call_;
   const float* codes_;  ///< of each branch's nested absmax: offset, code[256]
-  uint32_t table_, warp_, lane_, ring_, x_, sums_, inbox_, u_inbox_, u_;
-  uint32_t block_, clusters_, cluster_, first_, slice_, rank_jobs_;
+  uint32_t table_, ring_, x_, x_pitch_;
+  uint32_t first_, slice_;  ///< this warp's chunks
   uint32_t nested_last_ = 0;
   // the ring's ends
   uint32_t in_ = 0, out_ = 0;
@@ -613,7 +431,7 @@ class Stream {
   const char* source_ = nullptr;
   const Branch* source_branch_ = nullptr;
   uint32_t stride_ = 0, chunk_bytes_ = 0;
-  uint32_t job_ = 0, at_ = 0, end_ = 0, row0_ = 0, rows_ = 0;
+  uint32_t next_, at_ = 0, end_ = 0, row0_ = 0, rows_ = 0;
   bool of_rank_ = false;
 };
 

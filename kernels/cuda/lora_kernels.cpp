@@ -5,16 +5,18 @@
 // over y or dx: u (or v) of all branches comes from one read of x, and the product that makes the
 // base goes on summing over it, rank more columns.
 //   ladder (H100, bf16, rank 16, time over cuBLAS's base alone, graphs replayed in turns):
-//     k = n = 4096              m 128   m 512   m 4096     forward + backward at 4096
-//     lora_shrink, product      1.47    1.30    1.08       1.25
-//     u inside the product        -       -     0.99       1.14 (gradients read bf16 u and v)
-//     k 4096, n 11008           1.08    1.18    0.99       1.08
-//     q, k, v in one call                1.20    1.00       1.12
-//     gate and up in one call            1.13    0.96       1.05
-//   What is left backward are lora_grad's reads of x and dy (33 µs at k = n = 4096, 1.4 times what
-//   the memory takes) and, below a thousand tokens, launches: with pair0_ready the product of 64 or
-//   128 tokens ends 7 to 9 µs earlier, which lora_shrink would have to allow by letting its
-//   dependents start after its own wait.
+//     k = n = 4096              m 64    m 128   m 256   m 512   m 4096   both ways at 4096
+//     lora_shrink, product      1.9     1.47    1.40    1.30    1.08     1.25
+//     ... begun beside it       1.27    1.33    1.33    1.32
+//     u inside the product      1.40    1.45    1.34    1.10    1.01     1.12 (bf16 u and v)
+//     lora_skinny               1.12    1.31
+//     k 4096, n 11008           1.05    1.03    1.06    1.15    1.00     1.08
+//   Rank 64 costs more where u is late: 1.20 at 64 tokens, 1.17 at 512. Both ways at 512 tokens:
+//   1.48. A u of few tokens inside the product is bound by the one multiprocessor that makes 128
+//   rows of it, k/64 steps of 250 to 330 ns; the next 10 % up to 256 tokens are those steps in
+//   parts on the multiprocessors without a tile. Backward, lora_grad's reads of x and dy are left
+//   (33 µs at k = n = 4096, 1.4 times what the memory takes), and at 512 tokens 11 µs more than its
+//   parts take alone.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -162,10 +164,8 @@ class Linear {
     for (int i = 0; i < count_; ++i) may = may && !drops(branches_[i].lora);
     return may;
   }
-  bool takes_shrinks(GemmGroup& group) const {
-    if (group.shrinks == 0) return false;
-    if (gemm_flag_count(m_) <= METAL_LORA_CUDA_COUNTERS) group.flags = context_.counters;
-    return gemm_hides_shrinks(context_, group);
+  bool takes_shrinks(const GemmGroup& group) const {
+    return group.shrinks > 0 && gemm_hides_shrinks(context_, group);
   }
   void take_low(Operands& o, uint32_t columns) const {
     o.low_stride = columns;
@@ -177,6 +177,7 @@ class Linear {
     group.m = m_;
     group.dtype = group.out_dtype = dtype_;
     group.right_is_kn = right_is_kn;
+    if (gemm_flag_count(m_) <= METAL_LORA_CUDA_COUNTERS) group.flags = context_.counters;
     return group;
   }
 

@@ -5,8 +5,8 @@
 //
 // vector: m ≤ kVectorMaxTokens. Bound by reading W, which lora_gemv reads once, as it is stored.
 //
-// skinny: not taken yet. On H100, k = n = 4096, lora_skinny needs 28.4 µs for 32 tokens and 39.2
-// for 64, rank 16, where the tiled form needs 29.6 for 64.
+// skinny: up to kSkinnyMaxTokens, where tiles of the product would be too few for all
+// multiprocessors to read W (Hopper). lora_skinny splits k and makes u beside the product.
 //
 // tiled: 16-bit operands in rows of 16 bytes. lora_shrink, then one tensor-core product over {x, W}
 // and {u, B}, which on Hopper makes u itself where it has tiles enough to hide that. W of another
@@ -17,6 +17,7 @@
 #include "kernels/cuda/lora_plan.h"
 
 #include "kernels/cuda/gemm_stage.h"
+#include "kernels/cuda/lora_skinny.h"
 
 namespace metal_lora::cuda {
 namespace {
@@ -79,6 +80,9 @@ const char* reason(const Context& context, DType dtype, const LinearPlan& plan) 
   if (plan.form == Form::vector) {
     return "few tokens: bound by reading W, which is read once and in its stored format";
   }
+  if (plan.form == Form::skinny) {
+    return "some dozen tokens: bound by reading W, which clusters that split k stream at once";
+  }
   if (plan.form == Form::generic) {
     return dtype == DType::f32
                ? "f32: full-precision products on the FFMA units"
@@ -127,10 +131,18 @@ LinearPlan plan_linear(const Context& context, uint32_t m, DType dtype, const Lo
     const bool packs = needs_packed_b(dtype, branch.lora) ||
                        needs_packed_a(dtype, branch.lora, branch.weight.params.k);
     GemmGroup product = product_of(m, dtype, branch);
+    const int copies = (packs ? 1 : 0) + (plan.dequantize_first ? 1 : 0);
+    if (prefers_lora_skinny(context, product)) {
+      plan.form = LinearPlan::Form::skinny;
+      plan.fused_shrink = adapted;
+      plan.dispatches = 1 + copies;
+      plan.why = reason(context, dtype, plan);
+      return plan;
+    }
     plan.fused_shrink = product.shrinks > 0 && gemm_hides_shrinks(context, product);
     product.shrinks = 0;
-    plan.dispatches = gemm_dispatches(context, product) + (adapted && !plan.fused_shrink ? 1 : 0) +
-                      (packs ? 1 : 0) + (plan.dequantize_first ? 1 : 0);
+    plan.dispatches =
+        gemm_dispatches(context, product) + (adapted && !plan.fused_shrink ? 1 : 0) + copies;
   }
   plan.why = reason(context, dtype, plan);
   return plan;

@@ -2,11 +2,28 @@
 // SPDX-License-Identifier: MIT
 //
 // y of up to 128 tokens, adapter included, in one launch: bound by reading W from memory. The
-// matrix unit's tall side (64) takes rows of W, its wide side the tokens; a block has 128 rows of W
-// and a share of k, so that all multiprocessors read. A third warpgroup multiplies the same x by A:
-// every block needs u of its share of k, and the matrix unit waits for W anyway. Blocks of a
-// cluster leave their sums in shared memory, each adds up some of the tokens of all (y and u), in
-// the order of k, and puts u·Bᵀ on top.
+// matrix unit's tall side (64) takes rows of W, its wide side the tokens; a block has 64 rows of W
+// and a share of k, so that all multiprocessors read. A second warpgroup multiplies the same x by
+// A: the matrix unit waits for W anyway. Blocks of a cluster leave their sums in shared memory,
+// each adds up some of the tokens of all (y and u), in the order of k, and puts u·Bᵀ on top.
+//   ladder (H100, k = n = 4096, bf16, 64 tokens, rank 16 / 64; cuBLAS's base 14.5 us, 2.3 TB/s)
+//     a shrink, then gemm_sm90's 64 tiles of 128x64, begun beside it  18.4 / 18.5 us
+//     128 rows a block, k in three, B read when it was wanted         19.4 / 23.3
+//     64 rows, k in two; B to L2 at the start, own sums not through
+//     the cluster's network                                           17.1 / 19.1
+//     dependents placed when a block has asked for its last stage,
+//     their first eight steps of W asked of L2 meanwhile              16.5 / 18.8
+//     a whole multiprocessor for a block's stages                     16.3 / 17.5
+//     (32 tokens 15.7 / 16.2; 128 tokens 19.2 / 21.7, where the product takes 19.8 / 19.6)
+//   Without the adapter 14.8 us. Memory gives W in 11.2 us; rank 64 and 128 tokens are bound by
+//   what L2 gives all blocks, 7.3 TB/s: 8 KB of W a step against 8 of x and 8 of A. Start, first
+//   stage and end are 4.5 us, of which the next kernel hides one. The next 10 % would take A off
+//   the blocks' stages without a block that makes u for all (tried: its end comes before all
+//   others' ends, 18.2 / 20.6). Tried: 128 rows with k in three, which reads x and A half as often,
+//   but leaves a quarter of the multiprocessors idle (18.8 / 20.0); k in four (clusters of four
+//   with a multiprocessor a block do not all find room); x sent to two blocks at once (nothing, or
+//   clusters of four again); asking L2 for W when the kernel ahead begins (+6 us: it is gone when
+//   it is wanted).
 #include <algorithm>
 
 #include "kernels/cuda/lora_skinny.h"
@@ -18,21 +35,22 @@ namespace metal_lora::cuda {
 namespace sm90 {
 namespace {
 
-constexpr uint32_t kRowsW = 128;
+constexpr uint32_t kRows = 64;  ///< of W, of a tile
 constexpr uint32_t kStepK = 64;
 constexpr uint32_t kMaxRank = 64;
-constexpr uint32_t kMaxBlocks = 8;  ///< of a cluster
 constexpr uint32_t kMaxStages = 12;
-constexpr uint32_t kProducer = 32;  ///< threads
-constexpr uint32_t kThreads = 3 * 128 + kProducer;
-constexpr uint32_t kSharedBytes = 112 * 1024;  ///< two blocks on a multiprocessor
+constexpr uint32_t kConsumers = 8;  ///< warps: W's, then A's
+constexpr uint32_t kThreads = 32 * (kConsumers + 1);
+constexpr uint32_t kSharedBytes = 224 * 1024;
 constexpr uint32_t kBarrierBytes = 1024;
+/// Steps of W that L2 is asked for before the kernels ahead are over.
+constexpr uint32_t kEarly = 8;
 constexpr uint32_t kRankPad = 8;  ///< of rows of u and B in shared memory: no bank conflicts
 
 struct SkinnyProblem {
   CUtensorMap w, a;
   uint32_t n = 0;
-  uint32_t tiles = 0;         ///< of kRowsW, in clusters' units
+  uint32_t tiles = 0;
   uint32_t rank = 0;          ///< 0: no adapter
   uint32_t rank_columns = 0;  ///< rank in sixteens
   const void* b = nullptr;
@@ -49,17 +67,17 @@ struct SkinnyArgs {
   CUtensorMap x;
   SkinnyProblem problem[GemmGroup::kMaxProblems];
   uint32_t m = 0, k = 0;
-  uint32_t parts_k = 1, parts_n = 1;
-  uint32_t tiles_m = 1;
+  uint32_t parts = 1;                    ///< of k: blocks of a cluster
   uint32_t stages = 0, stage_bytes = 0;  ///< W, x, A
-  uint32_t early = 0;                    ///< steps of W that L2 is asked for ahead
 };
 
-__device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map),
-               "r"(column),
-               "r"(row)
+__device__ __forceinline__ float4 load_own(uint32_t shared) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(shared)
                : "memory");
+  return v;
 }
 __device__ __forceinline__ float4 load_block(uint32_t shared, uint32_t block) {
   float4 v;
@@ -75,58 +93,43 @@ __device__ __forceinline__ float4 load_block(uint32_t shared, uint32_t block) {
 
 /// Where a block stands, and its share of the work.
 struct SkinnyPlace {
-  uint32_t rank_k, rank_n, first_block;  ///< first_block: of those that share x and A
-  uint32_t problem, n0, m0;
+  uint32_t part, problem, n0;
   uint32_t first, count;  ///< steps
-  __device__ __forceinline__ SkinnyPlace(const SkinnyArgs& args, uint32_t tokens) {
-    const uint32_t blocks = args.parts_k * args.parts_n, rank = blockIdx.x % blocks;
-    rank_k = rank / args.parts_n;
-    rank_n = rank % args.parts_n;
-    first_block = rank_k * args.parts_n;
-    uint32_t tile = blockIdx.x / blocks;
-    m0 = tile % args.tiles_m * tokens;  // tiles of the same W one after the other: L2 has it
-    tile /= args.tiles_m;
+  __device__ __forceinline__ explicit SkinnyPlace(const SkinnyArgs& args) {
+    part = blockIdx.x % args.parts;
+    uint32_t tile = blockIdx.x / args.parts;
     problem = 0;
     while (tile >= args.problem[problem].tiles) tile -= args.problem[problem++].tiles;
-    n0 = (tile * args.parts_n + rank_n) * kRowsW;
+    n0 = tile * kRows;
     const uint32_t steps = (args.k + kStepK - 1) / kStepK;
-    first = rank_k * steps / args.parts_k;
-    count = (rank_k + 1) * steps / args.parts_k - first;
+    first = part * steps / args.parts;
+    count = (part + 1) * steps / args.parts - first;
   }
 };
 
-/// One thread: every stage. Blocks with the same x load a part of it and of A each, for all.
+/// One thread: every stage.
 template <uint32_t kTokens>
 __device__ __forceinline__ void produce(
     const SkinnyArgs& args, const SkinnyPlace& place, uint32_t barriers, uint32_t stages) {
   const SkinnyProblem& problem = args.problem[place.problem];
-  const uint32_t early = min(args.early, place.count);
-  for (uint32_t s = 0; s < early; ++s) {  // L2 may have W before the kernels ahead are over
+  for (uint32_t s = 0; s < min(kEarly, place.count); ++s) {
     tensor_prefetch(&problem.w, (place.first + s) * kStepK, place.n0);
   }
   dependency_wait();
-  const uint32_t x_rows = kTokens / args.parts_n, a_rows = problem.rank_columns / args.parts_n;
-  const auto all = static_cast<uint16_t>(((1u << args.parts_n) - 1) << place.first_block);
-  const uint32_t bytes = (kRowsW + kTokens + problem.rank_columns) * 128;
+  const uint32_t bytes = (kRows + kTokens + problem.rank_columns) * 128;
   uint32_t stage = 0, parity = 1;
   for (uint32_t s = 0; s < place.count; ++s) {
     const uint32_t full = barriers + 16 * stage, w = stages + stage * args.stage_bytes;
-    const uint32_t x = w + kRowsW * 128, a = x + kTokens * 128;
-    const uint32_t k0 = (place.first + s) * kStepK;
-    const uint32_t x_row = place.rank_n * x_rows, a_row = place.rank_n * a_rows;
+    const uint32_t x = w + kRows * 128, k0 = (place.first + s) * kStepK;
     barrier_wait(full + 8, parity);
     barrier_expect(full, bytes);
     tensor_load(w, &problem.w, full, k0, place.n0);
-    if (args.parts_n == 1) {
-      tensor_load(x, &args.x, full, k0, place.m0);
-      if (a_rows > 0) tensor_load(a, &problem.a, full, k0, 0);
-    } else {
-      tensor_load_multicast(
-          x + x_row * 128, &args.x, full, k0, place.m0 + x_row, all);
-      if (a_rows > 0) tensor_load_multicast(a + a_row * 128, &problem.a, full, k0, a_row, all);
-    }
+    tensor_load(x, &args.x, full, k0, 0);
+    if (problem.rank > 0) tensor_load(x + kTokens * 128, &problem.a, full, k0, 0);
     if (++stage == args.stages) stage = 0, parity ^= 1;
   }
+  // Not before: what the next kernel asks L2 for ahead would be gone when it is wanted.
+  dependents_launch();
 }
 
 /// One warpgroup: 64 rows of W, or A's, by all tokens.
@@ -138,8 +141,7 @@ __device__ __forceinline__ void consume(
     uint32_t stages,
     uint32_t left_offset,
     float (&d)[kTokens / 2]) {
-  const uint32_t lane = threadIdx.x % 32;
-  const bool releases = lane < args.parts_n;
+  const bool releases = threadIdx.x % 32 == 0;
   uint32_t stage = 0, parity = 0, reading = 0;
 #pragma unroll
   for (uint32_t i = 0; i < kTokens / 2; ++i) d[i] = 0.0f;
@@ -147,27 +149,28 @@ __device__ __forceinline__ void consume(
     const uint32_t full = barriers + 16 * stage, at = stages + stage * args.stage_bytes;
     barrier_wait(full, parity);
     const uint64_t left = wgmma_descriptor(at + left_offset, 16);
-    const uint64_t right = wgmma_descriptor(at + kRowsW * 128, 16);
+    const uint64_t right = wgmma_descriptor(at + kRows * 128, 16);
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i) wgmma<T, 0>(d, left + 2 * i, right + 2 * i, 1);
     wgmma_commit();
     wgmma_wait<1>();
-    if (s > 0 && releases) barrier_arrive_remote(barriers + 16 * reading + 8, place.first_block + lane);
+    if (s > 0 && releases) barrier_arrive(barriers + 16 * reading + 8);
     reading = stage;
     if (++stage == args.stages) stage = 0, parity ^= 1;
   }
   wgmma_wait<0>();
   wgmma_sums_fence(d);
-  if (place.count > 0 && releases) {
-    barrier_arrive_remote(barriers + 16 * reading + 8, place.first_block + lane);
-  }
 }
 
 /// A block's sums by the tokens: rows of `pitch` floats, 128 of y and then u.
 template <uint32_t kTokens>
 __device__ __forceinline__ void leave_sums(
-    float* sums, uint32_t pitch, uint32_t columns, uint32_t column0, const float (&d)[kTokens / 2]) {
+    float* sums,
+    uint32_t pitch,
+    uint32_t columns,
+    uint32_t column0,
+    const float (&d)[kTokens / 2]) {
   const uint32_t warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   if (column0 + warp * 16 >= columns) return;
   float* to = sums + lane % 4 * 2 * pitch + column0 + warp * 16 + lane / 4;
@@ -184,15 +187,19 @@ __device__ __forceinline__ void leave_sums(
 __device__ __forceinline__ float4
 sum_parts(const SkinnyArgs& args, const SkinnyPlace& place, uint32_t at) {
   float4 sum = make_float4(0, 0, 0, 0);
-  for (uint32_t p0 = 0; p0 < args.parts_k; p0 += 4) {
+  for (uint32_t p0 = 0; p0 < args.parts; p0 += 4) {
     float4 v[4];
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
-      v[i] = load_block(at, min(p0 + i, args.parts_k - 1) * args.parts_n + place.rank_n);
+      if (p0 + i == place.part) {
+        v[i] = load_own(at);
+      } else if (p0 + i < args.parts) {
+        v[i] = load_block(at, p0 + i);
+      }
     }
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
-      if (p0 + i >= args.parts_k) break;
+      if (p0 + i >= args.parts) break;
       sum.x += v[i].x;
       sum.y += v[i].y;
       sum.z += v[i].z;
@@ -207,7 +214,7 @@ sum_parts(const SkinnyArgs& args, const SkinnyPlace& place, uint32_t at) {
 template <typename T>
 __device__ __forceinline__ void load_b(const SkinnyProblem& problem, uint32_t n0, uint32_t to) {
   const uint32_t chunks = problem.rank_columns / 8;
-  for (uint32_t i = threadIdx.x; i < kRowsW * chunks; i += kThreads) {
+  for (uint32_t i = threadIdx.x; i < kRows * chunks; i += kThreads) {
     const uint32_t row = i / chunks, c = i % chunks * 8, n = n0 + row;
     const uint32_t left = n < problem.n && c < problem.rank ? problem.rank - c : 0;
     const T* from = static_cast<const T*>(problem.b) + (left ? n * problem.b_stride + c : 0);
@@ -230,8 +237,7 @@ __device__ __forceinline__ void finish_rows(
     const SkinnyPlace& place,
     const T* low,
     const T* b,
-    uint32_t sums,
-    uint32_t pitch,
+    const float4 (&sum)[2],
     uint32_t token0,
     uint32_t token,
     uint32_t end,
@@ -240,13 +246,6 @@ __device__ __forceinline__ void finish_rows(
   const uint32_t g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
   const uint32_t low_pitch = problem.rank_columns + kRankPad;
   const uint32_t n = place.n0 + column + 4 * q;
-  float4 sum[2];
-#pragma unroll
-  for (uint32_t h = 0; h < 2; ++h) {
-    const uint32_t row = token + g + 8 * h;
-    sum[h] = make_float4(0, 0, 0, 0);
-    if (row < end) sum[h] = sum_parts(args, place, sums + (row * pitch + column + 4 * q) * 4);
-  }
   float d[2][4] = {};
   const auto words = [&](const T* rows, uint32_t row) {
     return reinterpret_cast<const uint32_t*>(rows + row * low_pitch) + q;
@@ -254,15 +253,14 @@ __device__ __forceinline__ void finish_rows(
   const uint32_t* u = words(low, token - token0 + g);
   const uint32_t* right = words(b, column + 4 * (g / 2) + g % 2);
   for (uint32_t c = 0; c < problem.rank_columns / 2; c += 8) {
-    const uint32_t a[4] = {
-        u[c], u[c + 4 * low_pitch], u[c + 4], u[c + 4 * low_pitch + 4]};
+    const uint32_t a[4] = {u[c], u[c + 4 * low_pitch], u[c + 4], u[c + 4 * low_pitch + 4]};
     mma::multiply<T>(d[0], a, right[c], right[c + 4]);
     mma::multiply<T>(d[1], a, right[c + low_pitch], right[c + low_pitch + 4]);
   }
 #pragma unroll
   for (uint32_t h = 0; h < 2; ++h) {
-    const uint32_t row = token + g + 8 * h, m = place.m0 + row;
-    if (row >= end || m >= args.m || n >= problem.n) continue;
+    const uint32_t m = token + g + 8 * h;
+    if (m >= min(end, args.m) || n >= problem.n) continue;
     float v[4] = {
         sum[h].x + d[0][2 * h],
         sum[h].y + d[0][2 * h + 1],
@@ -289,109 +287,110 @@ __device__ __forceinline__ void finish_rows(
 }
 
 template <typename T, uint32_t kTokens>
-__global__ void __launch_bounds__(kThreads, kTokens > 64 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, 1)
     skinny_kernel(const __grid_constant__ SkinnyArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ uint8_t raw[];
   const uint32_t barriers = (shared_address(raw) + 1023) & ~1023u;
   const uint32_t stages = barriers + kBarrierBytes;
   auto* memory = raw + (stages - shared_address(raw));
-  const SkinnyPlace place(args, kTokens);
+  const SkinnyPlace place(args);
   const SkinnyProblem& problem = args.problem[place.problem];
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  const int warpgroup = warp / 4;
+  const uint32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const uint32_t warpgroup = warp / 4;
   const bool adapts = problem.rank > 0;
   if (threadIdx.x == 0) {
-    const uint32_t readers = (adapts ? 12 : 8) * args.parts_n;
+    const uint32_t readers = adapts ? kConsumers : kConsumers - 4;
     for (uint32_t s = 0; s < args.stages; ++s) {
       barrier_init(barriers + 16 * s, 1);
       barrier_init(barriers + 16 * s + 8, readers);
     }
     barrier_init_fence();
-  } else if (warp == 12) {
+  } else if (warp == kConsumers) {
     if (threadIdx.x % 32 == 0) tensor_map_prefetch(&problem.w);
     if (threadIdx.x % 32 == 1) tensor_map_prefetch(&args.x);
     if (threadIdx.x % 32 == 2 && adapts) tensor_map_prefetch(&problem.a);
   }
   __syncthreads();
-  if (args.parts_n > 1) cluster_sync_relaxed();
-  if (threadIdx.x == 0) dependents_launch();
-  if (adapts && threadIdx.x < kRowsW) {
+  if (adapts && threadIdx.x < kRows) {
     const uint32_t n = min(place.n0 + threadIdx.x, problem.n - 1);
     const auto* row = static_cast<const T*>(problem.b) + n * problem.b_stride;
     asm volatile("prefetch.global.L2 [%0];" ::"l"(row));
   }
-  const uint32_t columns = kRowsW + problem.rank_columns, pitch = columns + 4;
+  const uint32_t columns = kRows + problem.rank_columns, pitch = columns + 4;
   auto* sums = reinterpret_cast<float*>(memory);
   auto* low = reinterpret_cast<T*>(memory + kTokens * pitch * 4);
   const T* b = low + kTokens * (problem.rank_columns + kRankPad);
   const uint32_t b_at = shared_address(b);
-  if (warp == 12) {
+  float d[kTokens / 2];
+  const bool consumes = warp != kConsumers && (warpgroup == 0 || adapts);
+  if (warp == kConsumers) {
     if (threadIdx.x % 32 == 0) produce<kTokens>(args, place, barriers, stages);
     __syncwarp();
     dependency_wait();
-    __syncthreads();
-    if (adapts) load_b<T>(problem, place.n0, b_at);
   } else {
     dependency_wait();
-    float d[kTokens / 2];
-    const bool works = warpgroup < 2 || adapts;
-    const uint32_t left = warpgroup < 2 ? warpgroup * 64 * 128 : (kRowsW + kTokens) * 128;
-    if (works) consume<T, kTokens>(args, place, barriers, stages, left, d);
-    __syncthreads();  // all stages are read
-    if (adapts) load_b<T>(problem, place.n0, b_at);
-    if (works) leave_sums<kTokens>(sums, pitch, columns, warpgroup * 64, d);
+    const uint32_t left = warpgroup == 0 ? 0 : (kRows + kTokens) * 128;
+    if (consumes) consume<T, kTokens>(args, place, barriers, stages, left, d);
   }
+  __syncthreads();  // all stages are read
+  if (adapts) load_b<T>(problem, place.n0, b_at);
+  if (consumes) leave_sums<kTokens>(sums, pitch, columns, warpgroup * 64, d);
   cluster_sync();
 
   // This block's tokens, in eights.
-  const uint32_t token0 = place.rank_k * (kTokens / 8) / args.parts_k * 8;
-  const uint32_t end = (place.rank_k + 1) * (kTokens / 8) / args.parts_k * 8;
+  const uint32_t token0 = place.part * (kTokens / 8) / args.parts * 8;
+  const uint32_t end = (place.part + 1) * (kTokens / 8) / args.parts * 8;
   const uint32_t from = shared_address(sums);
+  const uint32_t pieces = warp < kConsumers ? (end - token0 + 15) / 16 * (kRows / 16) : 0;
+  const auto token_of = [&](uint32_t piece) { return token0 + piece / (kRows / 16) * 16; };
+  const auto column_of = [&](uint32_t piece) { return piece % (kRows / 16) * 16; };
+  float4 sum[2];
+  const auto sum_piece = [&](uint32_t piece) {
+#pragma unroll
+    for (uint32_t h = 0; h < 2; ++h) {
+      const uint32_t row = min(token_of(piece) + threadIdx.x % 32 / 4 + 8 * h, end - 1);
+      const uint32_t column = column_of(piece) + threadIdx.x % 4 * 4;
+      sum[h] = sum_parts(args, place, from + (row * pitch + column) * 4);
+    }
+  };
+  if (warp < pieces) sum_piece(warp);  // while u is on its way
   const uint32_t quads = problem.rank_columns / 4;
   for (uint32_t i = threadIdx.x; i < (end - token0) * quads; i += kThreads) {
     const uint32_t row = token0 + i / quads, c = i % quads * 4;
-    const float4 u = sum_parts(args, place, from + (row * pitch + kRowsW + c) * 4);
+    const float4 u = sum_parts(args, place, from + (row * pitch + kRows + c) * 4);
     const float v[4] = {u.x, u.y, u.z, u.w};
-    const bool keeps = problem.plain && place.n0 == 0 && place.m0 + row < args.m;
+    const bool keeps = problem.plain && place.n0 == 0 && row < args.m;
     T* to = low + (row - token0) * (problem.rank_columns + kRankPad) + c;
 #pragma unroll
     for (uint32_t j = 0; j < 4; ++j) {
       to[j] = from_float<T>(problem.factor * v[j]);
       if (keeps && c + j < problem.rank) {
-        problem.plain[size_t{place.m0 + row} * problem.rank + c + j] = v[j];
+        problem.plain[size_t{row} * problem.rank + c + j] = v[j];
       }
     }
   }
   mma::copies_wait<0>();
   __syncthreads();
-  if (warp < 12) {
-    const uint32_t pieces = (end - token0 + 15) / 16 * (kRowsW / 16);
-    for (uint32_t piece = warp; piece < pieces; piece += 12) {
-      const uint32_t token = token0 + piece / (kRowsW / 16) * 16;
-      const uint32_t column = piece % (kRowsW / 16) * 16;
-      finish_rows<T>(args, place, low, b, from, pitch, token0, token, end, column);
-    }
+  for (uint32_t piece = warp; piece < pieces; piece += kConsumers) {
+    if (piece > warp) sum_piece(piece);
+    finish_rows<T>(args, place, low, b, sum, token0, token_of(piece), end, column_of(piece));
   }
   cluster_sync_relaxed();  // nobody goes while others read here
 #endif
 }
 
-const uint32_t early_steps = getenv("EARLY") ? atoi(getenv("EARLY")) : 4;
-
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
 }
+/// As few as hold all: each costs L2 and the matrix unit, used or not.
 uint32_t tokens_of(uint32_t m) {
   return m <= 32 ? 32 : m <= 64 ? 64 : 128;
 }
-
-uint32_t clusters_of(const GemmGroup& group, const SkinnyForm& form) {
+uint32_t tiles_of(const GemmGroup& group) {
   uint32_t tiles = 0;
-  for (int i = 0; i < group.problems; ++i) {
-    tiles += ceil_div(group.problem[i].n, kRowsW * form.parts_n);
-  }
-  return tiles * ceil_div(group.m, form.tokens);
+  for (int i = 0; i < group.problems; ++i) tiles += ceil_div(group.problem[i].n, kRows);
+  return tiles;
 }
 
 /// The part that makes the left of a problem's second pair.
@@ -404,22 +403,16 @@ const GemmShrink::Part* part_of(const GemmGroup& group, const GemmProblem& probl
   return nullptr;
 }
 
-void fill_problem(
-    SkinnyProblem& to, const GemmGroup& group, const GemmProblem& from, const SkinnyForm& form) {
+void fill_problem(SkinnyProblem& to, const GemmGroup& group, const GemmProblem& from) {
   const GemmPair& base = from.pair[0];
   to.n = from.n;
-  to.tiles = ceil_div(from.n, kRowsW * form.parts_n);
-  to.w = make_tensor_map({base.right, group.dtype, from.n, base.k, base.right_stride, kRowsW});
+  to.tiles = ceil_div(from.n, kRows);
+  to.w = make_tensor_map({base.right, group.dtype, from.n, base.k, base.right_stride, kRows});
   if (const GemmShrink::Part* part = part_of(group, from); part && part->rank > 0) {
     to.rank = part->rank;
     to.rank_columns = ceil_div(part->rank, 16) * 16;
     to.a = make_tensor_map(
-        {part->right,
-         group.dtype,
-         part->rank,
-         base.k,
-         part->right_stride,
-         to.rank_columns / form.parts_n});
+        {part->right, group.dtype, part->rank, base.k, part->right_stride, to.rank_columns});
     to.b = from.pair[1].right;
     to.b_stride = from.pair[1].right_stride;
     to.factor = part->factor;
@@ -432,30 +425,35 @@ void fill_problem(
   to.residual_stride = from.residual_stride;
 }
 
+uint32_t rank_columns_of(const GemmGroup& group) {
+  uint32_t most = 0;
+  for (int i = 0; i < group.problems; ++i) {
+    const GemmShrink::Part* part = part_of(group, group.problem[i]);
+    if (part) most = std::max(most, ceil_div(part->rank, 16) * 16);
+  }
+  return most;
+}
+
 template <typename T, uint32_t kTokens>
-void launch(const Context& context, SkinnyArgs& args, uint32_t clusters, uint32_t rank_columns) {
+void launch(const Context& context, SkinnyArgs& args, uint32_t blocks, uint32_t rank_columns) {
   const auto kernel = skinny_kernel<T, kTokens>;
-  args.stage_bytes = (kRowsW + kTokens + rank_columns) * 128;
+  args.stage_bytes = (kRows + kTokens + rank_columns) * 128;
   // The A side reads 64 rows, whatever the rank: the last stage's lie within the block's memory.
   const uint32_t slack = rank_columns > 0 ? (kMaxRank - rank_columns) * 128 : 0;
-  const uint32_t shared = kTokens > 64 ? 2 * kSharedBytes : kSharedBytes;
-  args.stages = std::min(kMaxStages, (shared - 2 * kBarrierBytes - slack) / args.stage_bytes);
-  args.early = early_steps;
+  args.stages = std::min(kMaxStages, (kSharedBytes - 2 * kBarrierBytes - slack) / args.stage_bytes);
   check(
-      cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
       "lora_skinny");
-  const uint32_t blocks = args.parts_k * args.parts_n;
   cudaLaunchConfig_t config = {};
-  config.gridDim = clusters * blocks;
+  config.gridDim = blocks;
   config.blockDim = kThreads;
-  config.dynamicSmemBytes = shared;
+  config.dynamicSmemBytes = kSharedBytes;
   config.stream = context.stream;
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {blocks, 1, 1};
+  attributes[1].val.clusterDim = {args.parts, 1, 1};
   config.attrs = attributes;
   config.numAttrs = 2;
   check(cudaLaunchKernelEx(&config, kernel, args), "lora_skinny");
@@ -463,70 +461,48 @@ void launch(const Context& context, SkinnyArgs& args, uint32_t clusters, uint32_
 
 template <typename T>
 void launch_tokens(
-    const Context& context,
-    SkinnyArgs& args,
-    uint32_t tokens,
-    uint32_t clusters,
-    uint32_t rank_columns) {
-  switch (tokens) {
+    const Context& context, SkinnyArgs& args, uint32_t blocks, uint32_t rank_columns) {
+  switch (tokens_of(args.m)) {
     case 32:
-      return launch<T, 32>(context, args, clusters, rank_columns);
+      return launch<T, 32>(context, args, blocks, rank_columns);
     case 64:
-      return launch<T, 64>(context, args, clusters, rank_columns);
+      return launch<T, 64>(context, args, blocks, rank_columns);
     default:
-      return launch<T, 128>(context, args, clusters, rank_columns);
+      return launch<T, 128>(context, args, blocks, rank_columns);
   }
 }
 
 }  // namespace
 
-SkinnyForm skinny_form(const Context& context, const GemmGroup& group) {
-  SkinnyForm best;
-  const uint32_t steps = ceil_div(group.problem[0].pair[0].k, kStepK);
-  uint32_t best_cost = 0;
-  for (uint32_t parts : {1u, 2u, 4u, 8u}) {
-    const SkinnyForm form = {parts, 1, tokens_of(group.m)};
-    const uint32_t slots = context.multiprocessors / parts;
-    const uint32_t waves = ceil_div(clusters_of(group, form), slots);
-    const uint32_t cost = waves * (ceil_div(steps, parts) + 4) + parts;
-    if (best.parts_k != 0 && cost >= best_cost) continue;
-    best = form;
-    best_cost = cost;
-  }
-  return best;
+uint32_t skinny_parts(const Context& context, const GemmGroup& group) {
+  const uint32_t tiles = tiles_of(group), room = context.multiprocessors;
+  // Larger clusters with a multiprocessor a block find room for far less than all.
+  if (tiles * 8 <= room * 6 / 10) return 8;
+  if (tiles * 4 <= room * 6 / 10) return 4;
+  return tiles * 2 <= room ? 2 : 1;
 }
 
-void skinny_with_form(const Context& context, const GemmGroup& group, SkinnyForm form) {
-  if (form.parts_k == 0) form = skinny_form(context, group);
+void skinny_with_parts(const Context& context, const GemmGroup& group, uint32_t parts) {
+  if (group.m == 0) return;
   SkinnyArgs args;
   args.m = group.m;
-  args.parts_k = form.parts_k;
-  args.parts_n = form.parts_n;
-  if (form.tokens == 0) form.tokens = tokens_of(group.m);
-  const uint32_t tokens = form.tokens;
-  args.tiles_m = ceil_div(group.m, tokens);
-  uint32_t problems = 0, rank_columns = 0;
-  for (int i = 0; i < group.problems; ++i) {
-    if (group.problem[i].n == 0) continue;
-    SkinnyProblem& to = args.problem[problems++];
-    fill_problem(to, group, group.problem[i], form);
-    rank_columns = std::max(rank_columns, to.rank_columns);
-  }
-  if (problems == 0 || group.m == 0) return;
+  args.parts = parts;
+  for (int i = 0; i < group.problems; ++i) fill_problem(args.problem[i], group, group.problem[i]);
   const GemmPair& base = group.problem[0].pair[0];
   args.k = base.k;
   args.x = make_tensor_map(
-      {base.left, group.dtype, group.m, base.k, base.left_stride, tokens / form.parts_n});
-  const uint32_t clusters = clusters_of(group, form);
-  group.dtype == DType::bf16 ? launch_tokens<bf16>(context, args, tokens, clusters, rank_columns)
-                             : launch_tokens<f16>(context, args, tokens, clusters, rank_columns);
+      {base.left, group.dtype, group.m, base.k, base.left_stride, tokens_of(group.m)});
+  const uint32_t blocks = tiles_of(group) * parts, rank_columns = rank_columns_of(group);
+  group.dtype == DType::bf16 ? launch_tokens<bf16>(context, args, blocks, rank_columns)
+                             : launch_tokens<f16>(context, args, blocks, rank_columns);
 }
 
 }  // namespace sm90
 
 bool can_lora_skinny(const Context& context, const GemmGroup& group) {
   if (!can_gemm_sm90(context, group) || group.right_is_kn || group.out_dtype != group.dtype ||
-      group.m > kSkinnyMaxTokens || group.problems == 0 || group.shrinks > 1) {
+      group.end != GemmEnd::plain || group.m > kSkinnyMaxTokens || group.problems == 0 ||
+      group.shrinks > 1) {
     return false;
   }
   const GemmPair& first = group.problem[0].pair[0];
@@ -534,14 +510,20 @@ bool can_lora_skinny(const Context& context, const GemmGroup& group) {
     const GemmProblem& problem = group.problem[i];
     if (problem.pairs == 0 || problem.pairs > 2) return false;
     const GemmPair& pair = problem.pair[0];
-    if (pair.left != first.left || pair.k != first.k || pair.k == 0) return false;
+    if (pair.left != first.left || pair.k != first.k || pair.k == 0 || problem.n == 0 ||
+        problem.rope) {
+      return false;
+    }
     if (problem.pairs == 2 && !sm90::part_of(group, problem)) return false;
   }
   return true;
 }
 
 bool prefers_lora_skinny(const Context& context, const GemmGroup& group) {
-  return can_lora_skinny(context, group);
+  if (!can_lora_skinny(context, group)) return false;
+  if (sm90::tiles_of(group) * 2 > static_cast<uint32_t>(context.multiprocessors)) return false;
+  const uint32_t rank_columns = sm90::rank_columns_of(group);
+  return group.m <= 64 || rank_columns == 16;
 }
 
 void lora_skinny(const Context& context, const GemmGroup& group) {
@@ -549,7 +531,7 @@ void lora_skinny(const Context& context, const GemmGroup& group) {
     throw std::invalid_argument(
         "[lora_skinny] group must be one that can_lora_skinny takes, but is not");
   }
-  sm90::skinny_with_form(context, group, {});
+  sm90::skinny_with_parts(context, group, sm90::skinny_parts(context, group));
 }
 
 }  // namespace metal_lora::cuda

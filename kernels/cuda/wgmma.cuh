@@ -36,6 +36,9 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
 /// Arrives at the barrier at the same address of block `rank` of the cluster. Orders no ordinary
 /// accesses between blocks (release.cluster would: a membar.gpu in the main loop, half the speed).
 __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
@@ -143,7 +146,7 @@ __device__ __forceinline__ void tensor_load_multicast(
       "h"(blocks)
       : "memory");
 }
-/// A box to the second-level cache.
+/// The same to L2 only: harmless whoever still writes it, since L2 is what all see.
 __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int column, int row) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map),
                "r"(column),
