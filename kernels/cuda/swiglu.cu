@@ -2,7 +2,8 @@
 // SPDX-License-Identifier: MIT
 //
 // SwiGLU (Shazeer, arXiv:2002.05202): silu(gate)·up, forward and backward, gate and up apart or
-// side by side in each row. Bandwidth-bound: 16 bytes a thread and array where they align.
+// side by side in each row. Bandwidth-bound: 16 bytes a thread and array where they align. On
+// Hopper a training step does without: gemm_sm90_end.cuh.
 #include "kernels/cuda/swiglu.cuh"
 
 #include "kernels/cuda/launch.cuh"
