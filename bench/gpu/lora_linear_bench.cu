@@ -82,47 +82,12 @@ class Cublas {
   void* workspace_ = nullptr;
 };
 
-/// Median microseconds of each of several calls, whose graphs are replayed in turns: clocks that
-/// fall under load then fall for all of them.
+/// bench::turns_us of calls that count for themselves.
 std::vector<float> compare_us(
-    bench::Device& device, const std::vector<std::function<void()>>& calls, int launches = 20) {
-  const auto stream = device.context.stream;
-  std::vector<cudaGraphExec_t> graphs(calls.size());
-  for (size_t c = 0; c < calls.size(); ++c) {
-    device.memory.reset();
-    calls[c]();
-    mlc::check(cudaStreamSynchronize(stream), "first call");
-    cudaGraph_t graph;
-    mlc::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-    for (int i = 0; i < launches; ++i) {
-      device.memory.reset();
-      calls[c]();
-    }
-    mlc::check(cudaStreamEndCapture(stream, &graph), "capture");
-    mlc::check(cudaGraphInstantiate(&graphs[c], graph, 0), "cudaGraphInstantiate");
-    cudaGraphDestroy(graph);
-  }
-  cudaEvent_t begin, end;
-  cudaEventCreate(&begin);
-  cudaEventCreate(&end);
-  std::vector<std::vector<float>> us(calls.size());
-  for (int r = 0; r < 9; ++r) {
-    for (size_t c = 0; c < calls.size(); ++c) {
-      cudaEventRecord(begin, stream);
-      mlc::check(cudaGraphLaunch(graphs[c], stream), "cudaGraphLaunch");
-      cudaEventRecord(end, stream);
-      mlc::check(cudaEventSynchronize(end), "replay");
-      float ms = 0.0f;
-      cudaEventElapsedTime(&ms, begin, end);
-      if (r >= 2) us[c].push_back(ms * 1e3f / launches);
-    }
-  }
-  std::vector<float> medians;
-  for (auto& list : us) medians.push_back(bench::median(list));
-  for (auto graph : graphs) cudaGraphExecDestroy(graph);
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
-  return medians;
+    bench::Device& device, const std::vector<std::function<void()>>& calls) {
+  std::vector<std::function<void(int)>> counted;
+  for (const auto& call : calls) counted.push_back([&call](int) { call(); });
+  return bench::turns_us(device, counted);
 }
 
 double tflops(double m, double n, double k, double us) {
