@@ -82,7 +82,7 @@ def gpu_layers(rows):
     if not ours:
         return []
     ratio = lambda table, tokens, metric, base: (
-        f"{table[tokens][metric] / table[tokens][base]:.2f}" if tokens in table else "–"
+        f"{table[tokens][metric] / table[tokens][base]:.2f}" if metric in table.get(tokens, {}) else "–"
     )
     lines = [
         "**LoRA linear on a GPU, bf16, K = N = 4096, rank 16: time over the base product alone**",
@@ -119,6 +119,16 @@ def gpu_steps(rows, kind, about, ours_name):
     return lines + [""]
 
 
+def gpu_failures(rows):
+    """The peers that gave no figure, and why: their absence must not read as a result."""
+    failed = [row for row in rows if row.get("kind") == "failed" and not row["ours"]]
+    if not failed:
+        return []
+    reason = lambda why: "timed out" if "timed out" in why else why.removeprefix("RuntimeError('")[:80].split(":")[0]
+    said = ", ".join(f"{row['program']} ({reason(row['why'])})" for row in failed)
+    return [f"Without a figure in this run: {said}.", ""]
+
+
 def gpu(folder):
     path = folder / "gpu.json"
     if not path.is_file():
@@ -135,6 +145,7 @@ def gpu(folder):
         "Decode on a GPU, batch 1, the same model with an unmerged rank-16 adapter",
         lambda row: f"ours, {row['base']} base",
     )
+    lines += gpu_failures(rows)
     machine = f"{result['machine']['gpu']}, {result['date']}, commit {result['commit'][:10]}."
     return [*lines, f"{machine} {result['note']}" if "note" in result else machine, ""]
 

@@ -14,7 +14,7 @@
 // An NF4 base in 4 GB on the second card: 48.4 -> 44.3, 0.88 of bf16's speed, since what layers
 // share lies where the loss works. By kernels, µs a layer on the second card, forward 865 and
 // backward 1203: products 748 and 759, attention 54 and 176, shrinks 42 and 100, norms 21 and 44,
-// gradients of the adapters 125. The loss takes 3.1 ms. The step runs at the power limit. Without
+// gradients of the adapters 125. The loss takes 3.1 ms. Power and clocks were not logged. Without
 // an end of the products (SwiGLU, its gradient or the rotation) the kernels measured one by one add
 // up to 0.3 to 0.5 ms more, but the step as a whole takes what it took (± 0.2 ms). Bands of 4 rows
 // of tiles instead of 8: nothing; of 16: + 1 %. SwiGLU's gradient without clusters: + 0.7 %. Tried

@@ -66,18 +66,19 @@ def layers(k=4096, n=4096, rank=16):
             i = turn()
             return base(i) + (2.0 * ((x @ a[i]) @ b[i])).astype(mx.bfloat16)
 
-        emit(
-            kind="layer",
-            engine="MLX",
-            k=k,
-            n=n,
-            rank=rank,
-            tokens=tokens,
-            base_us=microseconds(lambda: dense(turn())),
-            lora_us=microseconds(lambda: with_lora(dense)),
-            int4_us=microseconds(lambda: four_bit(turn())),
-            int4_lora_us=microseconds(lambda: with_lora(four_bit)),
-        )
+        row = {}
+        for name, function in (
+            ("base_us", lambda: dense(turn())),
+            ("lora_us", lambda: with_lora(dense)),
+            ("int4_us", lambda: four_bit(turn())),
+            ("int4_lora_us", lambda: with_lora(four_bit)),
+        ):
+            try:
+                row[name] = microseconds(function)
+            except Exception as error:  # a form that MLX cannot compile here must not hide the others
+                emit(kind="failed", engine="MLX", what=f"{name} of {tokens} tokens", why=repr(error)[:300])
+        if "base_us" in row:
+            emit(kind="layer", engine="MLX", k=k, n=n, rank=rank, tokens=tokens, **row)
 
 
 def lora_model():
