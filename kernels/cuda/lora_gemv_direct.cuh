@@ -16,27 +16,18 @@ namespace metal_lora::cuda::gemv {
 inline constexpr uint32_t kGroup = 64;      ///< columns of a scale
 inline constexpr uint32_t kHeldGroups = 8;  ///< of a warp, in registers at once
 
-/// INT4: a code q in the upper bits of a mantissa is 1 + q/16 exactly, in pairs {i, i + 4}.
 /// S: type of scales and biases.
 template <typename T_, typename S>
 struct DirectInt4 {
   using T = T_;
   static constexpr bool kInterleaved = true, kBiases = true, kTable = false;
   static __device__ __forceinline__ uint4 weights(uint32_t w, uint32_t) {
-    constexpr bool kBf16 = std::is_same_v<T, bf16>;
-    constexpr uint32_t kMask = kBf16 ? 0x00780078u : 0x03c003c0u;
-    constexpr uint32_t kOne = kBf16 ? 0x3f803f80u : 0x3c003c00u;
-    return make_uint4(
-        mask_or(kBf16 ? w << 3 : w << 6, kMask, kOne),
-        mask_or(kBf16 ? w >> 1 : w << 2, kMask, kOne),
-        mask_or(kBf16 ? w >> 5 : w >> 2, kMask, kOne),
-        mask_or(kBf16 ? w >> 9 : w >> 6, kMask, kOne));
+    return int4_pairs<T>(w);
   }
-  /// scale·q + bias = 16·scale·v + (bias - 16·scale)
   static __device__ __forceinline__ float2 scale(const Branch& b, size_t at) {
-    const float s = to_float(reinterpret_cast<const S*>(b.scales)[at]);
-    return make_float2(
-        16.0f * s, fmaf(-16.0f, s, to_float(reinterpret_cast<const S*>(b.biases)[at])));
+    return int4_scale_and_bias(
+        to_float(reinterpret_cast<const S*>(b.scales)[at]),
+        to_float(reinterpret_cast<const S*>(b.biases)[at]));
   }
 };
 
@@ -47,11 +38,7 @@ struct DirectNf4 {
   static constexpr bool kInterleaved = false, kBiases = false, kTable = true;
   static constexpr bool kDouble = kDouble_;
   static __device__ __forceinline__ uint4 weights(uint32_t w, uint32_t table) {
-    return make_uint4(
-        load_shared4(table + ((w << 6) & 0x3fc0u)),
-        load_shared4(table + ((w >> 2) & 0x3fc0u)),
-        load_shared4(table + ((w >> 10) & 0x3fc0u)),
-        load_shared4(table + ((w >> 18) & 0x3fc0u)));
+    return nf4_pairs(w, table);
   }
   static __device__ __forceinline__ float2 scale(const Branch& b, size_t at) {
     if constexpr (!kDouble) {

@@ -101,6 +101,24 @@ struct Dense {
 
 // ---- affine ----
 
+/// Eight 4-bit codes q as pairs {i, i + 4} of 1 + q/16, exactly: one shift and one logic operation a
+/// pair puts them into the upper bits of a mantissa. w = scale·q + bias = 16·scale·v + (bias -
+/// 16·scale).
+template <typename T>
+__device__ __forceinline__ uint4 int4_pairs(uint32_t w) {
+  constexpr bool kBf16 = std::is_same_v<T, bf16>;
+  constexpr uint32_t kMask = kBf16 ? 0x00780078u : 0x03c003c0u;
+  constexpr uint32_t kOne = kBf16 ? 0x3f803f80u : 0x3c003c00u;
+  return make_uint4(
+      mask_or(kBf16 ? w << 3 : w << 6, kMask, kOne),
+      mask_or(kBf16 ? w >> 1 : w << 2, kMask, kOne),
+      mask_or(kBf16 ? w >> 5 : w >> 2, kMask, kOne),
+      mask_or(kBf16 ? w >> 9 : w >> 6, kMask, kOne));
+}
+__device__ __forceinline__ float2 int4_scale_and_bias(float scale, float bias) {
+  return make_float2(16.0f * scale, fmaf(-16.0f, scale, bias));
+}
+
 /// Words of a row's scales in a stage, f32 ones at most, and one more against bank conflicts.
 template <class Format>
 constexpr uint32_t scale_pitch() {
@@ -117,23 +135,14 @@ struct Int4 {
   static constexpr uint32_t kRowBytes = 128, kChunkBytes = 16, kGroupChunks = kGroup / kChunk;
   static constexpr uint32_t kExtraBytes = 2 * 16 * (8 / kGroupChunks + 1) * 4, kStages = 3;
   static constexpr bool kInterleaved = true, kBiases = true, kNf4 = false, kDouble = false;
-  /// A code q in the upper bits of a mantissa is 1 + q/16 exactly: one shift and one logic
-  /// operation a pair. w = scale·q + bias = 16·scale·v + (bias - 16·scale).
   static __device__ __forceinline__ uint4
   weights(uint32_t stage, uint32_t row, uint32_t chunk, uint32_t t, uint32_t) {
     const uint32_t w =
         load_shared4(stage + row * kRowBytes + ((chunk ^ swizzle(row)) << 4) + 4 * t);
-    constexpr bool kBf16 = std::is_same_v<T, bf16>;
-    constexpr uint32_t kMask = kBf16 ? 0x00780078u : 0x03c003c0u;
-    constexpr uint32_t kOne = kBf16 ? 0x3f803f80u : 0x3c003c00u;
-    return make_uint4(
-        mask_or(kBf16 ? w << 3 : w << 6, kMask, kOne),
-        mask_or(kBf16 ? w >> 1 : w << 2, kMask, kOne),
-        mask_or(kBf16 ? w >> 5 : w >> 2, kMask, kOne),
-        mask_or(kBf16 ? w >> 9 : w >> 6, kMask, kOne));
+    return int4_pairs<T>(w);
   }
   static __device__ __forceinline__ float2 scale_and_bias(float scale, float bias) {
-    return make_float2(16.0f * scale, fmaf(-16.0f, scale, bias));
+    return int4_scale_and_bias(scale, bias);
   }
 };
 
@@ -176,6 +185,15 @@ inline constexpr uint32_t kAbsmaxPitch = 5;  ///< words of a row's 4 absmax valu
 inline constexpr uint32_t kTableCopies = 16;
 inline constexpr uint32_t kTableBytes = 256 * kTableCopies * 4;
 
+/// Eight codes as natural pairs; table: the address of the lane's own copy.
+__device__ __forceinline__ uint4 nf4_pairs(uint32_t w, uint32_t table) {
+  return make_uint4(
+      load_shared4(table + ((w << 6) & 0x3fc0u)),
+      load_shared4(table + ((w >> 2) & 0x3fc0u)),
+      load_shared4(table + ((w >> 10) & 0x3fc0u)),
+      load_shared4(table + ((w >> 18) & 0x3fc0u)));
+}
+
 /// A byte of codes is looked up in a table of pairs of which two lanes share a copy, in banks that
 /// no others use: levels rounded to x's type, as if W had been dequantised to it, but the absmax
 /// stays f32.
@@ -190,11 +208,7 @@ struct Nf4 {
   weights(uint32_t stage, uint32_t row, uint32_t chunk, uint32_t t, uint32_t table) {
     const uint32_t w =
         load_shared4(stage + row * kRowBytes + ((chunk ^ swizzle(row)) << 4) + 4 * t);
-    return make_uint4(
-        load_shared4(table + ((w << 6) & 0x3fc0u)),
-        load_shared4(table + ((w >> 2) & 0x3fc0u)),
-        load_shared4(table + ((w >> 10) & 0x3fc0u)),
-        load_shared4(table + ((w >> 18) & 0x3fc0u)));
+    return nf4_pairs(w, table);
   }
 };
 
