@@ -193,6 +193,11 @@ bool can_stream(
   return unit_chunks(w) > 0;
 }
 
+bool fuses_shrink(uint32_t m, DType dtype, const LoraBranch& branch) {
+  const uint32_t rank_tiles = (branch.lora.params.rank + kTileRows - 1) / kTileRows;
+  return can_fuse_shrink(dtype, branch) && size_t{m} * rank_tiles * kTileRows <= kWords;
+}
+
 bool alike(const LoraBranch& a, const LoraBranch& b) {
   const WeightParams &v = a.weight.params, &w = b.weight.params;
   const bool same_adapter = a.lora.params.rank == 0 || b.lora.params.rank == 0 ||

@@ -55,6 +55,8 @@ struct Call {
 /// x is 16-bit, W of its type or quantised, and columns and pointers are aligned as copies want.
 bool can_stream(
     const Context& context, uint32_t k, DType dtype, const void* x, const LoraBranch& branch);
+/// Whether the streaming form makes u of this branch in its own dispatch, the branch being alone.
+bool fuses_shrink(uint32_t m, DType dtype, const LoraBranch& branch);
 /// Whether two branches may share a dispatch of the streaming form.
 bool alike(const LoraBranch& a, const LoraBranch& b);
 using Launch = bool (*)(const Context&, const Call&, DType, const WeightParams&);

@@ -17,6 +17,7 @@
 #include "kernels/cuda/lora_plan.h"
 
 #include "kernels/cuda/gemm_stage.h"
+#include "kernels/cuda/lora_gemv.h"
 #include "kernels/cuda/lora_skinny.h"
 
 namespace metal_lora::cuda {
@@ -89,7 +90,7 @@ const char* reason(const Context& context, DType dtype, const LinearPlan& plan) 
                : "rows are no multiples of 16 bytes: copied first where the product is large";
   }
   if (plan.dequantize_first) {
-    return "many tokens: copying W out to 16 bits once costs less than decoding it in every tile";
+    return "more tokens: W is copied out to 16 bits once, then one product";
   }
   return context.capability == 90 ? "16-bit and aligned: Hopper's matrix unit and copy engine"
                                   : "16-bit and aligned: mma.sync behind a ring of cp.async";
@@ -122,7 +123,8 @@ LinearPlan plan_linear(const Context& context, uint32_t m, DType dtype, const Lo
   const bool adapted = branch.lora.params.rank > 0;
   if (m <= kVectorMaxTokens) {
     plan.form = LinearPlan::Form::vector;
-    plan.fused_shrink = adapted && streams(dtype, branch.weight);
+    plan.fused_shrink =
+        adapted && streams(dtype, branch.weight) && gemv::fuses_shrink(m, dtype, branch);
     plan.dispatches = adapted && !plan.fused_shrink ? 2 : 1;
   } else {
     plan.form =
