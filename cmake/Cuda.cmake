@@ -3,7 +3,7 @@
 include(CheckLanguage)
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
   # Where the machine has none: PyPI's nvidia-cuda-nvcc (scripts/requirements-cuda.txt).
-  find_program(METAL_LORA_NVCC nvcc HINTS /usr/local/cuda/bin PATHS ${MLX_ROOT}/../nvidia/cu13/bin)
+  find_program(METAL_LORA_NVCC nvcc HINTS /usr/local/cuda/bin ${MLX_ROOT}/../nvidia/cu13/bin)
   if(METAL_LORA_NVCC)
     set(CMAKE_CUDA_COMPILER ${METAL_LORA_NVCC})
     # PyPI's has its libraries in lib, where it does not look for them itself.
@@ -36,6 +36,11 @@ if(METAL_LORA_CUDA)
     set(CMAKE_CUDA_COMPILER_LAUNCHER ${CMAKE_CXX_COMPILER_LAUNCHER})
   endif()
   enable_language(CUDA)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
+    message(FATAL_ERROR "The CUDA kernels need nvcc 12.8 or later, but ${CMAKE_CUDA_COMPILER} is"
+      " ${CMAKE_CUDA_COMPILER_VERSION}.\nhint: scripts/setup --cuda installs one; or pass"
+      " -DCMAKE_CUDA_COMPILER=<path of nvcc>, or -DMETAL_LORA_CUDA=OFF for the CPU alone")
+  endif()
   if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake before 3.26 does not know that nvcc has it
     set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
     set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")

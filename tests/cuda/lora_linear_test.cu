@@ -425,20 +425,26 @@ const std::vector<Case>& cases() {
   return all;
 }
 
+/// Both ways of a case against f64, and the same bits a second time.
+void match_f64_and_repeat(const Case& c) {
+  SCOPED_TRACE(trace(c));
+  Linear linear(c);
+  linear.forward();
+  linear.check_forward();
+  linear.backward();
+  linear.check_backward();
+  if (::testing::Test::HasFatalFailure()) return;
+  const auto first = linear.take_results();
+  linear.forward();
+  linear.backward();
+  ASSERT_EQ(linear.take_results(), first) << "not the same bits again";
+}
+
 TEST(CudaLoraLinear, ForwardAndBackwardMatchF64AndRepeat) {
   METAL_LORA_NEEDS_GPU();
   for (const Case& c : cases()) {
-    SCOPED_TRACE(trace(c));
-    Linear linear(c);
-    linear.forward();
-    linear.check_forward();
-    linear.backward();
-    linear.check_backward();
+    match_f64_and_repeat(c);
     if (HasFatalFailure()) return;
-    const auto first = linear.take_results();
-    linear.forward();
-    linear.backward();
-    ASSERT_EQ(linear.take_results(), first) << "not the same bits again";
   }
 }
 
@@ -450,17 +456,8 @@ TEST(CudaLoraLinear, LargeProductsMatchF64AndRepeat) {
        {Case{2056, 64, DType::bf16, DType::bf16, {{4360, bf16, 8, 1.5f, 0, true}}},
         Case{2056, 4360, DType::bf16, DType::bf16, {{40, bf16, 3, 0.5f}, {24, bf16, 8, 1.5f}}},
         Case{1928, 72, DType::bf16, DType::bf16, {{2504, bf16, 5, 0.5f}, {2504, bf16, 8, 1.5f}}}}) {
-    SCOPED_TRACE(trace(c));
-    Linear linear(c);
-    linear.forward();
-    linear.check_forward();
-    linear.backward();
-    linear.check_backward();
+    match_f64_and_repeat(c);
     if (HasFatalFailure()) return;
-    const auto first = linear.take_results();
-    linear.forward();
-    linear.backward();
-    ASSERT_EQ(linear.take_results(), first) << "not the same bits again";
   }
 }
 
