@@ -480,6 +480,42 @@ TEST(CudaAdamw, FollowsF64AndSkips) {
   }
 }
 
+TEST(CudaDecode, NormEqualsF64) {
+  METAL_LORA_NEEDS_GPU();
+  TestDevice device;
+  std::mt19937 rng(9);
+  for (const auto& [rows, dims] : kShapes) {
+    const Array x = random_array(rng, DType::f32, size_t{rows} * dims),
+                weight = random_array(rng, DType::f32, dims);
+    const DeviceBuffer dx = upload(x), dweight = upload(weight);
+    for (const DType dtype : kDTypes) {
+      DeviceBuffer y(size_t{rows} * dims * bytes_of(dtype));
+      cuda::decode_norm(
+          device.context(),
+          rows,
+          dims,
+          1e-5f,
+          dx.get<float>(),
+          dweight.get<float>(),
+          dtype,
+          y.get());
+      device.finish();
+      std::vector<double> want(x.values.size()), bound(want.size());
+      for (uint32_t r = 0; r < rows; ++r) {
+        double squares = 0;
+        for (uint32_t i = 0; i < dims; ++i) squares += std::pow(x.values[size_t{r} * dims + i], 2);
+        const double scale = 1 / std::sqrt(squares / dims + double{1e-5f});
+        for (uint32_t i = 0; i < dims; ++i) {
+          const size_t at = size_t{r} * dims + i;
+          want[at] = x.values[at] * scale * weight.values[i];
+          bound[at] = (norm_error(dims) + roundoff(dtype)) * std::fabs(want[at]) + 1e-7;
+        }
+      }
+      expect_near(values_of(y, dtype, want.size()), want, bound, "y of " + std::to_string(dims));
+    }
+  }
+}
+
 TEST(CudaDecode, NormsAndRotatesIntoTheCache) {
   METAL_LORA_NEEDS_GPU();
   TestDevice device;
@@ -498,7 +534,7 @@ TEST(CudaDecode, NormsAndRotatesIntoTheCache) {
       DeviceBuffer dq = upload(q), keys(kCapacity * kK * d * 2), values(kCapacity * kK * d * 2);
       const DeviceBuffer dk = upload(k), dv = upload(v), dt = upload(table), dqn = upload(q_norm),
                          dkn = upload(k_norm), dp(positions);
-      cuda::DecodeRopeParams p;
+      cuda::DecodeAttentionParams p;
       p.tokens = kTokens;
       p.q_heads = kQ;
       p.kv_heads = kK;
