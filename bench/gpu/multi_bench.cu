@@ -20,6 +20,7 @@ constexpr uint32_t kN = 4096, kK = 4096, kRank = 16;
 
 struct Call {
   uint32_t m, adapters;
+  uint32_t segment;  ///< neighbouring tokens of one adapter: a prompt's
 };
 
 /// Sums what it reads, so that nothing is optimised away.
@@ -71,9 +72,13 @@ struct Bench {
       weights.push_back(device.weight(kN, kK, WeightFormat::bf16));
     }
     uint64_t state = 12345;
-    for (auto& id : ids) {
+    for (uint32_t t = 0; t < c.m; ++t) {
+      if (c.segment > 1 && t % c.segment != 0) {
+        ids[t] = ids[t - 1];
+        continue;
+      }
       state = state * 6364136223846793005ull + 1442695040888963407ull;
-      id = static_cast<int32_t>((state >> 33) % c.adapters);
+      ids[t] = static_cast<int32_t>((state >> 33) % c.adapters);
     }
     device_ids = upload(ids);
     no_ids = upload(std::vector<int32_t>(c.m, -1));
@@ -161,10 +166,12 @@ void run(Call call, double bandwidth) {
                              : 0.0f;
     const double limit = bench.bytes() / bandwidth * 1e-6;
     std::printf(
-        "m %4u adapters %3u %-8s | cublas %7.2f (%7.2f) us | ours %7.2f us %5.3fx | no adapter "
+        "m %4u adapters %3u by %2u %-8s | cublas %7.2f (%7.2f) us | ours %7.2f us %5.3fx | no "
+        "adapter "
         "%7.2f us | shrink %6.2f us | %5.1f MB, limit %6.2f us: %5.3fx of cublas\n",
         call.m,
         call.adapters,
+        call.segment,
         rotate ? "rotating" : "fixed",
         base,
         again,
@@ -189,7 +196,9 @@ int main(int argc, char** argv) {
     std::printf("read %.3f TB/s\n", bandwidth);
     for (int i = 1; i < argc; ++i) {
       const auto m = static_cast<uint32_t>(std::atoi(argv[i]));
-      run({m, m > 512 ? 8u : 128u}, bandwidth);
+      if (m <= 512) run({m, 128, 1}, bandwidth);
+      run({m, 8, 1}, bandwidth);
+      run({m, 128, 16}, bandwidth);
     }
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());

@@ -140,69 +140,6 @@ __device__ __forceinline__ void load8(T (&to)[8], const T* p, uint32_t count) {
   }
 }
 
-/// One warp: rows j0 and j0 + 1 of an adapter's A by up to eight of its tokens, over the slice of k
-/// from k0, to out [m, max_rank].
-template <typename X, typename A, bool kVector, typename Token>
-__device__ __forceinline__ void shrink_rows(
-    const Bank& bank,
-    const X* x,
-    uint32_t key,
-    uint32_t rank,
-    uint32_t j0,
-    uint32_t k0,
-    const Token* token,
-    uint32_t count,
-    float* out) {
-  constexpr uint32_t kSteps = 2;  ///< of 256 columns whose loads are in flight together
-  const uint32_t lane = threadIdx.x % 32, k = bank.columns, max_rank = bank.max_rank;
-  const A* rows = static_cast<const A*>(bank.right) + (size_t{key} * max_rank + j0) * k;
-  const uint32_t second = j0 + 1 < rank ? k : 0;  // an odd rank: the row before, again
-  float sum[kTileTokens][2] = {};
-  const uint32_t end = min(k, k0 + kSlice);
-#pragma unroll 2
-  for (uint32_t at = k0; at < end; at += 256 * kSteps) {
-    A a[kSteps][2][8];
-#pragma unroll
-    for (uint32_t s = 0; s < kSteps; ++s) {
-      const uint32_t p = at + 256 * s + 8 * lane, there = p < end ? min(end - p, 8u) : 0;
-      load8<A, kVector>(a[s][0], rows + p, there);
-      load8<A, kVector>(a[s][1], rows + second + p, there);
-    }
-#pragma unroll
-    for (uint32_t i = 0; i < kTileTokens; ++i) {
-      if (i < count) {
-        const X* from = x + size_t{token[i]} * k;
-        X v[kSteps][8];
-#pragma unroll
-        for (uint32_t s = 0; s < kSteps; ++s) {
-          const uint32_t p = at + 256 * s + 8 * lane;
-          load8<X, kVector>(v[s], from + p, p < end ? min(end - p, 8u) : 0);
-        }
-#pragma unroll
-        for (uint32_t s = 0; s < kSteps; ++s) {
-#pragma unroll
-          for (uint32_t e = 0; e < 8; ++e) {
-            const float xe = to_float(v[s][e]);
-            sum[i][0] = fmaf(xe, to_float(a[s][0][e]), sum[i][0]);
-            sum[i][1] = fmaf(xe, to_float(a[s][1][e]), sum[i][1]);
-          }
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (uint32_t i = 0; i < kTileTokens; ++i) {
-    if (i < count) {
-      const float first = warp_sum(sum[i][0]), other = warp_sum(sum[i][1]);
-      if (lane == 0) {
-        float* to = out + size_t{token[i]} * max_rank + j0;
-        to[0] = first;
-        if (j0 + 1 < rank) to[1] = other;
-      }
-    }
-  }
-}
-
 /// Makes `order`, `key` and `within` in scratch.
 Grouping sort_tokens(const Context& context, const int32_t* index, uint32_t m, uint32_t adapters);
 
@@ -218,10 +155,23 @@ struct Stream {
   const float* bias = nullptr;
   void* y = nullptr;
 };
+/// What the shrink asks L2 for while the kernels before it end: `bytes` of each row, from the
+/// beginning of each of `parts` that share the row in whole kAheadAlign.
+struct Ahead {
+  const void* from = nullptr;
+  uint32_t rows = 0, row_bytes = 0, parts = 0, bytes = 0;
+};
+inline constexpr uint32_t kAheadAlign = 128;
 /// A_i·x[t] of every token with an adapter, x [m, bank.columns] of `dtype`. Launched as a
-/// programmatic dependent; lets its own dependents start when all before it is done.
+/// programmatic dependent; lets its own dependents start when all before it is done: at once where
+/// there is something ahead, else once A is asked for.
 Partials shrink(
-    const Context& context, const Grouping& g, const Bank& a, DType dtype, const void* x);
+    const Context& context,
+    const Grouping& g,
+    const Bank& a,
+    DType dtype,
+    const void* x,
+    const Ahead& ahead = {});
 
 inline constexpr uint32_t kStreamTokens = 128;
 /// Whether the streaming form takes it: compute capability 9.0, 16-bit x and W, up to

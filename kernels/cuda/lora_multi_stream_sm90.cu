@@ -3,28 +3,34 @@
 //
 // Up to 128 tokens with many adapters, the base at streaming speed. A tile of W's rows is shared by
 // blocks that split K; the rows are the M side of wgmma and the tokens its N side, so every byte of
-// W is read once and x a few times from L2. Meanwhile seven warps of each block work out the
-// adapters' share of the outputs: B's rows come while W streams, u when the shrink is done, which
-// runs in front of this kernel and beside it (programmatic dependent launch). At the end the
-// blocks' sums meet in a fixed order, share and bias are added in f32, and y is rounded and written
-// once.
+// W is read once and x a few times from L2. Meanwhile seven warps of each block fetch B's rows of
+// each adapter in use, once, and u when the shrink is done, which runs in front of this kernel and
+// beside it (programmatic dependent launch). Then all warps that have nothing else to do work out
+// the adapters' share. At the end the blocks' sums meet in a fixed order, share and bias are added
+// in f32, and y is rounded and written once.
 //
 // Ladder (H100, K = N = 4096, bf16, 128 adapters of rank 16, one a token, W and bank rotating over
-// more than L2; us for 64 and 128 tokens; cuBLAS's base alone 15.5 and 15.2; W and the adapters in
-// use take 15.2 and 18.0 us of plain reads at 3.1 TB/s):
+// more than L2; us for 64 and 128 tokens; W and the adapters in use take 15.2 and 18.0 us of plain
+// reads at 3.1 TB/s):
 //   clusters of 4 over 128 rows, u and B read as needed       37.0, 53.0
 //   pairs of blocks (only 30 clusters of 4 fit, not 32)       33.6, 43.0
 //   no cooperative launch, so that launches overlap           27.8, 37.9
 //   expanding warps that do not wait for each other           25.7, 35.6
 //   64-row tiles up to 64 tokens, A asked for before W        24.2 (128 tokens: 36.6)
-//   multiplications without a test of the rank each           24.4, 34.7   1.58 and 2.29 of cuBLAS
-// With the bank and W the same in all calls: 23.6, 35.1 (cuBLAS, from L2: 8.3, 14.0). 16 tokens:
-// 21.0 of cuBLAS's 15.9. Tried: the shrink inside this kernel behind a barrier of all blocks
-// (42.8, 51.8: six dependent reads, each microseconds long while W streams); letting this kernel
-// start only when the shrink is done (30.5, 38.0); W's head and B asked into L2 by the shrink (no
-// change). The next 10%: u comes 7 us after the start and B·u takes 3.5 us of seven warps, so the
-// blocks wait for the expansion, not for W; tensor cores for B·u of groups, or all warps once W is
-// through.
+//   multiplications without a test of the rank each           24.3, 35.8   1.67 and 2.36 of cuBLAS
+//   B once an adapter, all warps expand, a quicker shrink;
+//   up to 64 tokens W's head in L2 ahead                      23.1, 33.0   1.60 and 2.20 of cuBLAS
+// The last two in the same run, cuBLAS's base alone 14.4 and 15.0. 66 and 55% of the limit. With
+// 4 warps for B and u: 23.6, 35.2; 128 tokens of 8 adapters 30.0 (33.7 before).
+// Tried: the shrink inside this kernel behind a barrier of all blocks (42.8, 51.8: six dependent
+// reads, each microseconds long while W streams); letting this kernel start only when the shrink is
+// done (30.5, 38.0); a shrink of 128 threads a block whose reads wait for one another (29.7, 36.5);
+// fewer steps of k for the pairs that pass their sums on (no change).
+// The next 10%: without any adapter it is 17.4 at 64 tokens and, with B and u by 4 warps, 25.2 at
+// 128, so a launch of its own for the shrink and, at 128, the exchange through L2 cost most.
+// 64-row tiles of clusters of two at 128 tokens took 33.8 to the pairs' 35.0 (4 warps for B and
+// u); A by the matrix unit's spare time in this launch, as lora_skinny_sm90.cu does for one
+// adapter, would save the shrink's.
 #include <algorithm>
 #include <type_traits>
 
@@ -91,6 +97,8 @@ __device__ __forceinline__ void produce(
     sm90::tensor_load(to + kWBytes, &args.x_map, barrier, step * kStepK, 0);
     ring.advance(args.stages);
   }
+  // Not before: what the next shrink asks L2 for ahead would be gone when it is wanted.
+  sm90::dependents_launch();
 }
 
 /// 64 rows of W by all tokens of one warpgroup, left as f32 [set][token][row] where the ring was.
@@ -237,9 +245,10 @@ __device__ __forceinline__ void finish_pairs(
     }
     return;
   }
-  float4 own[kStreamTokens / kStep];
+  constexpr uint32_t kTurns = (Shape::kTokens + kStep - 1) / kStep;
+  float4 own[kTurns];
 #pragma unroll
-  for (uint32_t i = 0; i < kStreamTokens / kStep; ++i) {
+  for (uint32_t i = 0; i < kTurns; ++i) {
     const uint32_t t = threadIdx.x / kQuads + i * kStep;
     if (t < args.m) own[i] = of_pair(t);
   }
@@ -256,7 +265,7 @@ __device__ __forceinline__ void finish_pairs(
   __syncthreads();
   const uint32_t n = tile0 + half * kHalf + row;
 #pragma unroll
-  for (uint32_t i = 0; i < kStreamTokens / kStep; ++i) {
+  for (uint32_t i = 0; i < kTurns; ++i) {
     const uint32_t t = threadIdx.x / kQuads + i * kStep;
     if (t >= args.m || n >= args.n) continue;
     float4 sum = {};
@@ -269,31 +278,24 @@ __device__ __forceinline__ void finish_pairs(
   }
 }
 
-/// The warps that work out the adapters' share of what the block will finish.
 template <typename Shape>
-__device__ __forceinline__ void expand_role(
+__device__ __forceinline__ Expansion expansion_of(
     const StreamArgs& args,
     const Layout<Shape>& layout,
     uint8_t* memory,
     uint32_t tile0,
     uint32_t block,
-    uint32_t warp) {
+    uint32_t ready) {
   Expansion e;
-  e.warp = warp;
   e.rows = Shape::kRows / args.split;
   e.row0 = tile0 + first_row<Shape>(args, block);
-  const uint32_t slot = e.rows * args.b.max_rank * (args.b.dtype == DType::f32 ? 4 : 2);
-  e.slots = args.b_bytes / kExpandWarps / slot;
-  e.b = memory + layout.b + warp * e.slots * slot;
+  e.slots = args.b_bytes / (e.rows * args.b.max_rank * (args.b.dtype == DType::f32 ? 4 : 2));
+  e.b = memory + layout.b;
   e.u = reinterpret_cast<float*>(memory + layout.u);
   e.share = reinterpret_cast<float*>(memory + layout.share);
-  if (args.b.dtype == DType::bf16) {
-    expand<bf16>(args, e);
-  } else if (args.b.dtype == DType::f16) {
-    expand<f16>(args, e);
-  } else {
-    expand<float>(args, e);
-  }
+  e.tokens = reinterpret_cast<Tokens*>(memory + layout.tokens);
+  e.ready = ready;
+  return e;
 }
 
 template <typename T, typename Shape>
@@ -305,6 +307,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   uint8_t* memory = raw + (shared - sm90::shared_address(raw));
   const Layout<Shape> layout(args.stages, args.split, args.b.max_rank, args.b_bytes);
   const uint32_t full = shared + layout.barriers, empty = full + 8 * kMaxStages;
+  const uint32_t ready = empty + 8 * kMaxStages;
   auto* share = reinterpret_cast<float*>(memory + layout.share);
   const uint32_t block = blockIdx.x % args.split, tile0 = blockIdx.x / args.split * Shape::kRows;
   const uint32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -313,18 +316,25 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
       sm90::barrier_init(full + 8 * i, 1);
       sm90::barrier_init(empty + 8 * i, kConsumerWarps / Shape::kSets);
     }
+    sm90::barrier_init(ready, kHelperWarps);
     sm90::barrier_init_fence();
   }
   __syncthreads();
-  sm90::dependents_launch();
   const Steps steps(args, block);
-  if (warp < kConsumerWarps) {
-    consume<T, Shape>(args, steps, shared, full, empty, reinterpret_cast<float*>(memory));
-  } else if (warp == kConsumerWarps) {
+  const Expansion e = expansion_of(args, layout, memory, tile0, block, ready);
+  if (warp == kConsumerWarps) {
     if (threadIdx.x % 32 == 0) produce<Shape>(args, steps, tile0, shared, full, empty);
     __syncwarp();
-  } else {
-    expand_role(args, layout, memory, tile0, block, warp - kConsumerWarps - 1);
+  } else if (warp < kConsumerWarps) {
+    consume<T, Shape>(args, steps, shared, full, empty, reinterpret_cast<float*>(memory));
+  }
+  if (warp != kConsumerWarps) {
+    with_bank_type(args.b.dtype, [&](auto type) {
+      using B = decltype(type);
+      if (warp > kConsumerWarps) prepare<B>(args, e, threadIdx.x - 32 * (kConsumerWarps + 1));
+      sm90::barrier_wait(ready, 0);
+      expand<B>(args, e);
+    });
   }
   sm90::cluster_sync();
   if (args.flags) {
@@ -337,6 +347,9 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
 }
 
 // ---- host ----
+
+/// Steps of each block's W that the shrink asks L2 for.
+constexpr uint32_t kAheadSteps = 4;
 
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
@@ -373,6 +386,11 @@ bool aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
+/// Tiles of 64 rows, each shared by a cluster of two, where all are resident.
+bool has_narrow_tiles(const Context& context, uint32_t m, uint32_t n) {
+  return m <= 64 && ceil_div(n, 64) * 2 <= static_cast<uint32_t>(context.multiprocessors);
+}
+
 /// Behind the shrink, as its programmatic dependent.
 template <typename Kernel>
 void launch_kernel(const Context& context, Kernel kernel, uint32_t bytes, const StreamArgs& args) {
@@ -403,9 +421,9 @@ uint32_t share_out(StreamArgs& args) {
     return Layout<Shape>(args.stages, args.split, args.b.max_rank, args.b_bytes).bytes;
   };
   args.b_bytes = 0;
-  const uint32_t slots = kExpandWarps * (Shape::kRows / args.split) * args.b.max_rank *
-                         (args.b.dtype == DType::f32 ? 4 : 2);
-  args.b_bytes = slots * std::min((kSharedLimit - bytes()) / slots, ceil_div(args.m, kExpandWarps));
+  const uint32_t slot =
+      Shape::kRows / args.split * args.b.max_rank * (args.b.dtype == DType::f32 ? 4 : 2);
+  args.b_bytes = slot * std::min({(kSharedLimit - bytes()) / slot, args.m, args.adapters});
   return bytes();
 }
 
@@ -420,8 +438,7 @@ void launch(const Context& context, StreamArgs& args) {
 
 template <typename T>
 void launch_tile(const Context& context, StreamArgs& args) {
-  const uint32_t slots = static_cast<uint32_t>(context.multiprocessors);
-  if (args.m <= 64 && ceil_div(args.n, 64) * 2 <= slots) {
+  if (has_narrow_tiles(context, args.m, args.n)) {
     args.split = args.cluster = 2;
     return launch<T, 64, 64>(context, args);
   }
@@ -459,7 +476,11 @@ void stream(const Context& context, const Stream& call) {
   args.b = call.b;
   args.bias = call.bias;
   args.y = call.y;
-  args.u = shrink(context, {call.index, call.m, call.adapters}, call.a, call.dtype, call.x);
+  Ahead ahead;
+  if (has_narrow_tiles(context, call.m, call.n)) {
+    ahead = {call.w, call.n, call.k * 2, 2, kAheadSteps * kStepK * 2};
+  }
+  args.u = shrink(context, {call.index, call.m, call.adapters}, call.a, call.dtype, call.x, ahead);
   call.dtype == DType::bf16 ? launch_tile<bf16>(context, args) : launch_tile<f16>(context, args);
 }
 

@@ -305,6 +305,11 @@ std::vector<Case> cases() {
     list.push_back({17, 17, 1701, d, D::f32, bf16, {4, 6}, 8, false});
     list.push_back({200, 65, 96, d, d, own, {100, 16, 2}, 100, true});
     list.push_back({1000, 40, 72, d, d, own, many, 40, true});
+    // Streamed again: many tokens of few adapters; more adapters than a block has room for in
+    // shared memory.
+    list.push_back({128, 300, 520, d, d, own, std::vector<int32_t>(8, 16), 16, true});
+    list.push_back({64, 100, 136, d, D::f32, own, std::vector<int32_t>(60, 48), 64, true});
+    list.push_back({128, 140, 520, d, D::f32, own, std::vector<int32_t>(90, 50), 64, false});
   }
   return list;
 }
