@@ -63,10 +63,10 @@ class TrainStep::Run : private TrainLinears {
             make_train_layout(step.model_, step.max_tokens_, step.kept_),
             context,
             workspace,
-            batch.tokens),
+            batch.tokens,
+            grads),
         batch_(batch),
-        parameters_(parameters),
-        grads_(grads) {}
+        parameters_(parameters) {}
 
   void all(float* loss) {
     prepare();
@@ -327,7 +327,7 @@ class TrainStep::Run : private TrainLinears {
     if (!kept.keeps_norms) norm_forward(at(kept.h), layer.input_norm, at(kept.x1));
   }
 
-  /// dA = vᵀ·x and dB = dyᵀ·u of the layer's adapters, in one call.
+  /// dA = vᵀ·x and the dB = dyᵀ·u that are not there yet of the layer's adapters, in one call.
   void adapter_grads(size_t index, void* d_out, void* d_h2) {
     const Layer& kept = layout_.layers[index];
     const auto linears = linears_of(model_.layers[index]);
@@ -372,8 +372,9 @@ class TrainStep::Run : private TrainLinears {
       b.grad = grads_ + linears[s]->b;
       b.transposed = true;
       grads.push_back(a);
-      grads.push_back(b);
+      if (!has_grad_b_[s]) grads.push_back(b);
     }
+    has_grad_b_ = {};
     if (grads.empty()) return;
     call(
         [&](const Context& c) { lora_grad(c, tokens_, model_.dtype, grads.data(), grads.size()); });
@@ -381,7 +382,6 @@ class TrainStep::Run : private TrainLinears {
 
   TrainBatch batch_;
   const float* parameters_;
-  float* grads_;
   void* d_h_ = nullptr;
 };
 
