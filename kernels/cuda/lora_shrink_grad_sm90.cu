@@ -8,7 +8,12 @@
 // each has columns of its own). dB stays in registers until the block's tokens are over; v leaves
 // stage by stage. A second kernel adds up what the blocks have of both, in a fixed order.
 //
-// Ladder: see train_step.cpp for the step.
+// Ladder (H100, bf16, 4096 tokens, rank 16, gate and up of 8192 columns each: 134 MB, 46 us at the
+// speed of a copy; caches cold, us):
+//   two shrinks, then dB among the layer's gradients                57 + 66
+//   this kernel 53 (87 % of a copy), its sums 9; the sums' launch hides behind the product
+//   q, k and v (25 MB): three shrinks 28 and 10 of gradients; this 15 and 7
+// The next 10 %: sums through the shared memory of a cluster instead of 12 MB through L2.
 #include <algorithm>
 #include <span>
 
