@@ -428,13 +428,12 @@ void add(Args& args, const AdapterGrad& grad) {
 template <typename Large, typename Small, bool kDrop>
 void launch_grads(const Context& context, Args& args) {
   const uint32_t tiles = count_tiles(args, kColumns);
-  // Two blocks on a multiprocessor.
-  const uint32_t slots = 2 * context.multiprocessors;
-  args.splits = splits_for(context, slots, tiles, ceil_div(args.m, kTokens));
+  args.splits = splits_for(context, tiles, ceil_div(args.m, kTokens));
   args.pairs = 1;
   for (uint32_t g = 0; g < args.groups; ++g) {
     args.pairs = std::max(args.pairs, ceil_div(std::min(kRanks, args.group[g].ranks), 16));
   }
+  // Two blocks on a multiprocessor.
   const Layout<Small> layout{args.pairs};
   const uint32_t limit = shared_limit(context);
   const uint32_t per_block = std::max(limit / 2, 99u * 1024) - 1024;

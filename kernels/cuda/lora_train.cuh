@@ -152,15 +152,14 @@ inline uint32_t count_tiles(Args& args, uint32_t width) {
   return tiles;
 }
 
-/// Splits of the tokens that leave `slots` (blocks that run at once) the least to do one after the
-/// other; each doubling has to win 3 % for its sums.
-inline uint32_t splits_for(
-    const Context& context, uint32_t slots, uint32_t tiles, uint32_t steps) {
+/// Splits of the tokens that leave the multiprocessors the least to do one after the other; each
+/// doubling has to win 3 % for its sums.
+inline uint32_t splits_for(const Context& context, uint32_t tiles, uint32_t steps) {
   uint32_t best = 1;
   double least = 1e30;
   const uint32_t most = context.capability >= 90 ? 8 : 1;
   for (uint32_t splits = 1; splits <= most && splits <= std::max(1u, steps); splits *= 2) {
-    const double turns = std::ceil(double(tiles) * splits / slots);
+    const double turns = std::ceil(double(tiles) * splits / context.multiprocessors);
     const double time = turns * ceil_div(steps, splits) * (1.0 + 0.03 * std::log2(splits));
     if (time >= least) continue;
     least = time;

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kExactThreads)
 
 void grad_exact(const Context& context, Args& args) {
   const uint32_t tiles = count_tiles(args, kExactTile);
-  args.splits = splits_for(context, context.multiprocessors, tiles, ceil_div(args.m, kExactStep));
+  args.splits = splits_for(context, tiles, ceil_div(args.m, kExactStep));
   launch(
       context,
       grad_exact_kernel,

@@ -26,9 +26,9 @@
 // and left: warpgroups that take turns at whole tiles, so that one ends its own while the other
 // multiplies (gate and up 412 -> 481 µs, SwiGLU's gradient 324 -> 448: the producer took 450 ns to
 // feed a stage, before it elected its lane, and read gate and up for the end straight from memory).
+// Gate's and up's low-rank steps as one (u side by side, up's B shifted) won nothing either.
 // The next 10 %: u of down from the end of the product that makes act (28 µs a layer, 67 MB less to
-// read); gate's and up's low-rank steps as one (u side by side, B shifted: 3 % of that product's
-// steps); attention's row sums at the end of o's product back (15 µs).
+// read); attention's row sums at the end of o's product back (15 µs).
 #include <algorithm>
 #include <span>
 
