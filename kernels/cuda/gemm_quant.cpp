@@ -155,6 +155,14 @@ bool can_gemm_quantized(const Context& context, const QuantizedProduct& p) {
                           p.u_stride % 8 == 0 && p.b_stride % 8 == 0));
 }
 
+bool makes_low_inside(const Context& context, const QuantizedProduct& p) {
+  return quant::chosen_form(context, p).inside;
+}
+
+bool prefers_gemm_quantized(const Context& context, const QuantizedProduct& p) {
+  return can_gemm_quantized(context, p) && p.m <= 1024;
+}
+
 void gemm_quantized(const Context& context, const QuantizedProduct& p) {
   if (!can_gemm_quantized(context, p)) {
     throw std::invalid_argument(

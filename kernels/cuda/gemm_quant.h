@@ -31,6 +31,10 @@ struct QuantizedProduct {
 /// Whether gemm_quantized takes the weight at all: capability 9.0, 16-bit x, int4 in groups of 64
 /// or 128 or nf4, n a multiple of 8, every pointer aligned to 16 bytes.
 bool can_gemm_quantized(const Context& context, const QuantizedProduct& product);
+/// Whether it is faster there than a 16-bit copy of W and the product over that.
+bool prefers_gemm_quantized(const Context& context, const QuantizedProduct& product);
+/// Whether u made inside, from A, costs less than a kernel ahead that makes it: then leave u null.
+bool makes_low_inside(const Context& context, const QuantizedProduct& product);
 /// Weights are each format's formula in f32 rounded once to x's type (int4: of f32 scales within
 /// 2^-16 of the scale), sums f32 in a fixed order.
 void gemm_quantized(const Context& context, const QuantizedProduct& product);
