@@ -5,8 +5,7 @@
 // lora_linear_forward chooses, through a 16-bit copy of W, and by each form of gemm_quantized.
 // Weights rotate so that L2 does not hold them. One line a case: microseconds and ratios.
 //
-//   quant_bench [forms|inside|linear] [int4|nf4|double] [k] [n] [rank] [m]...    Link with
-//   -lcublas.
+//   quant_bench [forms|linear] [int4|nf4|double] [k] [n] [rank] [m]...    Link with -lcublas.
 #include <cublas_v2.h>
 
 #include <cmath>
@@ -91,7 +90,7 @@ class Case {
   }
   ~Case() { cublasDestroy(cublas_); }
 
-  void forms(uint32_t m, bool inside) {
+  void forms(uint32_t m) {
     std::vector<std::function<void()>> calls = {[&] { base(m); }, [&] { copy(m, next(), y_); }};
     std::vector<mlc::quant::Form> list;
     for (uint32_t tokens : {32u, 64u, 128u, 256u}) {
@@ -100,10 +99,8 @@ class Case {
       for (uint32_t splits = 1; splits <= (tokens == 256 ? 2 : m > 512 ? 1 : 8); ++splits) {
         if ((m + tokens - 1) / tokens * ((n_ + 127) / 128) * splits > 600 && splits > 1) continue;
         if (splits == 7) continue;
-        for (uint32_t sharers = 1; sharers <= (splits == 1 ? 2 : 1); ++sharers) {
-          list.push_back({tokens, splits, sharers, inside});
-          if (!mlc::quant::form_fits(product(m, weights_[0], y_), list.back())) list.pop_back();
-        }
+        list.push_back({tokens, splits});
+        if (!mlc::quant::form_fits(product(m, weights_[0], y_), list.back())) list.pop_back();
       }
     }
     for (const auto& form : list) calls.push_back([&, form] { direct(m, next(), y_, &form); });
@@ -126,8 +123,7 @@ class Case {
         order.begin(), order.end(), [&](size_t i, size_t j) { return us[i + 2] < us[j + 2]; });
     for (size_t i : order) {  // the best few, and the chosen one
       const auto& f = list[i];
-      const bool is_chosen = f.tokens == chosen.tokens && f.splits == chosen.splits &&
-                             f.sharers == chosen.sharers && f.inside == chosen.inside;
+      const bool is_chosen = f.tokens == chosen.tokens && f.splits == chosen.splits;
       if (i != order[0] && us[i + 2] > 1.12f * us[order[0] + 2] && !is_chosen) continue;
       std::printf(" %s %.2f (%.3f)", name(f).c_str(), us[i + 2], us[i + 2] / us[0]);
     }
@@ -155,10 +151,9 @@ class Case {
   }
 
  private:
-  /// tokens/splits/sharers, and whether u is made inside.
+  /// tokens/splits
   static std::string name(const mlc::quant::Form& f) {
-    return std::to_string(f.tokens) + "/" + std::to_string(f.splits) + "/" +
-           std::to_string(f.sharers) + (f.inside ? "i" : "");
+    return std::to_string(f.tokens) + "/" + std::to_string(f.splits);
   }
   /// Scales in 8 bits, themselves in blocks of 256.
   void nest(mlc::WeightView& w) {
@@ -225,15 +220,13 @@ class Case {
     p.w = w;
     p.rank = rank_;
     p.u_stride = p.b_stride = rank_;
-    p.a = lora_.a;
-    p.factor = lora_.params.scale;
     p.b = lora_.b;
     p.y = y;
     return p;
   }
   void direct(uint32_t m, const mlc::WeightView& w, mlc::bf16* y, const mlc::quant::Form* form) {
     auto p = product(m, w, y);
-    if (rank_ > 0 && !form->inside) {
+    if (rank_ > 0) {
       mlc::ShrinkCall call;
       call.m = m;
       call.k = k_;
@@ -302,12 +295,11 @@ int main(int argc, char** argv) {
     return i < argc ? static_cast<uint32_t>(std::atoi(argv[i])) : otherwise;
   };
   const bool forms = argc > 1 && std::strcmp(argv[1], "forms") == 0;
-  const bool inside = argc > 1 && std::strcmp(argv[1], "inside") == 0;
   Case c(argc > 2 ? argv[2] : "int4", number(3, 4096), number(4, 4096), number(5, 16));
   std::vector<uint32_t> tokens = {17, 32, 64, 128, 256, 512, 1024, 4096};
   if (argc > 6) tokens.clear();
   for (int i = 6; i < argc; ++i) tokens.push_back(number(i, 0));
   for (uint32_t m : tokens) {
-    forms || inside ? c.forms(m, inside) : c.linear(m);
+    forms ? c.forms(m) : c.linear(m);
   }
 }

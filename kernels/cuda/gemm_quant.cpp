@@ -5,12 +5,20 @@
 // that the matrix unit takes from registers: a code goes from shared memory through registers into
 // it, and W crosses memory once, as it is stored, for every 32 to 256 tokens.
 //
-// NOT RUN ON A CARD YET: compiled for sm_90a without a serialised wgmma and read through, no more;
-// no figure below is measured, and lora_linear_forward does not take it. tests/cuda/gemm_quant_test
-// and quant_bench are there for the first run, which also has to set estimate_ns's constants.
-//   expected of k = n = 4096, 64 tokens, one H100: W's codes and scales 9 MB, 3 us; x from L2 17 MB
-//   (four parts of k) 3 us beside that; decoding 5 instructions a weight, 80 a warp and half step,
-//   3 us of issue slots; the matrix unit 2.3 us. The 16-bit copy alone takes 16 us.
+//   ladder (H100, k = n = 4096, int4, rank 16 by a kernel ahead, 32 / 64 / 128 / 256 / 512 tokens;
+//   cuBLAS's bf16 base 14.4 / 14.7 / 14.8 / 17.9 / 24.1 us, a 16-bit copy and the product over it
+//   26.4 / 27.1 / 31.3 / 38.0 / 41.1):
+//     scales read by who decodes, a chunk ahead: each load was
+//     waited for in a branch of its own                        19.2 / 22.1 / 27.9 / 35.0 / 44.6 us
+//     three warps put them into shared memory in f32; k in
+//     three rather than six; one rotation instead of byte
+//     gathers and a shift                                      17.4 / 20.6 / 23.4 / 29.2 / 38.1
+//   n = 11008 at 64 / 128 / 256 / 512 tokens: 39.1 / 41.9 / 60.0 / 105 (cuBLAS 34.5 / 36.7 / 39.3 /
+//   61.7, the copy 77.5 / 79.2 / 85.3 / 111); nf4 some 12 % more than int4. 9 MB of codes take 3 us:
+//   some 8 us are the kernel ahead, the start, the first stage and the sums across the cluster; the
+//   rest is decoding, a half step at a time with little beside it to hide its latency. The next 10 %
+//   is u in the same launch (tried in every block: 21.4 / 27.9 / 25.2, deleted, as was x sent to two
+//   blocks at once: nothing) and four warpgroups that share k.
 #include "kernels/cuda/gemm_quant.h"
 
 #include <algorithm>
@@ -23,7 +31,6 @@ namespace metal_lora::cuda {
 namespace quant {
 namespace {
 
-constexpr uint32_t kTokens[] = {32, 64, 128, 256};
 constexpr uint32_t kMaxSplits = 8;
 
 uint32_t ceil_div(uint32_t a, uint32_t b) {
@@ -31,27 +38,6 @@ uint32_t ceil_div(uint32_t a, uint32_t b) {
 }
 bool aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
-
-uint32_t tiles_of(const QuantizedProduct& p, const Form& form) {
-  return ceil_div(p.m, form.tokens) * ceil_div(p.w.params.n, kRows * form.sharers);
-}
-
-/// Of lora_shrink, which has to run ahead where u is neither given nor made inside (measured).
-constexpr float kShrinkNs = 4600.0f;
-
-/// Guesses until the forms have been timed.
-float estimate_ns(const Context& context, const QuantizedProduct& p, const Form& form) {
-  const uint32_t blocks = form.splits * form.sharers;
-  const uint32_t slots =
-      context.multiprocessors * blocks_of(form.tokens, inside_columns(form, p.rank)) / blocks;
-  const float chunks = static_cast<float>(ceil_div(ceil_div(p.w.params.k, kChunk), form.splits));
-  const float waves = static_cast<float>(ceil_div(tiles_of(p, form), slots));
-  const float chunk_ns = 300.0f + 8.0f * static_cast<float>(form.tokens);
-  const bool ahead = !form.inside && p.rank > 0 && p.u == nullptr;
-  const bool exchanges = form.inside || form.splits > 1;
-  return waves * (chunks * chunk_ns + 2500.0f + (exchanges ? 1000.0f : 0.0f)) +
-         (ahead ? kShrinkNs : 0.0f);
 }
 
 TensorMapRequest map_of(
@@ -73,10 +59,9 @@ Args make_args(const QuantizedProduct& p, const Form& form) {
   args.n = w.n;
   args.chunks = ceil_div(w.k, kChunk);
   args.tiles_m = ceil_div(p.m, form.tokens);
-  args.tiles_n = ceil_div(w.n, kRows * form.sharers);
+  args.tiles_n = ceil_div(w.n, kRows);
   args.band = std::min(args.tiles_m, 8u);
   args.splits = form.splits;
-  args.sharers = form.sharers;
   args.rank = p.rank;
   args.groups = w.k / w.group_size;
   args.group_log2 = w.group_size / 128;  // 64: 0, 128: 1
@@ -86,20 +71,13 @@ Args make_args(const QuantizedProduct& p, const Form& form) {
   args.biases = p.w.biases;
   args.bias = p.bias;
   args.residual = p.residual;
-  const uint32_t box = form.tokens / form.sharers;
   // Codes as rows of 16-bit elements: the copy engine only moves them.
   args.codes = make_tensor_map(map_of(p.w.data, p.dtype, w.n, w.k / 4, w.k / 4, kRows));
-  args.x = make_tensor_map(map_of(p.x, p.dtype, p.m, w.k, w.k, box));
-  const uint32_t out_box = form.splits == 1 && !form.inside ? form.tokens : 8;
+  args.x = make_tensor_map(map_of(p.x, p.dtype, p.m, w.k, w.k, form.tokens));
+  const uint32_t out_box = form.splits == 1 ? form.tokens : 8;
   args.out = make_tensor_map(map_of(p.y, p.dtype, p.m, w.n, w.n, out_box));
   if (p.rank > 0) {
-    if (form.inside) {
-      args.factor = p.factor;
-      args.a =
-          make_tensor_map(map_of(p.a, p.dtype, p.rank, w.k, w.k, inside_columns(form, p.rank)));
-    } else {
-      args.u = make_tensor_map(map_of(p.u, p.dtype, p.m, p.rank, p.u_stride, box));
-    }
+    args.u = make_tensor_map(map_of(p.u, p.dtype, p.m, p.rank, p.u_stride, form.tokens));
     args.b = make_tensor_map(map_of(p.b, p.dtype, w.n, p.rank, p.b_stride, kRows));
   }
   return args;
@@ -108,30 +86,24 @@ Args make_args(const QuantizedProduct& p, const Form& form) {
 }  // namespace
 
 bool form_fits(const QuantizedProduct& p, const Form& form) {
-  if (form.inside && (form.tokens > 128 || form.sharers > 1 || p.rank == 0 || p.rank > 64 ||
-                      p.a == nullptr || p.u != nullptr)) {
-    return false;
-  }
-  return form.splits == 1 ||
-         (form.sharers == 1 && form.splits <= std::min(kMaxSplits, ceil_div(p.w.params.k, kChunk)));
+  return form.splits <= std::min(kMaxSplits, ceil_div(p.w.params.k, kChunk));
 }
 
+/// As measured: no more tokens than there are, but 256 where blocks of 128 fill half of the
+/// multiprocessors; then k in as many parts as there is room for. Clusters of more than three with
+/// a multiprocessor a block find room for far less than all.
 Form chosen_form(const Context& context, const QuantizedProduct& p) {
-  Form best;
-  float best_ns = 0.0f;
-  for (uint32_t tokens : kTokens) {
-    for (uint32_t sharers = 1; sharers <= 2; ++sharers) {
-      for (uint32_t splits = 1; splits <= kMaxSplits; ++splits) {
-        for (bool inside : {false, true}) {
-          const Form form{tokens, splits, sharers, inside};
-          if (!form_fits(p, form)) continue;
-          const float ns = estimate_ns(context, p, form);
-          if (best.tokens == 0 || ns < best_ns) best = form, best_ns = ns;
-        }
-      }
-    }
+  const auto room = static_cast<uint32_t>(context.multiprocessors);
+  const uint32_t tiles_n = ceil_div(p.w.params.n, kRows);
+  Form form;
+  form.tokens = p.m <= 32 ? 32 : p.m <= 64 ? 64 : 128;
+  if (p.m > 128 && 2 * ceil_div(p.m, 128) * tiles_n > room) form.tokens = 256;
+  const uint32_t tiles = ceil_div(p.m, form.tokens) * tiles_n;
+  for (uint32_t splits = 2; splits <= kMaxSplits; ++splits) {
+    if (tiles * splits > (splits > 3 ? room * 6 / 10 : room)) break;
+    if (form_fits(p, {form.tokens, splits})) form.splits = splits;
   }
-  return best;
+  return form;
 }
 
 void gemm_with_form(const Context& context, const QuantizedProduct& p, const Form& form) {
@@ -151,16 +123,12 @@ bool can_gemm_quantized(const Context& context, const QuantizedProduct& p) {
   return context.capability == 90 && p.dtype != DType::f32 && (int4 || nf4) &&
          w.layout == WeightLayout::row_major && w.k > 0 && w.k % w.group_size == 0 &&
          w.n % 8 == 0 && quant::aligned(p.w.data) && quant::aligned(p.x) && quant::aligned(p.y) &&
-         (p.rank == 0 || (quant::aligned(p.u) && quant::aligned(p.a) && quant::aligned(p.b) &&
-                          p.u_stride % 8 == 0 && p.b_stride % 8 == 0));
-}
-
-bool makes_low_inside(const Context& context, const QuantizedProduct& p) {
-  return quant::chosen_form(context, p).inside;
+         (p.rank == 0 || (quant::aligned(p.u) && quant::aligned(p.b) && p.u_stride % 8 == 0 &&
+                          p.b_stride % 8 == 0));
 }
 
 bool prefers_gemm_quantized(const Context& context, const QuantizedProduct& p) {
-  return can_gemm_quantized(context, p) && p.m <= 1024;
+  return can_gemm_quantized(context, p) && p.m <= 512;
 }
 
 void gemm_quantized(const Context& context, const QuantizedProduct& p) {
@@ -169,11 +137,7 @@ void gemm_quantized(const Context& context, const QuantizedProduct& p) {
         "[gemm_quantized] w must be int4 in groups of 64 or 128 or nf4, on compute capability 9.0, "
         "with n a multiple of 8 and pointers aligned to 16 bytes, but is not");
   }
-  const quant::Form form = quant::chosen_form(context, p);
-  if (p.rank > 0 && p.u == nullptr && !form.inside) {
-    throw std::invalid_argument("[gemm_quantized] u must be given where it is not made inside");
-  }
-  quant::gemm_with_form(context, p, form);
+  quant::gemm_with_form(context, p, quant::chosen_form(context, p));
 }
 
 }  // namespace metal_lora::cuda

@@ -9,18 +9,16 @@
 
 namespace metal_lora::cuda {
 
-/// x [m, k] contiguous; u [m, rank] with the scale inside, or A [rank, k] and the scale, and B [n,
-/// rank] of x's type, rank 0: none of them; y and residual [m, n].
+/// x [m, k] contiguous; u [m, rank] with the scale inside and B [n, rank] of x's type, rank 0:
+/// neither; y and residual [m, n].
 struct QuantizedProduct {
   uint32_t m = 0;
   DType dtype = DType::bf16;
   const void* x = nullptr;
   WeightView w;
   uint32_t rank = 0;
-  const void* u = nullptr;  ///< null: made inside
+  const void* u = nullptr;
   size_t u_stride = 0;
-  const void* a = nullptr;
-  float factor = 1.0f;
   const void* b = nullptr;
   size_t b_stride = 0;
   const float* bias = nullptr;
@@ -33,20 +31,15 @@ struct QuantizedProduct {
 bool can_gemm_quantized(const Context& context, const QuantizedProduct& product);
 /// Whether it is faster there than a 16-bit copy of W and the product over that.
 bool prefers_gemm_quantized(const Context& context, const QuantizedProduct& product);
-/// Whether u made inside, from A, costs less than a kernel ahead that makes it: then leave u null.
-bool makes_low_inside(const Context& context, const QuantizedProduct& product);
 /// Weights are each format's formula in f32 rounded once to x's type (int4: of f32 scales within
 /// 2^-16 of the scale), sums f32 in a fixed order.
 void gemm_quantized(const Context& context, const QuantizedProduct& product);
 
 namespace quant {
-/// How the work is divided: tokens of a block (32, 64, 128, 256), blocks of a cluster that split k
-/// (1 … 8), or that share the tokens (1 or 2; without split). inside: every block sums its own u,
-/// of ranks up to 64 and at most 128 tokens, which costs less than a kernel ahead where blocks are
-/// few.
+/// How the work is divided: tokens of a block (32, 64, 128, 256) and blocks of a cluster that split
+/// k (1 … 8).
 struct Form {
-  uint32_t tokens = 0, splits = 1, sharers = 1;
-  bool inside = false;
+  uint32_t tokens = 0, splits = 1;
 };
 /// For the bench and the tests.
 bool form_fits(const QuantizedProduct& product, const Form& form);

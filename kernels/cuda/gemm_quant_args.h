@@ -15,14 +15,13 @@ constexpr uint32_t kChunk = 256;  ///< of k: 128 bytes of codes in a row
 constexpr uint32_t kStep = 64;    ///< of k: 128 bytes of x in a row
 
 struct Args {
-  CUtensorMap codes, x, u, a, b, out;
+  CUtensorMap codes, x, u, b, out;
   uint32_t m = 0, n = 0;
-  uint32_t chunks = 0;                ///< along k
-  uint32_t tiles_m = 0, tiles_n = 0;  ///< in tiles of a cluster
-  uint32_t band = 1;                  ///< tiles of tokens that are swept together along n
-  uint32_t splits = 1, sharers = 1;
+  uint32_t chunks = 0;  ///< along k
+  uint32_t tiles_m = 0, tiles_n = 0;
+  uint32_t band = 1;  ///< tiles of tokens that are swept together along n
+  uint32_t splits = 1;
   uint32_t rank = 0;
-  float factor = 1.0f;      ///< of u made inside
   uint32_t groups = 0;      ///< of a row
   uint32_t group_log2 = 0;  ///< steps of a group
   DType scales_dtype = DType::f32;
@@ -36,13 +35,9 @@ struct Args {
 
 void launch_int4(const Context& context, const Args& args, DType dtype, const Form& form);
 void launch_nf4(const Context& context, const Args& args, DType dtype, const Form& form);
-/// Columns of u that a block which makes u itself sums.
-constexpr uint32_t inside_columns(const Form& form, uint32_t rank) {
-  return !form.inside ? 0 : rank <= 16 ? 16 : 64;
-}
 /// Blocks of the kernel that fit on a multiprocessor.
-constexpr uint32_t blocks_of(uint32_t tokens, uint32_t inside) {
-  return tokens <= 64 && inside <= 16 ? 2 : 1;
+constexpr uint32_t blocks_of(uint32_t tokens) {
+  return tokens <= 64 ? 2 : 1;
 }
 
 }  // namespace metal_lora::cuda::quant

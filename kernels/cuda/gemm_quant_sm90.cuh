@@ -3,8 +3,9 @@
 //
 // The kernel of gemm_quant.cpp, which says what it does and how fast. yᵀ = W·xᵀ: W is the operand
 // in registers, since only there can codes become weights on the way. A warp feeds two rings, of
-// codes (128 rows x 256 of k) and of x (tokens x 64 of k); two warpgroups of 64 rows each decode
-// the next step of 64 while the matrix unit works on the last.
+// codes (128 rows x 256 of k) and of x (tokens x 64 of k), three more put each stage's scales
+// beside it in f32; two warpgroups of 64 rows each decode the next half step of 32 while the matrix
+// unit works on the last.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,66 +18,96 @@ namespace metal_lora::cuda::quant {
 
 constexpr uint32_t kConsumers = 256, kThreads = kConsumers + 128;
 constexpr uint32_t kCodeBytes = kRows * 128;
+constexpr uint32_t kScaleBytes = 4 * kRows * 8;  ///< of a chunk: {scale, bias} of [step][row]
+constexpr uint32_t kScaleWarps = 3;              ///< that fetch them, beside the copying one
 
-/// kInside: columns of u that the block sums itself, or 0.
-template <uint32_t kTokens, uint32_t kInside>
+template <uint32_t kTokens>
 struct Layout {
-  static constexpr bool kTwo = blocks_of(kTokens, kInside) == 2;
+  static constexpr bool kTwo = blocks_of(kTokens) == 2;
   static constexpr uint32_t kXBytes = kTokens * 128;
-  static constexpr uint32_t kStageBytes = kXBytes + kInside * 128;  ///< with A's part
   static constexpr uint32_t kCodeStages = kTokens == 256 ? 2 : kTwo ? 3 : 4;
   static constexpr uint32_t kOutBytes = kTokens * 2 * kRows;
   static constexpr uint32_t kRoom =
-      (kTwo ? 110 : 224) * 1024 - kCodeStages * kCodeBytes - kOutBytes;
-  static constexpr uint32_t kXStages = kRoom / kStageBytes < 8 ? kRoom / kStageBytes : 8;
+      (kTwo ? 110 : 224) * 1024 - kCodeStages * (kCodeBytes + kScaleBytes) - kOutBytes;
+  static constexpr uint32_t kXStages = kRoom / kXBytes < 8 ? kRoom / kXBytes : 8;
   static constexpr uint32_t kXOffset = kCodeStages * kCodeBytes;
-  static constexpr uint32_t kOutOffset = kXOffset + kXStages * kStageBytes;
-  static constexpr uint32_t kBarrierOffset = kOutOffset + kOutBytes;
+  static constexpr uint32_t kOutOffset = kXOffset + kXStages * kXBytes;
+  static constexpr uint32_t kScaleOffset = kOutOffset + kOutBytes;
+  static constexpr uint32_t kBarrierOffset = kScaleOffset + kCodeStages * kScaleBytes;
   static constexpr uint32_t kTableOffset = kBarrierOffset + 16 * (kCodeStages + kXStages);
-  static constexpr uint32_t kBytes = kTableOffset + 64 + 1024;                 ///< 1024: alignment
-  static_assert((kBytes + 1024) * blocks_of(kTokens, kInside) <= 228 * 1024);  // 1024: the system's
-  /// Parts of the sums on their way between blocks take the rings' place, then those of u.
-  static constexpr uint32_t kLowOffset = kTokens * kRows * 4;
-  static_assert(kLowOffset + kTokens * kInside * 4 <= kOutOffset);
+  static constexpr uint32_t kBytes = kTableOffset + 64 + 1024;        ///< 1024: alignment
+  static_assert((kBytes + 1024) * blocks_of(kTokens) <= 228 * 1024);  // 1024: the system's
+  /// Parts of the sums on their way between blocks take the rings' place.
+  static_assert(kTokens * kRows * 4 <= kOutOffset);
 };
 
-// ---- formats: the scales of a thread's two rows, and the pairs of weights in a word whose byte i
-// holds a pair's codes ----
+// ---- formats: the scales of a thread's two rows, and the pairs of weights of words that hold two
+// codes each, from bit kAt on ----
+
+/// Where the scale of a row and group stands. Beyond the matrix the last one's: such codes or x are
+/// zero, and such rows are not stored.
+__device__ __forceinline__ size_t scale_at(const Args& args, uint32_t row, uint32_t group) {
+  return size_t{min(row, args.n - 1)} * args.groups + min(group, args.groups - 1);
+}
+/// With the rest of the 128 bytes into L2: a row's scales are read in its order.
+__device__ __forceinline__ uint32_t load_ahead(const uint32_t* from) {
+  uint32_t v;
+  asm volatile("ld.global.nc.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(from));
+  return v;
+}
+__device__ __forceinline__ uint32_t load_ahead(const uint16_t* from) {
+  uint16_t v;
+  asm volatile("ld.global.nc.L2::128B.u16 %0, [%1];" : "=h"(v) : "l"(from));
+  return v;
+}
+__device__ __forceinline__ uint32_t load_ahead(const void* from, bool wide, size_t at) {
+  return wide ? load_ahead(static_cast<const uint32_t*>(from) + at)
+              : load_ahead(static_cast<const uint16_t*>(from) + at);
+}
+
+__device__ __forceinline__ void prefetch(const void* from, size_t at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at) : "memory");
+}
 
 struct Int4 {
   float scale[2], bias[2];
-  /// Of one group of rows `row` and `row` + 8; beyond the matrix zero, so that weights are.
-  __device__ __forceinline__ void load(const Args& args, uint32_t row, uint32_t group) {
-#pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-      const bool inside = row + 8 * i < args.n && group < args.groups;
-      const size_t at = size_t{row + 8 * i} * args.groups + group;
-      scale[i] = inside ? gemv::load_as_float(args.scales, args.scales_dtype, at) : 0.0f;
-      bias[i] = inside ? gemv::load_as_float(args.biases, args.scales_dtype, at) : 0.0f;
+  /// As stored, so that nothing waits for a load before all are under way.
+  struct Stored {
+    uint32_t scale, bias;
+    static __device__ __forceinline__ void ask(const Args& args, uint32_t row, uint32_t group) {
+      const size_t at = scale_at(args, row, group) * (args.scales_dtype == DType::f32 ? 4 : 2);
+      prefetch(args.scales, at);
+      prefetch(args.biases, at);
     }
-  }
-  /// Of the group that lane `lane` of each quad holds.
-  __device__ __forceinline__ Int4 of(uint32_t lane) const {
-    Int4 v;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      v.scale[i] = __shfl_sync(0xffffffffu, scale[i], lane, 4);
-      v.bias[i] = __shfl_sync(0xffffffffu, bias[i], lane, 4);
+    __device__ __forceinline__ void load(const Args& args, uint32_t row, uint32_t group) {
+      const bool wide = args.scales_dtype == DType::f32;
+      const size_t at = scale_at(args, row, group);
+      scale = load_ahead(args.scales, wide, at);
+      bias = load_ahead(args.biases, wide, at);
     }
-    return v;
+    __device__ __forceinline__ float2 value(const Args& args) const {
+      return make_float2(value(scale, args.scales_dtype), value(bias, args.scales_dtype));
+    }
+    static __device__ __forceinline__ float value(uint32_t v, DType dtype) {
+      const float half = __half2float(__ushort_as_half(static_cast<unsigned short>(v)));
+      return dtype == DType::f16 ? half : __uint_as_float(dtype == DType::f32 ? v : v << 16);
+    }
+  };
+  __device__ __forceinline__ void set(uint32_t i, uint2 v) {
+    scale[i] = __uint_as_float(v.x), bias[i] = __uint_as_float(v.y);
   }
   /// A code q below the bits of 1.0f is 1 + q/16, or 1 + q/256 four bits lower: a shift and two
   /// logic operations make a pair, and one fma each their weights.
+  static constexpr uint32_t kAt = 15;  ///< where decode() wants a byte of codes to begin
   template <typename T>
   __device__ __forceinline__ void decode(
-      uint32_t word, uint32_t row, uint32_t, uint32_t (&pair)[4]) const {
+      const uint32_t (&codes)[4], uint32_t row, uint32_t, uint32_t (&pair)[4]) const {
     const float s = scale[row], low = 256.0f * s, high = 16.0f * s;
     const float low_bias = bias[row] - low, high_bias = bias[row] - high;
-    const uint32_t shifted[4] = {word << 15, word << 7, word >> 1, word >> 9};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float even = __uint_as_float(gemv::mask_or(shifted[i], 0x00078000u, 0x3f800000u));
-      const float odd = __uint_as_float(gemv::mask_or(shifted[i], 0x00780000u, 0x3f800000u));
+      const float even = __uint_as_float(gemv::mask_or(codes[i], 0x00078000u, 0x3f800000u));
+      const float odd = __uint_as_float(gemv::mask_or(codes[i], 0x00780000u, 0x3f800000u));
       pair[i] = mma::pack2<T>(__fmaf_rn(even, low, low_bias), __fmaf_rn(odd, high, high_bias));
     }
   }
@@ -84,35 +115,37 @@ struct Int4 {
 
 struct Nf4 {
   float scale[2];
-  __device__ __forceinline__ void load(const Args& args, uint32_t row, uint32_t group) {
-    const auto* nested = static_cast<const float*>(args.biases);
-#pragma unroll
-    for (uint32_t i = 0; i < 2; ++i) {
-      const size_t at = size_t{row + 8 * i} * args.groups + group;
-      if (row + 8 * i >= args.n || group >= args.groups) {
-        scale[i] = 0.0f;
-      } else if (args.double_quant) {
-        const float code = __ldg(nested + 1 + static_cast<const uint8_t*>(args.scales)[at]);
-        const float scaled = __fmul_rn(code, __ldg(nested + kNf4NestedHead + at / kNf4NestedBlock));
-        scale[i] = __fadd_rn(scaled, __ldg(nested));
-      } else {
-        scale[i] = static_cast<const float*>(args.scales)[at];
-      }
+  struct Stored {
+    float scale, second;
+    static __device__ __forceinline__ void ask(const Args& args, uint32_t row, uint32_t group) {
+      prefetch(args.scales, scale_at(args, row, group) * (args.double_quant ? 1 : 4));
     }
-  }
-  __device__ __forceinline__ Nf4 of(uint32_t lane) const {
-    Nf4 v;
-    for (int i = 0; i < 2; ++i) v.scale[i] = __shfl_sync(0xffffffffu, scale[i], lane, 4);
-    return v;
-  }
+    __device__ __forceinline__ void load(const Args& args, uint32_t row, uint32_t group) {
+      const size_t at = scale_at(args, row, group);
+      if (!args.double_quant) {
+        scale = __uint_as_float(load_ahead(static_cast<const uint32_t*>(args.scales) + at));
+        return;
+      }
+      const auto* nested = static_cast<const float*>(args.biases);
+      scale = __ldg(nested + 1 + __ldg(static_cast<const uint8_t*>(args.scales) + at));
+      second = __ldg(nested + kNf4NestedHead + at / kNf4NestedBlock);
+    }
+    __device__ __forceinline__ float2 value(const Args& args) const {
+      if (!args.double_quant) return make_float2(scale, 0.0f);
+      const auto* nested = static_cast<const float*>(args.biases);
+      return make_float2(__fadd_rn(__fmul_rn(scale, second), __ldg(nested)), 0.0f);
+    }
+  };
+  __device__ __forceinline__ void set(uint32_t i, uint2 v) { scale[i] = __uint_as_float(v.x); }
   /// table: 16 levels in 16 banks.
+  static constexpr uint32_t kAt = 2;
   template <typename T>
   __device__ __forceinline__ void decode(
-      uint32_t word, uint32_t row, uint32_t table, uint32_t (&pair)[4]) const {
+      const uint32_t (&codes)[4], uint32_t row, uint32_t table, uint32_t (&pair)[4]) const {
     const float s = scale[row];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t even = i == 0 ? word << 2 : word >> (8 * i - 2), odd = word >> (8 * i + 2);
+      const uint32_t even = codes[i], odd = codes[i] >> 4;
       pair[i] = mma::pack2<T>(
           __fmul_rn(gemv::load_shared_float(table + (even & 0x3cu)), s),
           __fmul_rn(gemv::load_shared_float(table + (odd & 0x3cu)), s));
@@ -130,27 +163,28 @@ struct Ring {
   }
 };
 
-template <uint32_t kTokens, uint32_t kInside>
+template <uint32_t kTokens>
 struct Block {
-  using L = Layout<kTokens, kInside>;
-  uint32_t shared, cluster, rank, blocks;
+  using L = Layout<kTokens>;
+  uint32_t shared, cluster, part;
   uint32_t first_chunk, end_chunk;
   bool adds_low;  ///< u·Bᵀ is this block's
   __device__ __forceinline__ Block(const Args& args, uint32_t shared) : shared(shared) {
-    blocks = args.splits * args.sharers;
     // %cluster_ctarank, but known to the compiler as the same for all threads.
-    cluster = blockIdx.x / blocks;
-    rank = blockIdx.x % blocks;
-    const uint32_t part = args.splits == 1 ? 0 : rank;
+    cluster = blockIdx.x / args.splits;
+    part = blockIdx.x % args.splits;
     first_chunk = args.chunks * part / args.splits;
     end_chunk = args.chunks * (part + 1) / args.splits;
-    adds_low = args.rank > 0 && (kInside > 0 || part + 1 == args.splits);
+    adds_low = args.rank > 0 && part + 1 == args.splits;
   }
   __device__ __forceinline__ uint32_t codes(uint32_t stage) const {
     return shared + stage * kCodeBytes;
   }
+  __device__ __forceinline__ uint32_t scales(uint32_t stage) const {
+    return shared + L::kScaleOffset + stage * kScaleBytes;
+  }
   __device__ __forceinline__ uint32_t x(uint32_t stage) const {
-    return shared + L::kXOffset + stage * L::kStageBytes;
+    return shared + L::kXOffset + stage * L::kXBytes;
   }
   __device__ __forceinline__ uint32_t codes_full(uint32_t stage) const {
     return shared + L::kBarrierOffset + 8 * stage;
@@ -168,37 +202,27 @@ struct Block {
   template <typename F>
   __device__ __forceinline__ void for_each_tile(const Args& args, F&& f) const {
     const uint32_t tiles = args.tiles_m * args.tiles_n;
-    for (uint32_t index = cluster; index < tiles; index += gridDim.x / blocks) {
+    for (uint32_t index = cluster; index < tiles; index += gridDim.x / args.splits) {
       const uint32_t band = index / (args.band * args.tiles_n);
       const uint32_t rest = index - band * args.band * args.tiles_n;
       const uint32_t height = min(args.band, args.tiles_m - band * args.band);
       const uint32_t tile_n = rest / height;
       const uint32_t tile_m = band * args.band + rest - tile_n * height;
-      const uint32_t share = args.sharers == 1 ? 0 : rank;
-      f(tile_m * kTokens, (tile_n * args.sharers + share) * kRows);
+      f(tile_m * kTokens, tile_n * kRows);
     }
   }
 };
 
 /// One thread: all copies of the block.
-template <uint32_t kTokens, uint32_t kInside>
-__device__ __forceinline__ void produce(const Args& args, const Block<kTokens, kInside>& block) {
-  using L = Layout<kTokens, kInside>;
+template <uint32_t kTokens>
+__device__ __forceinline__ void produce(const Args& args, const Block<kTokens>& block) {
+  using L = Layout<kTokens>;
   Ring<L::kCodeStages> codes;
   Ring<L::kXStages> x;
-  const uint32_t part = kTokens / args.sharers, part_at = args.sharers == 1 ? 0 : block.rank * part;
   const auto load_x = [&](const CUtensorMap* map, uint32_t column, uint32_t token) {
     barrier_wait(block.x_empty(x.stage), x.parity ^ 1);
-    barrier_expect(block.x_full(x.stage), L::kStageBytes);
-    if constexpr (kInside > 0) {
-      tensor_load(block.x(x.stage) + L::kXBytes, &args.a, block.x_full(x.stage), column, 0);
-    }
-    const uint32_t to = block.x(x.stage) + part_at * 128;
-    if (args.sharers == 1) {
-      tensor_load(to, map, block.x_full(x.stage), column, token);
-    } else {
-      tensor_load_multicast(to, map, block.x_full(x.stage), column, token + part_at, 3);
-    }
+    barrier_expect(block.x_full(x.stage), L::kXBytes);
+    tensor_load(block.x(x.stage), map, block.x_full(x.stage), column, token);
     x.advance();
   };
   const auto load_codes = [&](const CUtensorMap* map, uint32_t column, uint32_t row) {
@@ -226,14 +250,55 @@ __device__ __forceinline__ void produce(const Args& args, const Block<kTokens, k
     if (!block.adds_low) return;
     for (uint32_t c = 0; c < args.rank; c += kStep) {
       load_codes(&args.b, c, row);
-      if constexpr (kInside == 0) load_x(&args.u, c, token);
+      load_x(&args.u, c, token);
     }
   });
-  // The block stays until its neighbour has arrived at its barriers for the last time.
-  if (args.sharers == 1) return;
-  for (uint32_t i = 0; i < L::kXStages; ++i, x.advance()) {
-    barrier_wait(block.x_empty(x.stage), x.parity ^ 1);
-  }
+}
+
+/// Warps that fetch the scales of each stage of codes as f32; `thread` of 32·kScaleWarps.
+template <class Format, uint32_t kTokens>
+__device__ __forceinline__ void fetch_scales(
+    const Args& args, const Block<kTokens>& block, uint32_t thread) {
+  using L = Layout<kTokens>;
+  constexpr uint32_t kThreads = 32 * kScaleWarps, kEach = (4 * kRows + kThreads - 1) / kThreads;
+  Ring<L::kCodeStages> codes;
+  const auto arrive = [&] {
+    __syncwarp();
+    if (thread % 32 == 0) barrier_arrive(block.codes_full(codes.stage));
+    codes.advance();
+  };
+  bool waited = args.weights_ready;
+  block.for_each_tile(args, [&](uint32_t, uint32_t row0) {
+    if (!waited) {
+      for (uint32_t i = thread; i < kRows; i += kThreads) {
+        Format::Stored::ask(args, row0 + i, (4 * block.first_chunk) >> args.group_log2);
+      }
+      dependency_wait();
+      waited = true;
+    }
+    for (uint32_t chunk = block.first_chunk; chunk < block.end_chunk; ++chunk) {
+      typename Format::Stored stored[kEach];
+#pragma unroll
+      for (uint32_t i = 0; i < kEach; ++i) {  // four groups of a row side by side
+        const uint32_t at = min(i * kThreads + thread, 4 * kRows - 1);
+        stored[i].load(args, row0 + at / 4, (4 * chunk + at % 4) >> args.group_log2);
+      }
+      barrier_wait(block.codes_empty(codes.stage), codes.parity ^ 1);
+#pragma unroll
+      for (uint32_t i = 0; i < kEach; ++i) {
+        const uint32_t at = i * kThreads + thread;
+        if (at >= 4 * kRows) break;
+        const float2 v = stored[i].value(args);
+        store_shared8(block.scales(codes.stage) + (at % 4 * kRows + at / 4) * 8, v.x, v.y);
+      }
+      arrive();
+    }
+    if (!block.adds_low) return;
+    for (uint32_t c = 0; c < args.rank; c += kStep) {
+      barrier_wait(block.codes_empty(codes.stage), codes.parity ^ 1);
+      arrive();
+    }
+  });
 }
 
 /// The operand of half a step, 32 of k, from its codes: two slices of 16.
@@ -245,11 +310,14 @@ __device__ __forceinline__ void decode_half(
   for (uint32_t row = 0; row < 2; ++row) {
     const uint4 v = gemv::load_shared16(row_at + row * 8 * 128 + (half ^ g) * 16);
     // A thread's pairs are byte t of each word: columns 8i + 2t and + 1.
-    const uint32_t select = t | (t + 4) << 4;
-    const uint32_t word =
-        __byte_perm(__byte_perm(v.x, v.y, select), __byte_perm(v.z, v.w, select), 0x5410);
+    const uint32_t turn = Format::kAt - 8 * t;
+    const uint32_t codes[4] = {
+        __funnelshift_l(v.x, v.x, turn),
+        __funnelshift_l(v.y, v.y, turn),
+        __funnelshift_l(v.z, v.z, turn),
+        __funnelshift_l(v.w, v.w, turn)};
     uint32_t pair[4];
-    scales.template decode<T>(word, row, table, pair);
+    scales.template decode<T>(codes, row, table, pair);
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) a[2 * i + row] = pair[i];
   }
@@ -270,17 +338,16 @@ __device__ __forceinline__ void add_terms(
 }
 
 /// One warpgroup: 64 rows of W of each tile.
-template <class Format, typename T, uint32_t kTokens, uint32_t kInside>
+template <class Format, typename T, uint32_t kTokens>
 __device__ __forceinline__ void consume(
-    const Args& args, const Block<kTokens, kInside>& block, uint32_t warp, uint32_t table) {
-  using L = Layout<kTokens, kInside>;
+    const Args& args, const Block<kTokens>& block, uint32_t warp, uint32_t table) {
+  using L = Layout<kTokens>;
   constexpr uint32_t kBlocks = kTokens / 8;  // of 8 tokens: four sums of a thread each
   const uint32_t lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, group = warp / 4;
   const uint32_t out = block.shared + L::kOutOffset + group * kTokens * 128;
   Ring<L::kCodeStages> codes;
   Ring<L::kXStages> x;
-  const bool releases = lane < args.sharers;
-  const uint32_t release_to = args.sharers == 1 ? block.rank : lane;
+  const bool releases = lane == 0;
   // 8 tokens of this warp's 16 columns of y, swizzled as the copy engine wants them.
   const auto put = [&](const float* d, uint32_t i) {
     const uint32_t token = 8 * i + lane % 8, slot = (warp % 4 * 2 + lane / 8 % 2) ^ (lane % 8);
@@ -293,43 +360,29 @@ __device__ __forceinline__ void consume(
     const uint32_t row = row0 + warp * 16 + g;
     float d[kTokens / 2];
     uint32_t a[2][8];
-    float low[kInside > 0 ? kInside / 2 : 1];
-    const bool sums_low = kInside > 0 && group * 64 < kTokens;
     int accumulate = 0;
     uint32_t reading = 0;
     const auto release_previous = [&] {
-      if (accumulate != 0 && releases) barrier_arrive_remote(block.x_empty(reading), release_to);
+      if (accumulate != 0 && releases) barrier_arrive(block.x_empty(reading));
       reading = x.stage;
       accumulate = 1;
     };
     const auto row_at = [&] { return block.codes(codes.stage) + (warp * 16 + g) * 128; };
     const auto release_codes = [&] {
       __syncwarp();
-      if (lane == 0) barrier_arrive_remote(block.codes_empty(codes.stage), block.rank);
+      if (releases) barrier_arrive(block.codes_empty(codes.stage));
       codes.advance();
     };
-    Format chunk_scales, next, scales;  // of the chunk's groups, one a lane of the quad; of a step
-    const auto load_scales = [&](Format& to, uint32_t chunk) {
-      to.load(args, row, (4 * chunk + t) >> args.group_log2);
+    Format scales;  // of a step
+    const auto load_scales = [&](uint32_t step) {
+      const uint32_t at = block.scales(codes.stage) + (step * kRows + warp * 16 + g) * 8;
+#pragma unroll
+      for (uint32_t i = 0; i < 2; ++i) scales.set(i, gemv::load_shared8(at + 64 * i));
     };
     const auto first_half = [&] {
-      scales = chunk_scales.of(0);
       barrier_wait(block.codes_full(codes.stage), codes.parity);
+      load_scales(0);
       decode_half<Format, T>(a[0], row_at(), 0, scales, table);
-    };
-    // u = x·Aᵀ of this half step: 64 tokens a warpgroup (of 32, the rest is not looked at).
-    const auto multiply_low = [&](uint32_t half, int add) {
-      const uint32_t at = block.x(x.stage);
-      const uint64_t left = wgmma_descriptor(at + group * 64 * 128, 16) + 4 * half;
-      const uint64_t right = wgmma_descriptor(at + L::kXBytes, 16) + 4 * half;
-#pragma unroll
-      for (uint32_t s = 0; s < 2; ++s) {
-        if constexpr (kInside == 16) {
-          wgmma_narrow<T>(low, left + 2 * s, right + 2 * s, s == 0 ? add : 1);
-        } else if constexpr (kInside == 64) {
-          wgmma<T, 0>(low, left + 2 * s, right + 2 * s, s == 0 ? add : 1);
-        }
-      }
     };
     const auto multiply_chunk = [&](auto last) {
 #pragma unroll
@@ -339,9 +392,6 @@ __device__ __forceinline__ void consume(
         wgmma_fence();
         wgmma_registers<T>(d, &a[h % 2][0], right, h == 0 ? accumulate : 1);
         wgmma_registers<T>(d, &a[h % 2][4], right + 2, 1);
-        if constexpr (kInside > 0) {
-          if (sums_low) multiply_low(h % 2, h == 0 ? accumulate : 1);
-        }
         wgmma_commit();
         wgmma_wait<1>();
         if (h % 2 == 0) {
@@ -350,24 +400,21 @@ __device__ __forceinline__ void consume(
           x.advance();
         }
         if (h < 7) {
-          if (h % 2 == 1) scales = chunk_scales.of(h / 2 + 1);
+          if (h % 2 == 1) load_scales(h / 2 + 1);
           decode_half<Format, T>(a[(h + 1) % 2], row_at(), h + 1, scales, table);
           if (h == 6) release_codes();
         } else if constexpr (!decltype(last)::value) {
-          chunk_scales = next;
           first_half();
         }
       }
     };
-    load_scales(chunk_scales, block.first_chunk);
     first_half();
-    for (uint32_t chunk = block.first_chunk; chunk + 1 < block.end_chunk; ++chunk) {
-      load_scales(next, chunk + 1);
+    for (uint32_t chunk = block.first_chunk + 1; chunk < block.end_chunk; ++chunk) {
       multiply_chunk(std::false_type());
     }
     multiply_chunk(std::true_type());
     wgmma_wait<0>();
-    if (kInside == 0 && block.adds_low) {
+    if (block.adds_low) {
       for (uint32_t c = 0; c < args.rank; c += kStep) {
         barrier_wait(block.codes_full(codes.stage), codes.parity);
         // Rows of B as a fragment: lane i points at row i % 16, columns 8·(i / 16).
@@ -395,7 +442,7 @@ __device__ __forceinline__ void consume(
       }
     }
     wgmma_sums_fence(d);
-    if (releases) barrier_arrive_remote(block.x_empty(reading), release_to);
+    if (releases) barrier_arrive(block.x_empty(reading));
     if (!waited) dependency_wait();  // the kernels before this one may still read or write y
     waited = true;
     float bias[2];
@@ -404,7 +451,7 @@ __device__ __forceinline__ void consume(
       bias[i] = args.bias != nullptr && row + 8 * i < args.n ? args.bias[row + 8 * i] : 0.0f;
     }
     const bool first = threadIdx.x % 128 == 0;
-    if (kInside == 0 && args.splits == 1) {
+    if (args.splits == 1) {
       if (first) tensor_store_wait_read<0>();  // the tile before
       named_barrier(1 + group, 128);
 #pragma unroll
@@ -421,39 +468,12 @@ __device__ __forceinline__ void consume(
     }
     // Each block adds up every splits-th 8 tokens of all parts. One tile a cluster: the rings are
     // over, and their place takes the parts.
-    [[maybe_unused]] uint32_t b[kInside > 0 ? kInside / 16 : 1][4];
-    if constexpr (kInside > 0) {
-      barrier_wait(block.codes_full(codes.stage), codes.parity);
-      // Rows of B as fragments: lane i points at row i % 16, columns 8·(i / 16) of each slice.
-      const uint32_t at = block.codes(codes.stage) + (warp * 16 + lane % 16) * 128;
-#pragma unroll
-      for (uint32_t s = 0; s < kInside / 16; ++s) {
-        mma::load_x4(b[s], at + (((2 * s + lane / 16) ^ (lane % 8)) << 4));
-      }
-      wgmma_sums_fence(low);
-    }
     named_barrier(3, kConsumers);
     const uint32_t parts = block.shared + threadIdx.x * 16;
 #pragma unroll
     for (uint32_t i = 0; i < kBlocks; ++i) store_shared16(parts + i * kConsumers * 16, &d[4 * i]);
-    const uint32_t lows = block.shared + L::kLowOffset;
-    if constexpr (kInside > 0) {
-      const uint32_t token = group * 64 + warp % 4 * 16 + g;
-      if (sums_low && token < kTokens) {
-#pragma unroll
-        for (uint32_t j = 0; j < kInside / 8; ++j) {
-          const uint32_t at = lows + (token * kInside + 8 * j + 2 * t) * 4;
-          store_shared8(at, low[4 * j], low[4 * j + 1]);
-          store_shared8(at + 8 * kInside * 4, low[4 * j + 2], low[4 * j + 3]);
-        }
-      }
-    }
-    if (args.splits > 1) {
-      cluster_sync();
-    } else {
-      named_barrier(3, kConsumers);
-    }
-    for (uint32_t i = block.rank; i < kBlocks; i += args.splits) {
+    cluster_sync();
+    for (uint32_t i = block.part; i < kBlocks; i += args.splits) {
       float4 part[8];
 #pragma unroll
       for (uint32_t p = 0; p < 8; ++p) {
@@ -465,30 +485,13 @@ __device__ __forceinline__ void consume(
         if (p >= args.splits) continue;
         sum[0] += part[p].x, sum[1] += part[p].y, sum[2] += part[p].z, sum[3] += part[p].w;
       }
-      if constexpr (kInside > 0) {
-        const uint32_t at = lows + ((8 * i + g) * kInside + 2 * t) * 4;
-#pragma unroll
-        for (uint32_t s = 0; s < kInside / 16; ++s) {
-          uint32_t u[2];
-#pragma unroll
-          for (uint32_t half = 0; half < 2; ++half) {
-            float2 two = load_cluster8(at + (16 * s + 8 * half) * 4, 0);
-            for (uint32_t p = 1; p < args.splits; ++p) {
-              const float2 more = load_cluster8(at + (16 * s + 8 * half) * 4, p);
-              two.x += more.x, two.y += more.y;
-            }
-            u[half] = mma::pack2<T>(two.x * args.factor, two.y * args.factor);
-          }
-          mma::multiply<T>(sum, b[s], u[0], u[1]);
-        }
-      }
       add_terms<T>(args, sum, bias, row, token0 + 8 * i + 2 * t);
       put(sum, i);
     }
     async_proxy_fence();
     named_barrier(1 + group, 128);
     if (first && row0 + 64 * group < args.n) {
-      for (uint32_t i = block.rank; i < kBlocks && token0 + 8 * i < args.m; i += args.splits) {
+      for (uint32_t i = block.part; i < kBlocks && token0 + 8 * i < args.m; i += args.splits) {
         tensor_store(&args.out, out + i * 1024, row0 + 64 * group, token0 + 8 * i);
       }
     }
@@ -497,24 +500,28 @@ __device__ __forceinline__ void consume(
   if (threadIdx.x % 128 == 0) tensor_store_wait_read<0>();
 }
 
-template <class Format, typename T, uint32_t kTokens, uint32_t kInside>
-__global__ void __launch_bounds__(kThreads, blocks_of(kTokens, kInside))
+template <class Format, typename T, uint32_t kTokens>
+__global__ void __launch_bounds__(kThreads, blocks_of(kTokens))
     gemm_quant_kernel(const __grid_constant__ Args args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using L = Layout<kTokens, kInside>;
+  using L = Layout<kTokens>;
   extern __shared__ uint8_t raw[];
   const uint32_t shared = (shared_address(raw) + 1023) & ~1023u;
-  const Block<kTokens, kInside> block(args, shared);
+  const Block<kTokens> block(args, shared);
   const uint32_t table = shared + L::kTableOffset;
+  if (threadIdx.x == kConsumers) {
+    tensor_map_prefetch(&args.codes);
+    tensor_map_prefetch(&args.x);
+  }
   if (threadIdx.x == 0) {
     dependents_launch();
     for (uint32_t i = 0; i < L::kCodeStages; ++i) {
-      barrier_init(block.codes_full(i), 1);
+      barrier_init(block.codes_full(i), 1 + kScaleWarps);
       barrier_init(block.codes_empty(i), 8);
     }
     for (uint32_t i = 0; i < L::kXStages; ++i) {
       barrier_init(block.x_full(i), 1);
-      barrier_init(block.x_empty(i), 8 * args.sharers);
+      barrier_init(block.x_empty(i), 8);
     }
     barrier_init_fence();
   }
@@ -524,13 +531,15 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kTokens, kInside))
                  : "memory");
   }
   __syncthreads();
-  if (block.blocks > 1) cluster_sync_relaxed();
   // Broadcast: the compiler must know that whole warps take a branch, or it orders wgmma one by
   // one.
   const uint32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp >= kConsumers / 32) {
     registers_shrink<L::kTwo ? 32 : 40>();
-    if (threadIdx.x == kConsumers) produce<kTokens, kInside>(args, block);
+    if (threadIdx.x == kConsumers) produce<kTokens>(args, block);
+    if (warp > kConsumers / 32) {
+      fetch_scales<Format>(args, block, threadIdx.x - kConsumers - 32);
+    }
     __syncwarp();
     if (args.splits > 1) {  // the consumers' exchange of parts
       cluster_sync_relaxed();
@@ -538,23 +547,23 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kTokens, kInside))
     }
   } else {
     registers_grow<L::kTwo ? 104 : 232>();
-    consume<Format, T, kTokens, kInside>(args, block, warp, table);
+    consume<Format, T, kTokens>(args, block, warp, table);
   }
 #endif
 }
 
-template <class Format, typename T, uint32_t kTokens, uint32_t kInside>
+template <class Format, typename T, uint32_t kTokens>
 void launch_form(const Context& context, const Args& args) {
-  const auto kernel = gemm_quant_kernel<Format, T, kTokens, kInside>;
-  constexpr int kBytes = Layout<kTokens, kInside>::kBytes;
+  const auto kernel = gemm_quant_kernel<Format, T, kTokens>;
+  constexpr int kBytes = Layout<kTokens>::kBytes;
   check(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
       "gemm_quantized");
-  const uint32_t blocks = args.splits * args.sharers, tiles = args.tiles_m * args.tiles_n;
-  const uint32_t slots = context.multiprocessors * blocks_of(kTokens, kInside) / blocks;
+  const uint32_t tiles = args.tiles_m * args.tiles_n;
+  const uint32_t slots = context.multiprocessors * blocks_of(kTokens);
   cudaLaunchConfig_t config = {};
   // Blocks that exchange parts have one tile each.
-  config.gridDim = (args.splits > 1 || kInside > 0 ? tiles : std::min(slots, tiles)) * blocks;
+  config.gridDim = args.splits > 1 ? tiles * args.splits : std::min(slots, tiles);
   config.blockDim = kThreads;
   config.dynamicSmemBytes = kBytes;
   config.stream = context.stream;
@@ -562,7 +571,7 @@ void launch_form(const Context& context, const Args& args) {
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = blocks;
+  attributes[1].val.clusterDim.x = args.splits;
   attributes[1].val.clusterDim.y = 1;
   attributes[1].val.clusterDim.z = 1;
   config.attrs = attributes;
@@ -570,31 +579,24 @@ void launch_form(const Context& context, const Args& args) {
   check(cudaLaunchKernelEx(&config, kernel, args), "gemm_quantized");
 }
 
-template <class Format, typename T, uint32_t kInside>
+template <class Format, typename T>
 void launch_tokens(const Context& context, const Args& args, uint32_t tokens) {
   switch (tokens) {
     case 32:
-      return launch_form<Format, T, 32, kInside>(context, args);
+      return launch_form<Format, T, 32>(context, args);
     case 64:
-      return launch_form<Format, T, 64, kInside>(context, args);
+      return launch_form<Format, T, 64>(context, args);
     case 128:
-      return launch_form<Format, T, 128, kInside>(context, args);
+      return launch_form<Format, T, 128>(context, args);
     default:
-      if constexpr (kInside == 0) return launch_form<Format, T, 256, 0>(context, args);
+      return launch_form<Format, T, 256>(context, args);
   }
-}
-
-template <class Format, typename T>
-void launch_inside(const Context& context, const Args& args, const Form& form) {
-  if (!form.inside) return launch_tokens<Format, T, 0>(context, args, form.tokens);
-  args.rank <= 16 ? launch_tokens<Format, T, 16>(context, args, form.tokens)
-                  : launch_tokens<Format, T, 64>(context, args, form.tokens);
 }
 
 template <class Format>
 void launch_format(const Context& context, const Args& args, DType dtype, const Form& form) {
-  dtype == DType::bf16 ? launch_inside<Format, bf16>(context, args, form)
-                       : launch_inside<Format, f16>(context, args, form);
+  dtype == DType::bf16 ? launch_tokens<Format, bf16>(context, args, form.tokens)
+                       : launch_tokens<Format, f16>(context, args, form.tokens);
 }
 
 }  // namespace metal_lora::cuda::quant

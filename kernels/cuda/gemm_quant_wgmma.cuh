@@ -1,8 +1,8 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// What gemm_quant_sm90.cuh needs of Hopper beyond wgmma.cuh: wgmma with an operand in registers or
-// 16 columns, prefetches, stores across and reads of a neighbour's shared memory.
+// What gemm_quant_sm90.cuh needs of Hopper beyond wgmma.cuh: wgmma with an operand in registers,
+// prefetches, stores across and reads of a neighbour's shared memory.
 #pragma once
 
 #include <type_traits>
@@ -74,32 +74,6 @@ __device__ __forceinline__ void wgmma_registers(
 #undef METAL_LORA_F16
 #undef METAL_LORA_F8
 
-/// d [64, 16] (+)= left [64, 16]·right [16, 16]ᵀ, both in shared memory.
-template <typename T>
-__device__ __forceinline__ void wgmma_narrow(
-    float (&d)[8], uint64_t left, uint64_t right, int accumulate) {
-#define METAL_LORA_WGMMA(type)                                    \
-  asm volatile(                                                   \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %10, 0;\n"            \
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type \
-      " {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, add, 1, 1, 0, 0;\n}"   \
-      : "+f"(d[0]),                                               \
-        "+f"(d[1]),                                               \
-        "+f"(d[2]),                                               \
-        "+f"(d[3]),                                               \
-        "+f"(d[4]),                                               \
-        "+f"(d[5]),                                               \
-        "+f"(d[6]),                                               \
-        "+f"(d[7])                                                \
-      : "l"(left), "l"(right), "r"(accumulate))
-  if constexpr (std::is_same_v<T, bf16>) {
-    METAL_LORA_WGMMA("bf16");
-  } else {
-    METAL_LORA_WGMMA("f16");
-  }
-#undef METAL_LORA_WGMMA
-}
-
 /// A box to L2 alone. Harmless before the kernels ahead are done: L2 is where they write.
 __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int column, int row) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map),
@@ -121,17 +95,6 @@ __device__ __forceinline__ float4 load_cluster16(uint32_t shared, uint32_t block
       "mapa.shared::cluster.u32 remote, %4, %5;\n"
       "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
       : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(shared), "r"(block)
-      : "memory");
-  return v;
-}
-__device__ __forceinline__ float2 load_cluster8(uint32_t shared, uint32_t block) {
-  float2 v;
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %2, %3;\n"
-      "ld.shared::cluster.v2.f32 {%0, %1}, [remote];\n}"
-      : "=f"(v.x), "=f"(v.y)
       : "r"(shared), "r"(block)
       : "memory");
   return v;

@@ -167,32 +167,24 @@ class Linear {
     for (int i = 0; i < count_; ++i) {
       if (!reads_codes(context_, m_, dtype_, x_, branches_[i])) return false;
     }
-    QuantizedProduct products[kMaxBranches];
-    bool inside = true;
+    shrink_x();
     for (int i = 0; i < count_; ++i) {
       const LoraBranch& branch = branches_[i];
       const Operands& o = operands_[i];
-      QuantizedProduct& product = products[i];
+      QuantizedProduct product;
       product.m = m_;
       product.dtype = dtype_;
       product.x = x_;
       product.w = branch.weight;
       product.rank = rank(i);
-      product.a = o.a;
-      product.factor = branch.lora.params.scale;
+      product.u = o.low;
+      product.u_stride = o.low_stride;
       product.b = o.b;
       product.b_stride = o.b_columns;
       product.bias = branch.bias;
       product.residual = branch.residual;
       product.y = branch.y;
-      inside = inside && branch.u == nullptr && !drops(branch.lora) &&
-               (rank(i) == 0 || makes_low_inside(context_, product));
-    }
-    if (!inside) shrink_x();
-    for (int i = 0; i < count_; ++i) {
-      products[i].u = operands_[i].low;
-      products[i].u_stride = operands_[i].low_stride;
-      gemm_quantized(context_, products[i]);
+      gemm_quantized(context_, product);
     }
     return true;
   }

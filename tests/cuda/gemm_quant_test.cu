@@ -40,12 +40,10 @@ class Product {
         rng, c.format, c.n, c.k, c.group_size, c.scales, WeightLayout::row_major, c.double_quant);
     x_ = random_array(rng, c.dtype, size_t{c.m} * c.k);
     u_ = random_array(rng, c.dtype, size_t{c.m} * columns());
-    a_ = random_array(rng, c.dtype, size_t{c.rank} * c.k, 0.1);
     b_ = random_array(rng, c.dtype, size_t{c.n} * columns(), 0.5);
     bias_ = random_array(rng, DType::f32, c.n);
     residual_ = random_array(rng, c.dtype, size_t{c.m} * c.n);
-    for (const Array* a :
-         {&w_.data, &w_.scales, &w_.biases, &x_, &u_, &a_, &b_, &bias_, &residual_}) {
+    for (const Array* a : {&w_.data, &w_.scales, &w_.biases, &x_, &u_, &b_, &bias_, &residual_}) {
       buffers_.push_back(std::make_unique<DeviceBuffer>(a->bytes));
     }
     y_ = std::make_unique<DeviceBuffer>(size_t{c.m} * c.n * 2);
@@ -53,20 +51,18 @@ class Product {
     add_adapter();
   }
 
-  cuda::QuantizedProduct product(bool inside) const {
+  cuda::QuantizedProduct product() const {
     cuda::QuantizedProduct p;
     p.m = c_.m;
     p.dtype = c_.dtype;
     p.w = {w_.params, buffers_[0]->get(), buffers_[1]->get(), buffers_[2]->get()};
     p.x = buffers_[3]->get();
     p.rank = c_.rank;
-    p.u = inside ? nullptr : buffers_[4]->get();
-    p.a = buffers_[5]->get();
-    p.factor = kFactor;
-    p.b = buffers_[6]->get();
+    p.u = buffers_[4]->get();
+    p.b = buffers_[5]->get();
     p.u_stride = p.b_stride = columns();
-    p.bias = c_.bias ? buffers_[7]->get<float>() : nullptr;
-    p.residual = c_.residual ? buffers_[8]->get() : nullptr;
+    p.bias = c_.bias ? buffers_[6]->get<float>() : nullptr;
+    p.residual = c_.residual ? buffers_[7]->get() : nullptr;
     p.y = y_->get();
     return p;
   }
@@ -74,14 +70,13 @@ class Product {
 
   std::vector<uint16_t> run(const cuda::quant::Form& form) {
     y_->poison();
-    cuda::quant::gemm_with_form(device_.context(), product(form.inside), form);
+    cuda::quant::gemm_with_form(device_.context(), product(), form);
     device_.finish();
     return y_->download<uint16_t>();
   }
-  void check(const std::vector<uint16_t>& y, bool inside) const {
+  void check(const std::vector<uint16_t>& y) const {
     for (size_t i = 0; i < want_.size(); ++i) {
-      const double want = want_[i] + adapter_[inside][i];
-      const double error = error_[i] + adapter_error_[inside][i];
+      const double want = want_[i], error = error_[i];
       const double bound = error + (std::fabs(want) + error) * roundoff(c_.dtype);
       ASSERT_NEAR(stored_value(y.data(), c_.dtype, i), want, bound + 0x1p-24) << "y " << i;
     }
@@ -110,47 +105,29 @@ class Product {
       }
     }
   }
-  /// u·Bᵀ of the given u, and of factor·x·Aᵀ rounded to x's type.
   void add_adapter() {
-    for (int inside = 0; inside < 2; ++inside) {
-      const Sums low = multiply(
-          c_.m,
-          c_.rank,
-          c_.k,
-          [&](size_t i, size_t p) { return x_.values[i * c_.k + p]; },
-          [&](size_t p, size_t j) { return a_.values[j * c_.k + p]; });
-      const double e = roundoff(c_.dtype), sum = sum_e();
-      for (size_t i = 0; i < c_.m; ++i) {
-        for (size_t j = 0; j < c_.n; ++j) {
-          double value = 0.0, error = 0.0;
-          for (size_t p = 0; p < c_.rank; ++p) {
-            const double b = b_.values[j * columns() + p];
-            const double u =
-                inside ? kFactor * low.value[i * c_.rank + p] : u_.values[i * columns() + p];
-            const double size = kFactor * low.magnitude[i * c_.rank + p];
-            const double u_error = inside ? std::fabs(u) * e + size * sum * 1.1 : 0.0;
-            value += u * b;
-            error += std::fabs(b) * (u_error + (std::fabs(u) + u_error) * sum);
-          }
-          adapter_[inside].push_back(value);
-          adapter_error_[inside].push_back(error);
+    for (size_t i = 0; i < c_.m; ++i) {
+      for (size_t j = 0; j < c_.n; ++j) {
+        for (size_t p = 0; p < c_.rank; ++p) {
+          const double term = u_.values[i * columns() + p] * b_.values[j * columns() + p];
+          want_[i * c_.n + j] += term;
+          error_[i * c_.n + j] += std::fabs(term) * sum_e();
         }
       }
     }
   }
 
-  static constexpr float kFactor = 0.75f;
   const QuantCase c_;
   TestDevice device_;
   Weight w_;
-  Array x_, u_, a_, b_, bias_, residual_;
+  Array x_, u_, b_, bias_, residual_;
   std::vector<std::unique_ptr<DeviceBuffer>> buffers_;
   std::unique_ptr<DeviceBuffer> y_;
-  std::vector<double> want_, error_, adapter_[2], adapter_error_[2];
+  std::vector<double> want_, error_;
 };
 
-/// Every form, with u given or made inside.
-void check_forms(bool inside) {
+TEST(CudaGemmQuant, EveryFormMatchesF64AndRepeats) {
+  METAL_LORA_NEEDS_GPU();
   using enum WeightFormat;
   using D = DType;
   for (const QuantCase& c :
@@ -164,40 +141,26 @@ void check_forms(bool inside) {
     SCOPED_TRACE(trace(c));
     Product product(c);
     if (product.context().capability != 90) GTEST_SKIP() << "the form is Hopper's";
-    ASSERT_TRUE(cuda::can_gemm_quantized(product.context(), product.product(inside)));
+    ASSERT_TRUE(cuda::can_gemm_quantized(product.context(), product.product()));
     for (uint32_t tokens : {32u, 64u, 128u, 256u}) {
       for (uint32_t splits : {1u, 2u, 3u, 8u}) {
-        for (uint32_t sharers : {1u, 2u}) {
-          const cuda::quant::Form form{tokens, splits, sharers, inside};
-          if (!cuda::quant::form_fits(product.product(inside), form)) continue;
-          SCOPED_TRACE(
-              "tokens " + std::to_string(tokens) + " splits " + std::to_string(splits) +
-              " sharers " + std::to_string(sharers));
-          const auto y = product.run(form);
-          product.check(y, inside);
-          if (testing::Test::HasFatalFailure()) return;
-          ASSERT_EQ(product.run(form), y) << "not the same bits again";
-        }
+        const cuda::quant::Form form{tokens, splits};
+        if (!cuda::quant::form_fits(product.product(), form)) continue;
+        SCOPED_TRACE("tokens " + std::to_string(tokens) + " splits " + std::to_string(splits));
+        const auto y = product.run(form);
+        product.check(y);
+        if (testing::Test::HasFatalFailure()) return;
+        ASSERT_EQ(product.run(form), y) << "not the same bits again";
       }
     }
   }
 }
 
-TEST(CudaGemmQuant, EveryFormMatchesF64AndRepeats) {
-  METAL_LORA_NEEDS_GPU();
-  check_forms(false);
-}
-TEST(CudaGemmQuant, EveryFormThatMakesUMatchesF64AndRepeats) {
-  METAL_LORA_NEEDS_GPU();
-  check_forms(true);
-}
-
 TEST(CudaGemmQuant, RefusesWhatItCannotTake) {
   METAL_LORA_NEEDS_GPU();
   Product product({17, 128, 128, 8, DType::bf16, WeightFormat::int4, 32});
-  EXPECT_FALSE(cuda::can_gemm_quantized(product.context(), product.product(false)));
-  EXPECT_THROW(
-      cuda::gemm_quantized(product.context(), product.product(false)), std::invalid_argument);
+  EXPECT_FALSE(cuda::can_gemm_quantized(product.context(), product.product()));
+  EXPECT_THROW(cuda::gemm_quantized(product.context(), product.product()), std::invalid_argument);
 }
 
 }  // namespace
