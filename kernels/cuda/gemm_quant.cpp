@@ -12,13 +12,15 @@
 //     waited for in a branch of its own                        19.2 / 22.1 / 27.9 / 35.0 / 44.6 us
 //     three warps put them into shared memory in f32; k in
 //     three rather than six; one rotation instead of byte
-//     gathers and a shift                                      17.4 / 20.6 / 23.4 / 29.2 / 38.1
-//   n = 11008 at 64 / 128 / 256 / 512 tokens: 39.1 / 41.9 / 60.0 / 105 (cuBLAS 34.5 / 36.7 / 39.3 /
-//   61.7, the copy 77.5 / 79.2 / 85.3 / 111); nf4 some 12 % more than int4. 9 MB of codes take 3 us:
+//     gathers and a shift; L2 asked for the first scales       16.6 / 19.6 / 23.1 / 28.7 / 38.7
+//     (rank 64 17.5 / 20.9 / - / - / 39.7; 1024 tokens 63.9, where the copy takes 61.1)
+//   n = 11008: 31.4 / 37.3 / 41.9 / 62.6 / 105 (cuBLAS 36.3 / 34.8 / 36.7 / 39.6 / 62.6, the copy
+//   77.5 / 77.8 / 79.2 / 85.4 / 112). nf4 takes 10 to 20 % more than int4, so that its copy is
+//   faster at 512 tokens (40.2 against 42.4). 9 MB of codes take 3 us:
 //   some 8 us are the kernel ahead, the start, the first stage and the sums across the cluster; the
-//   rest is decoding, a half step at a time with little beside it to hide its latency. The next 10 %
-//   is u in the same launch (tried in every block: 21.4 / 27.9 / 25.2, deleted, as was x sent to two
-//   blocks at once: nothing) and four warpgroups that share k.
+//   rest is decoding, a half step at a time with little beside it to hide its latency. The next 10
+//   % is u in the same launch (tried in every block: 21.4 / 27.9 / 25.2, deleted, as was x sent to
+//   two blocks at once: nothing) and four warpgroups that share k.
 #include "kernels/cuda/gemm_quant.h"
 
 #include <algorithm>
@@ -90,8 +92,8 @@ bool form_fits(const QuantizedProduct& p, const Form& form) {
 }
 
 /// As measured: no more tokens than there are, but 256 where blocks of 128 fill half of the
-/// multiprocessors; then k in as many parts as there is room for. Clusters of more than three with
-/// a multiprocessor a block find room for far less than all.
+/// multiprocessors; then k in as many parts as there is room for, or in two where that saves half a
+/// wave. Clusters of more than three with a multiprocessor a block find room for far less than all.
 Form chosen_form(const Context& context, const QuantizedProduct& p) {
   const auto room = static_cast<uint32_t>(context.multiprocessors);
   const uint32_t tiles_n = ceil_div(p.w.params.n, kRows);
@@ -102,6 +104,11 @@ Form chosen_form(const Context& context, const QuantizedProduct& p) {
   for (uint32_t splits = 2; splits <= kMaxSplits; ++splits) {
     if (tiles * splits > (splits > 3 ? room * 6 / 10 : room)) break;
     if (form_fits(p, {form.tokens, splits})) form.splits = splits;
+  }
+  const uint32_t places = room * blocks_of(form.tokens);
+  if (tiles > places && ceil_div(2 * tiles, places) < 2 * ceil_div(tiles, places) &&
+      form_fits(p, {form.tokens, 2})) {
+    form.splits = 2;
   }
   return form;
 }
@@ -128,7 +135,8 @@ bool can_gemm_quantized(const Context& context, const QuantizedProduct& p) {
 }
 
 bool prefers_gemm_quantized(const Context& context, const QuantizedProduct& p) {
-  return can_gemm_quantized(context, p) && p.m <= 512;
+  const uint32_t most = p.w.params.format == WeightFormat::int4 ? 512 : 256;
+  return can_gemm_quantized(context, p) && p.m <= most;
 }
 
 void gemm_quantized(const Context& context, const QuantizedProduct& p) {

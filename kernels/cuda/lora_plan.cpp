@@ -13,8 +13,8 @@
 // format is copied out first: 2·n·k bytes written and read against 2·m·n·k operations, little at
 // the m of prompts and training.
 //
-// INT4 and NF4 up to 512 tokens: the product decodes W's codes on the way to the matrix unit
-// (gemm_quant.h), behind lora_shrink.
+// INT4 up to 512 and NF4 up to 256 tokens: the product decodes W's codes on the way to the matrix
+// unit (gemm_quant.h), behind lora_shrink.
 //
 // generic: the same composition for f32 (FFMA), and for rows that are no multiples of 16 bytes.
 #include "kernels/cuda/lora_plan.h"
