@@ -45,6 +45,7 @@ struct LinearPlan {
   enum class Form { vector, skinny, tiled, generic };
   Form form = Form::generic;
   bool dequantize_first = false;  ///< a quantised W goes through a 16-bit copy in scratch
+  bool reads_codes = false;       ///< the tiled product decodes a quantised W itself
   bool fused_shrink = false;      ///< u is worked out inside the one dispatch
   int dispatches = 1;
   const char* why = "";
