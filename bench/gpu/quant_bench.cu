@@ -264,7 +264,7 @@ class Case {
     for (size_t i = 0; i < want.size(); ++i) {
       const double a = __bfloat162float(want[i]), b = __bfloat162float(got[i]);
       const double difference = std::fabs(a - b);
-      most = difference <= most ? most : difference;
+      if (!(difference <= most)) most = std::isnan(difference) ? INFINITY : difference;
       size = std::max(size, std::fabs(a));
     }
     const bool same = std::memcmp(got.data(), again.data(), bytes) == 0;

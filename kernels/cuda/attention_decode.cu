@@ -14,7 +14,8 @@
 //   the last block combines          6.6 / 13.2 / 30.5 us
 //   eight warps a block              6.3 / 12.1 / 29.0 us (2.3 TB/s; a copy moves 2.4)
 // An empty launch is 1.15 us, partial sums and their ticket are 1.4, adding them up 1.7; a cluster
-// that combines through shared memory could save about 1.5. In a decode step: not measured.
+// that combines through shared memory could save about 1.5. A decode step of 16 layers (1.07 B, 512
+// keys) takes 1.155 ms with it, and 1.256 with rotation and append in a kernel of their own.
 #include <algorithm>
 
 #include "kernels/cuda/attention_partials.cuh"

@@ -56,7 +56,7 @@ constexpr uint32_t kGemmSoftmaxColumns = 256;
 struct GemmSoftmax {
   /// f32 [m, ⌈n / kGemmSoftmaxColumns⌉, 2]: largest and Σ exp(z − largest) of unrounded terms.
   float* tiles = nullptr;
-  const int32_t* targets = nullptr;  ///< [m]; those beyond n are nobody's
+  const int32_t* targets = nullptr;  ///< [m]; what is not in [0, n) is nobody's
   float* target_logits = nullptr;    ///< f32 [m]
 };
 struct GemmSwiglu {
@@ -98,7 +98,8 @@ struct GemmGroup {
   /// gemm_sm90 only: the first pair's operands were written before the kernel that the stream ran
   /// last, so their product may begin while that kernel (say, the shrink that makes the second
   /// pair's left) still runs. A promise about that kernel, too: it was not launched as a
-  /// programmatic dependent, or lets its dependents start only after its own griddepcontrol.wait.
+  /// programmatic dependent, or lets its dependents start only after its own griddepcontrol.wait,
+  /// or the kernel before it does and the operands are older than that one, too.
   bool pair0_ready = false;
   int problems = 0;
   GemmProblem problem[kMaxProblems];
@@ -117,8 +118,9 @@ constexpr size_t gemm_flag_count(uint32_t m) {
 }
 
 /// Whether gemm_sm90 takes the group: compute capability 9.0, 16-bit storage, every pointer
-/// aligned to 16 bytes and every stride (and n of a rotated head or SwiGLU) a multiple of 8
-/// elements. Otherwise gemm_generic does, but no shrinks, rotation or SwiGLU.
+/// aligned to 16 bytes and every stride (and n of a rotated head, SwiGLU or softmax) a multiple of
+/// 8 elements, at most 16 pairs and 36 operands. Otherwise gemm_generic does, but no shrinks,
+/// rotation, SwiGLU or softmax.
 bool can_gemm_sm90(const Context& context, const GemmGroup& group);
 /// Whether the group's shrinks cost less inside the launch than before it: there are tiles enough
 /// (two waves of 256 columns) and blocks with a tile fewer than others.

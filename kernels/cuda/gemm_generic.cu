@@ -435,6 +435,9 @@ void gemm(const Context& context, const GemmGroup& group) {
   check_group(group);
   if (is_empty(group)) return;
   if (can_gemm_sm90(context, group)) return gemm_sm90(context, group);
+  if (group.end != GemmEnd::plain || group.shrinks > 0) {
+    throw std::invalid_argument("[gemm] end and shrinks must be what can_gemm_sm90 takes");
+  }
   const StagePlan plan = plan_staging(context, group);
   if (!plan.pairs && !plan.result) return gemm_generic(context, group);
   Staging staging = make_staging(context, group, plan);

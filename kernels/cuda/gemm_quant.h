@@ -27,7 +27,7 @@ struct QuantizedProduct {
 };
 
 /// Whether gemm_quantized takes the weight at all: capability 9.0, 16-bit x, int4 in groups of 64
-/// or 128 or nf4, n a multiple of 8, every pointer aligned to 16 bytes.
+/// or 128 or nf4, k whole groups, n a multiple of 8; codes, x, y, u and B aligned to 16 bytes.
 bool can_gemm_quantized(const Context& context, const QuantizedProduct& product);
 /// Whether it is faster there than a 16-bit copy of W and the product over that.
 bool prefers_gemm_quantized(const Context& context, const QuantizedProduct& product);

@@ -264,7 +264,7 @@ __device__ __forceinline__ void fetch_scales(
   Ring<L::kCodeStages> codes;
   const auto arrive = [&] {
     __syncwarp();
-    if (thread % 32 == 0) barrier_arrive(block.codes_full(codes.stage));
+    barrier_arrive(block.codes_full(codes.stage));
     codes.advance();
   };
   bool waited = args.weights_ready;
@@ -370,7 +370,7 @@ __device__ __forceinline__ void consume(
     const auto row_at = [&] { return block.codes(codes.stage) + (warp * 16 + g) * 128; };
     const auto release_codes = [&] {
       __syncwarp();
-      if (releases) barrier_arrive(block.codes_empty(codes.stage));
+      barrier_arrive(block.codes_empty(codes.stage));
       codes.advance();
     };
     Format scales;  // of a step
@@ -477,7 +477,7 @@ __device__ __forceinline__ void consume(
       float4 part[8];
 #pragma unroll
       for (uint32_t p = 0; p < 8; ++p) {
-        if (p < args.splits) part[p] = load_cluster16(parts + i * kConsumers * 16, p);
+        if (p < args.splits) part[p] = load_remote(parts + i * kConsumers * 16, p);
       }
       float sum[4] = {part[0].x, part[0].y, part[0].z, part[0].w};
 #pragma unroll
@@ -516,8 +516,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kTokens))
   if (threadIdx.x == 0) {
     dependents_launch();
     for (uint32_t i = 0; i < L::kCodeStages; ++i) {
-      barrier_init(block.codes_full(i), 1 + kScaleWarps);
-      barrier_init(block.codes_empty(i), 8);
+      barrier_init(block.codes_full(i), 1 + 32 * kScaleWarps);
+      barrier_init(block.codes_empty(i), 256);
     }
     for (uint32_t i = 0; i < L::kXStages; ++i) {
       barrier_init(block.x_full(i), 1);

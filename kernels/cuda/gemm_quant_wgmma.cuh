@@ -1,8 +1,8 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// What gemm_quant_sm90.cuh needs of Hopper beyond wgmma.cuh: wgmma with an operand in registers,
-// prefetches, stores across and reads of a neighbour's shared memory.
+// What gemm_quant_sm90.cuh needs of Hopper beyond wgmma.cuh: wgmma with an operand in registers and
+// stores across.
 #pragma once
 
 #include <type_traits>
@@ -74,30 +74,11 @@ __device__ __forceinline__ void wgmma_registers(
 #undef METAL_LORA_F16
 #undef METAL_LORA_F8
 
-/// A box to L2 alone. Harmless before the kernels ahead are done: L2 is where they write.
-__device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map),
-               "r"(column),
-               "r"(row)
-               : "memory");
-}
-
 /// Two 8x8 matrices across: what a fragment calls a column becomes a row in memory.
 __device__ __forceinline__ void store_across_x2(uint32_t shared, uint32_t a, uint32_t b) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared), "r"(a), "r"(b)
       : "memory");
-}
-__device__ __forceinline__ float4 load_cluster16(uint32_t shared, uint32_t block) {
-  float4 v;
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(shared), "r"(block)
-      : "memory");
-  return v;
 }
 __device__ __forceinline__ void store_shared8(uint32_t shared, float a, float b) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(a), "f"(b) : "memory");

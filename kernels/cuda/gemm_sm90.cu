@@ -457,6 +457,14 @@ bool can_shrink(const GemmGroup& group, const GemmShrink& shrink) {
   return columns > 0 && columns <= 64;
 }
 
+/// For the pairs and for a tensor map of each operand.
+bool has_room(const GemmGroup& group) {
+  int pairs = 0, others = 2 * group.problems + group.shrinks;
+  for (int i = 0; i < group.problems; ++i) pairs += std::max(group.problem[i].pairs, 1);
+  for (int i = 0; i < group.shrinks; ++i) others += group.shrink[i].parts;
+  return pairs <= sm90::kMaxPairs && 2 * pairs + others <= sm90::kMaxMaps;
+}
+
 bool can_swiglu(const GemmGroup& group) {
   const GemmSwiglu& s = group.swiglu;
   const GemmProblem& first = group.problem[0];
@@ -501,7 +509,7 @@ bool can_rotate(const GemmGroup& group, const GemmProblem& problem) {
 bool can_gemm_sm90(const Context& context, const GemmGroup& group) {
   if (context.capability != 90 || group.dtype == DType::f32) return false;
   if (group.out_dtype != group.dtype && group.out_dtype != DType::f32) return false;
-  if (!can_end(group)) return false;
+  if (!can_end(group) || !has_room(group)) return false;
   for (int i = 0; i < group.shrinks; ++i) {
     if (!can_shrink(group, group.shrink[i])) return false;
   }

@@ -15,11 +15,11 @@ constexpr int kStepK = 64;           ///< elements of a 128-byte swizzled row
 constexpr int kThreads = 384;        ///< producer, two consumers
 constexpr int kBoxBytes = 8192;      ///< 64 x 64 elements
 constexpr int kWarpBoxBytes = 2048;  ///< 16 rows of results x 64
-constexpr int kMaxPairs = GemmGroup::kMaxProblems * GemmProblem::kMaxPairs;
+/// Less than a group may hold: arguments of 15 KB cost a launch up to 1 us.
+constexpr int kMaxPairs = 16;
 constexpr int kMaxShrinks = GemmGroup::kMaxShrinks;
 constexpr int kMaxParts = GemmShrink::kMaxParts;
-constexpr int kMaxMaps =
-    2 * kMaxPairs + 2 * GemmGroup::kMaxProblems + kMaxShrinks * (1 + kMaxParts);
+constexpr int kMaxMaps = 36;
 constexpr uint32_t kGateColumns = 128;  ///< of gate, and of up, in a tile of both
 constexpr uint32_t kBeyond = 1u << 30;  ///< a row of no matrix: zeros
 

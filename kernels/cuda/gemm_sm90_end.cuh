@@ -247,15 +247,6 @@ __device__ __forceinline__ void finish_swiglu(
   __syncwarp();
 }
 
-__device__ __forceinline__ float quad_max(float v) {
-  v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
-  return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
-}
-__device__ __forceinline__ float quad_sum(float v) {
-  v += __shfl_xor_sync(0xffffffffu, v, 1);
-  return v + __shfl_xor_sync(0xffffffffu, v, 2);
-}
-
 /// One of a thread's two rows of logits: what the loss wants of it, and exp(z − largest) in place.
 template <int kTileN>
 __device__ __forceinline__ void softmax_row(
@@ -263,7 +254,8 @@ __device__ __forceinline__ void softmax_row(
   const GemmSoftmax& s = args.softmax;
   const uint32_t first = threadIdx.x % 4 * 2;
   const bool there = row < args.m;
-  const uint32_t target = there ? static_cast<uint32_t>(__ldg(s.targets + row)) - n0 : kTileN;
+  const uint32_t wanted = there ? static_cast<uint32_t>(__ldg(s.targets + row)) : kBeyond;
+  const uint32_t target = wanted < args.problem[0].n ? wanted - n0 : kTileN;
   if (target < kTileN && target % 8 / 2 == threadIdx.x % 4) {
 #pragma unroll
     for (int j = 0; j < kTileN / 8; ++j) {
@@ -283,10 +275,8 @@ __device__ __forceinline__ void softmax_row(
   for (int j = 0; j < kTileN / 8; ++j) {
 #pragma unroll
     for (int i = 2 * half; i < 2 * half + 2; ++i) {
-      float e;
-      asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(1.44269504f * (d[4 * j + i] - zero)));
-      d[4 * j + i] = e;
-      sum += e;
+      d[4 * j + i] = exp2_fast(1.44269504f * (d[4 * j + i] - zero));
+      sum += d[4 * j + i];
     }
   }
   sum = quad_sum(sum);

@@ -18,8 +18,8 @@ __device__ __forceinline__ void allow_dependents() {
 #endif
 }
 
-/// Until the kernels before this one are done and their writes are seen. Every thread that reads or
-/// writes global memory comes here first.
+/// Until the kernels before this one are done and their writes are seen. Every thread that writes
+/// global memory, or reads what a kernel that may still run writes, comes here first.
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -7,8 +7,8 @@
 // asked for (into shared memory, which costs no registers) before the wait, and the way from the
 // wait to the end is short. The eight columns that the tensor cores have for tokens take eight
 // groups of one token instead: a warp's sums of eight groups stay apart in one accumulator, each
-// with the lane that holds its scale, and are scaled once. The bits are those of
-// lora_gemv_direct.cuh.
+// with the lane that holds its scale, and are scaled once. The base's bits are those of
+// lora_gemv_direct.cuh; u may be made in more parts, as there is room for more blocks.
 #pragma once
 
 #include "kernels/cuda/lora_gemv_direct.cuh"
@@ -20,7 +20,8 @@ inline constexpr uint32_t kHalfBytes = kHalfGroups * 32 * kTileRows;
 inline constexpr uint32_t kRingBytes = kWarps * 2 * kHalfBytes;
 inline constexpr uint32_t kSharedRank = 128;  ///< of a B in shared memory, at most
 
-/// Bytes between rows of B in shared memory: eight rows' 16 bytes meet no conflict.
+/// Bytes between rows of B in shared memory: of ranks 8 and of multiples of 64, eight rows' 16
+/// bytes meet no conflict.
 inline __host__ __device__ uint32_t b_pitch(uint32_t rank) {
   return rank % 64 == 0 ? rank * 2 + 16 : rank * 2;
 }

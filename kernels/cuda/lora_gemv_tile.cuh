@@ -148,11 +148,13 @@ class TileEnd {
 
   __device__ uint32_t ranks() const { return call_.rank_tiles * kTileRows; }
 
-  /// A part's sums of a tile of u, to all blocks: [part][token][rank].
+  /// A part's sums of a tile of u, to all blocks: [part][token][rank]. Only what somebody awaits: a
+  /// word that nobody does could land after the last block has cleared them.
   __device__ void finish_u(uint32_t item, uint32_t buffer) const {
     const uint32_t tile = item / call_.u_parts, part = item % call_.u_parts;
     const uint32_t row = threadIdx.x % kTileRows, token = threadIdx.x / kTileRows;
-    if (token >= call_.m) return;
+    const Branch& b = branch_of_rank_tile(call_, tile);
+    if (token >= call_.m || (tile - b.rank_tile0) * kTileRows + row >= b.rank) return;
     uint64_t* to = call_.u + (part * call_.m + token) * ranks() + tile * kTileRows + row;
     const uint64_t word = uint64_t{1} << 32 | __float_as_uint(gather(buffer, token, row));
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");

@@ -137,8 +137,8 @@ struct ShrinkGrad {
   void* v = nullptr;
   float* grad_b = nullptr;
 };
-/// Hopper, 16-bit types, n a multiple of 64, ranks to 64, one to four linears, all aligned to 16
-/// bytes and with strides that are multiples of 8.
+/// Hopper, 16-bit types, n a multiple of 64, ranks to 32, one to four linears, all aligned to 16
+/// bytes and with strides that are multiples of 8; the sums that the blocks leave within 48 MiB.
 bool can_shrink_grad(
     const Context& context, uint32_t m, DType dtype, std::span<const ShrinkGrad> linears);
 /// Two launches. Throws std::invalid_argument for what can_shrink_grad does not take.

@@ -41,25 +41,6 @@
 namespace metal_lora::cuda::multi {
 namespace {
 
-/// All threads of the cluster; orders nothing that they wrote (which would wait for y's stores).
-[[maybe_unused]] __device__ __forceinline__ void cluster_meet() {
-  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
-}
-[[maybe_unused]] __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-[[maybe_unused]] __device__ __forceinline__ float4
-load4_of_block(uint32_t address, uint32_t block) {
-  float4 v;
-  asm volatile(
-      "{\n.reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(address), "r"(block)
-      : "memory");
-  return v;
-}
 
 /// The steps of 64 along k of one block of the cluster.
 struct Steps {
@@ -130,7 +111,7 @@ __device__ __forceinline__ void consume(
       sm90::wgmma<T, 0>(d, left + 6, right + 6, 1);
       sm90::wgmma_commit();
       sm90::wgmma_wait<1>();
-      if (accumulate != 0 && lane == 0) barrier_arrive(empty + 8 * reading);
+      if (accumulate != 0 && lane == 0) sm90::barrier_arrive(empty + 8 * reading);
       reading = ring.stage;
       accumulate = 1;
     }
@@ -201,7 +182,7 @@ __device__ __forceinline__ void finish_cluster(
     for (uint32_t other = 0; other < args.split; ++other) {
 #pragma unroll
       for (uint32_t set = 0; set < Shape::kSets; ++set) {
-        add_to(sum, load4_of_block(address + set * Shape::kTokens * Shape::kPitch * 4, other));
+        add_to(sum, sm90::load_remote(address + set * Shape::kTokens * Shape::kPitch * 4, other));
       }
     }
     put<T>(args, t, n, sum, *reinterpret_cast<const float4*>(share + t * rows + row));
@@ -226,8 +207,8 @@ __device__ __forceinline__ void finish_pairs(
   uint32_t* flags = args.flags + place;
   const auto of_pair = [&](uint32_t t) {
     const uint32_t address = sums + (t * kPitch + half * kHalf + row) * 4;
-    float4 sum = load4_of_block(address, 0);
-    add_to(sum, load4_of_block(address, 1));
+    float4 sum = sm90::load_remote(address, 0);
+    add_to(sum, sm90::load_remote(address, 1));
     if (row / rows == pair) {
       add_to(sum, *reinterpret_cast<const float4*>(share + t * rows + row % rows));
     }
@@ -342,7 +323,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   } else {
     finish_cluster<T, Shape>(args, shared, share, block, tile0);
   }
-  cluster_meet();  // nobody leaves while others read its sums
+  sm90::cluster_sync_relaxed();  // nobody leaves while others read its sums
 #endif
 }
 

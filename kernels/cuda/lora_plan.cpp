@@ -88,6 +88,9 @@ const char* reason(const Context& context, DType dtype, const LinearPlan& plan) 
   if (plan.form == Form::skinny) {
     return "some dozen tokens: bound by reading W, which clusters that split k stream at once";
   }
+  if (plan.reads_codes) {
+    return "W's bytes weigh: its codes become weights on the way to the matrix unit";
+  }
   if (plan.form == Form::generic) {
     return dtype == DType::f32
                ? "f32: full-precision products on the FFMA units"
@@ -96,8 +99,6 @@ const char* reason(const Context& context, DType dtype, const LinearPlan& plan) 
   if (plan.dequantize_first) {
     return "more tokens: W is copied out to 16 bits once, then one product";
   }
-  if (plan.reads_codes)
-    return "W's bytes weigh: its codes become weights on the way to the matrix unit";
   return context.capability == 90 ? "16-bit and aligned: Hopper's matrix unit and copy engine"
                                   : "16-bit and aligned: mma.sync behind a ring of cp.async";
 }

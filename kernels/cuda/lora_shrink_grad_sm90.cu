@@ -31,15 +31,18 @@ constexpr uint32_t kMaxLinears = 4;
 constexpr uint32_t kTokens = 32;  ///< of a stage
 constexpr uint32_t kWarps = 8;
 constexpr uint32_t kThreads = 32 * (kWarps + 1);  ///< the last warp asks the copy engine
-constexpr uint32_t kQuarters = kWarps / 2;        ///< of a strip's columns, for v
+constexpr uint32_t kWarpColumns = 64;             ///< of dB
+constexpr uint32_t kColumns = kWarps * kWarpColumns;  ///< of a strip
+constexpr uint32_t kQuarters = kWarps / 2;            ///< of a strip's columns, for v
+constexpr uint32_t kMaxRank = 32;
+/// Of both sums. At ranks beyond 32 v's would be half as many bytes as dy itself.
+constexpr size_t kMaxSumBytes = size_t{48} << 20;
 constexpr uint32_t kSumThreads = 256;
 
 /// kPairs: sixteens of ranks.
 template <uint32_t kPairs>
 struct Shape {
   static constexpr uint32_t kRanks = 16 * kPairs;
-  static constexpr uint32_t kWarpColumns = kPairs == 4 ? 32 : 64;  ///< of dB
-  static constexpr uint32_t kColumns = kWarps * kWarpColumns;      ///< of a strip
   static constexpr uint32_t kDyBytes = kTokens * kColumns * 2;     ///< [columns / 64][tokens][64]
   static constexpr uint32_t kPairBytes = kTokens * 32;             ///< of u: [tokens][16]
   static constexpr uint32_t kStageBytes = kDyBytes + kPairs * kPairBytes;
@@ -88,8 +91,8 @@ __device__ __forceinline__ void produce(
   using S = Shape<kPairs>;
   const Linear& linear = args.linear[place.linear];
   sm90::barrier_expect(b_ready, S::kBBytes);
-  for (uint32_t i = 0; i < kPairs * S::kColumns / 256; ++i) {
-    const uint32_t pair = i / (S::kColumns / 256), row = i % (S::kColumns / 256) * 256;
+  for (uint32_t i = 0; i < kPairs * kColumns / 256; ++i) {
+    const uint32_t pair = i / (kColumns / 256), row = i % (kColumns / 256) * 256;
     sm90::tensor_load(
         shared + i * 256 * 32, &linear.b, b_ready, pair * 16, place.column0 + row);
   }
@@ -132,7 +135,7 @@ __device__ __forceinline__ void consume(
     uint32_t first,
     uint32_t count) {
   using S = Shape<kPairs>;
-  constexpr uint32_t kSteps = S::kColumns / kQuarters / 16, kTiles = S::kWarpColumns / 16;
+  constexpr uint32_t kSteps = kColumns / kQuarters / 16, kTiles = kWarpColumns / 16;
   const uint32_t shared = mma::shared_address(memory);
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t rows16 = warp % 2 * 16, quarter = warp / 2;  // of v
@@ -142,7 +145,7 @@ __device__ __forceinline__ void consume(
   for (uint32_t step = 0; step < kSteps; ++step) {
 #pragma unroll
     for (uint32_t pair = 0; pair < kPairs; ++pair) {
-      const uint32_t at = shared + pair * S::kColumns * 32;
+      const uint32_t at = shared + pair * kColumns * 32;
       mma::load_x4_across(b[step][pair], at + narrow_place((quarter * kSteps + step) * 16));
     }
   }
@@ -210,8 +213,8 @@ __device__ __forceinline__ void consume(
           sum;
     }
   }
-  const size_t column = strip * S::kColumns + warp * S::kWarpColumns + lane / 4;
-  float* to = args.grad + (split * size_t{args.strips} * S::kColumns + column) * S::kRanks +
+  const size_t column = strip * kColumns + warp * kWarpColumns + lane / 4;
+  float* to = args.grad + (split * size_t{args.strips} * kColumns + column) * S::kRanks +
               lane % 4 * 2;
 #pragma unroll
   for (uint32_t i = 0; i < kTiles; ++i) {
@@ -234,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t b_ready = empty + 8 * S::kStages;
   // Blocks side by side read the same tokens.
   const uint32_t strip = blockIdx.x % args.strips, split = blockIdx.x / args.strips;
-  const Place place(args, strip, S::kColumns);
+  const Place place(args, strip, kColumns);
   const uint32_t steps = (args.m + kTokens - 1) / kTokens;
   const uint32_t first = split * steps / args.splits;
   const uint32_t count = (split + 1) * steps / args.splits - first;
@@ -344,6 +347,23 @@ bool aligned16(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
+uint32_t padded_ranks(std::span<const ShrinkGrad> linears) {
+  uint32_t most = 0;
+  for (const ShrinkGrad& l : linears) most = std::max(most, l.padded_rank);
+  return most <= 16 ? 16 : 32;
+}
+/// One block on each multiprocessor, with two stages or more.
+uint32_t splits_of(const Context& context, uint32_t m, uint32_t strips) {
+  const auto room = static_cast<uint32_t>(context.multiprocessors);
+  return std::clamp(room / strips, 1u, std::max(1u, ceil_div(m, kTokens) / 2));
+}
+size_t sum_bytes(const Context& context, uint32_t m, std::span<const ShrinkGrad> linears) {
+  uint32_t strips = 0;
+  for (const ShrinkGrad& l : linears) strips += ceil_div(l.n, kColumns);
+  const size_t rows = m + size_t{splits_of(context, m, strips)} * kColumns;
+  return strips * rows * padded_ranks(linears) * sizeof(float);
+}
+
 template <typename T, uint32_t kPairs>
 void run(
     const Context& context, uint32_t m, DType dtype, std::span<const ShrinkGrad> linears) {
@@ -352,18 +372,18 @@ void run(
   SumArgs sums;
   args.m = sums.m = m;
   sums.ranks = S::kRanks;
-  sums.columns = S::kColumns;
+  sums.columns = kColumns;
   uint32_t end_v = 0, end_grad = 0;
   for (const ShrinkGrad& from : linears) {
     Linear& l = args.linear[sums.linears];
     SumArgs::Linear& sum = sums.linear[sums.linears++];
     TensorMapRequest dy{from.dy, dtype, m, from.n, from.dy_stride, kTokens};
-    dy.box_blocks = S::kColumns / 64;
+    dy.box_blocks = kColumns / 64;
     l.dy = make_tensor_map(dy);
     l.b = make_tensor_map({from.b, dtype, from.n, from.padded_rank, from.padded_rank, 256, 16});
     l.u = make_tensor_map({from.u, dtype, m, from.padded_rank, from.u_stride, kTokens, 16});
     sum.first_strip = args.strips;
-    sum.strips = ceil_div(from.n, S::kColumns);
+    sum.strips = ceil_div(from.n, kColumns);
     args.strips += sum.strips;
     l.end_strip = args.strips;
     sum.rank = from.rank;
@@ -374,11 +394,9 @@ void run(
     sum.end_v = end_v += m * (S::kRanks / 4);
     sum.end_grad = end_grad += from.n * (S::kRanks / 4);
   }
-  // One block on each multiprocessor, with two stages or more.
-  const auto room = static_cast<uint32_t>(context.multiprocessors);
-  args.splits = std::clamp(room / args.strips, 1u, std::max(1u, ceil_div(m, kTokens) / 2));
+  args.splits = splits_of(context, m, args.strips);
   sums.splits = args.splits;
-  sums.split_size = size_t{args.strips} * S::kColumns * S::kRanks;
+  sums.split_size = size_t{args.strips} * kColumns * S::kRanks;
   args.v = static_cast<float*>(
       context.scratch->take(size_t{args.strips} * m * S::kRanks * sizeof(float)));
   args.grad =
@@ -411,26 +429,25 @@ bool can_shrink_grad(
     const Context& context, uint32_t m, DType dtype, std::span<const ShrinkGrad> linears) {
   if (context.capability != 90 || dtype == DType::f32 || m == 0) return false;
   if (linears.empty() || linears.size() > kMaxLinears) return false;
-  return std::all_of(linears.begin(), linears.end(), [](const ShrinkGrad& l) {
+  const bool takes = std::all_of(linears.begin(), linears.end(), [](const ShrinkGrad& l) {
     return l.n > 0 && l.n % 64 == 0 && l.dy_stride % 8 == 0 && l.u_stride % 8 == 0 &&
            l.rank > 0 && l.padded_rank >= l.rank && l.padded_rank % 8 == 0 &&
-           l.padded_rank <= 64 && aligned16(l.dy) && aligned16(l.b) && aligned16(l.u) &&
+           l.padded_rank <= kMaxRank && aligned16(l.dy) && aligned16(l.b) && aligned16(l.u) &&
            aligned16(l.v) && aligned16(l.grad_b);
   });
+  return takes && sum_bytes(context, m, linears) <= kMaxSumBytes;
 }
 
 void lora_shrink_grad(
     const Context& context, uint32_t m, DType dtype, std::span<const ShrinkGrad> linears) {
   if (!can_shrink_grad(context, m, dtype, linears)) {
-    throw std::invalid_argument("[lora_shrink_grad] takes only what can_shrink_grad says");
+    throw std::invalid_argument(
+        "[lora_shrink_grad] linears must be 1 to 4 of 16 bits on compute capability 9.0, n a "
+        "multiple of 64, rank 1 to 32, aligned to 16 bytes, and not too large for their sums");
   }
-  uint32_t most = 0;
-  for (const ShrinkGrad& l : linears) most = std::max(most, l.padded_rank);
   const auto go = [&](auto zero) {
     using T = decltype(zero);
-    if (most <= 16) return run<T, 1>(context, m, dtype, linears);
-    if (most <= 32) return run<T, 2>(context, m, dtype, linears);
-    run<T, 4>(context, m, dtype, linears);
+    padded_ranks(linears) == 16 ? run<T, 1>(context, m, dtype, linears) : run<T, 2>(context, m, dtype, linears);
   };
   dtype == DType::bf16 ? go(bf16{}) : go(f16{});
 }

@@ -235,6 +235,18 @@ __device__ __forceinline__ void store_remote(uint32_t shared, uint32_t rank, con
       "f"(v[3])
       : "memory");
 }
+/// 16 bytes from the same address of block `rank` of the cluster.
+__device__ __forceinline__ float4 load_remote(uint32_t shared, uint32_t rank) {
+  float4 v;
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(shared), "r"(rank)
+      : "memory");
+  return v;
+}
 __device__ __forceinline__ void add_shared(float* v, uint32_t shared) {
   float a, b, c, d;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"

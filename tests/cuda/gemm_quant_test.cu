@@ -68,9 +68,14 @@ class Product {
   }
   const cuda::Context& context() const { return device_.context(); }
 
-  std::vector<uint16_t> run(const cuda::quant::Form& form) {
+  /// As if the device had fewer multiprocessors, so that a block has several tiles; 0: as it is.
+  std::vector<uint16_t> run(
+      const cuda::quant::Form& form, int multiprocessors = 0, bool weights_ready = false) {
     y_->poison();
-    cuda::quant::gemm_with_form(device_.context(), product(), form);
+    cuda::Context context = device_.context();
+    if (multiprocessors > 0) context.multiprocessors = multiprocessors;
+    context.weights_ready = weights_ready;
+    cuda::quant::gemm_with_form(context, product(), form);
     device_.finish();
     return y_->download<uint16_t>();
   }
@@ -150,8 +155,26 @@ TEST(CudaGemmQuant, EveryFormMatchesF64AndRepeats) {
         const auto y = product.run(form);
         product.check(y);
         if (testing::Test::HasFatalFailure()) return;
-        ASSERT_EQ(product.run(form), y) << "not the same bits again";
+        ASSERT_EQ(product.run(form, 0, true), y) << "not the same bits again, weights ready";
+        if (splits > 1) continue;
+        ASSERT_EQ(product.run(form, 2), y) << "not the same bits, several tiles a block";
       }
+    }
+  }
+}
+
+TEST(CudaGemmQuant, ChoosesAFormThatFits) {
+  METAL_LORA_NEEDS_GPU();
+  for (uint32_t m : {17u, 33u, 65u, 200u, 300u}) {
+    for (uint32_t n : {136u, 2056u}) {
+      Product product({m, n, 576, 16, DType::bf16, WeightFormat::int4});
+      if (product.context().capability != 90) GTEST_SKIP() << "the form is Hopper's";
+      const auto form = cuda::quant::chosen_form(product.context(), product.product());
+      SCOPED_TRACE(testing::Message() << m << " x " << n << ": " << form.tokens << " tokens, "
+                                      << form.splits << " splits");
+      ASSERT_TRUE(cuda::quant::form_fits(product.product(), form));
+      product.check(product.run(form));
+      if (testing::Test::HasFatalFailure()) return;
     }
   }
 }

@@ -484,6 +484,30 @@ TEST(CudaLoraLinear, SomeDozenTokensMatchF64AndRepeat) {
   }
 }
 
+/// Products that decode W's codes themselves, alone and beside others, and past the limit.
+std::vector<Case> code_cases() {
+  using enum WeightFormat;
+  using D = DType;
+  return {
+      {17, 320, D::bf16, D::bf16, {{136, int4, 20, 1.5f, 0, true, false, 64, D::bf16}}},
+      {300, 384, D::bf16, D::bf16, {{264, int4, 16, 0.5f, 0, false, true, 128, D::f16}}},
+      {513, 320, D::f16, D::f16, {{72, int4, 8, 1.5f, 0, false, false, 64, D::f16}}},
+      {200, 576, D::bf16, D::bf16, {{136, nf4, 16, -1.0f, 0, false, true, 64, D::f32, true}}},
+      {300, 320, D::bf16, D::bf16, {{136, nf4, 8, 1.0f, 0, false, false, 64}}},
+      {40, 320, D::bf16, D::f32,
+       {{136, int4, 16, 1.5f, 0, false, false, 64, D::f16}, {72, nf4, 5, 0.5f, 0, false, false, 64}}},
+      {40, 320, D::bf16, D::bf16,
+       {{136, int4, 16, 1.5f, 0, false, false, 64, D::f16}, {72, bf16, 8, 0.5f}}},
+  };
+}
+TEST(CudaLoraLinear, FourBitCodesMatchF64AndRepeat) {
+  METAL_LORA_NEEDS_GPU();
+  for (const Case& c : code_cases()) {
+    match_f64_and_repeat(c);
+    if (HasFatalFailure()) return;
+  }
+}
+
 TEST(CudaLoraLinear, FewTokensTakeTheVectorForm) {
   METAL_LORA_NEEDS_GPU();
   using enum WeightFormat;
@@ -586,7 +610,9 @@ size_t count_kernels(cudaGraph_t graph) {
 
 TEST(CudaLoraLinear, APlanSaysHowManyKernelsACallIs) {
   METAL_LORA_NEEDS_GPU();
-  for (const Case& c : cases()) {
+  auto all = cases();
+  for (Case& c : code_cases()) all.push_back(std::move(c));
+  for (const Case& c : all) {
     if (c.branches.size() != 1) continue;
     SCOPED_TRACE(trace(c));
     Linear linear(c);

@@ -174,8 +174,8 @@ TEST_F(CudaLoraShrinkGrad, MatchesF64AndRepeats) {
   check({333, DType::bf16, {{1024, 8}, {1088, 8}}});
   check({512, DType::bf16, {{2048, 16}, {512, 16}, {512, 16}}});
   check({160, DType::f16, {{640, 20}, {64, 7}, {256, 32}}, 64});
-  check({97, DType::bf16, {{704, 64}, {320, 33}}});
-  check({260, DType::f16, {{64, 4}, {64, 5}, {64, 6}, {64, 64}}});
+  check({97, DType::bf16, {{704, 32}, {320, 17}}});
+  check({260, DType::f16, {{64, 4}, {64, 5}, {64, 6}, {64, 24}}});
   check({2048, DType::bf16, {{1024, 16}, {1024, 16}}});
 }
 
@@ -190,11 +190,15 @@ TEST_F(CudaLoraShrinkGrad, RefusesWhatItCannotTake) {
   };
   EXPECT_EQ(takes(DType::bf16, call), device.context().capability == 90);
   EXPECT_FALSE(takes(DType::f32, call));
+  ShrinkGrad wide = call;
+  wide.n = 64 * 1024;
+  EXPECT_FALSE(can_shrink_grad(device.context(), 1 << 16, DType::bf16, std::span(&wide, 1)))
+      << "its sums would take 2 GiB";
   ShrinkGrad odd = call;
   odd.n = 72;
   EXPECT_FALSE(takes(DType::bf16, odd));
   odd = call;
-  odd.padded_rank = odd.rank = 72;
+  odd.padded_rank = odd.rank = 40;
   EXPECT_FALSE(takes(DType::bf16, odd));
   odd = call;
   odd.dy_stride = 68;
