@@ -138,7 +138,6 @@ __device__ __forceinline__ void negate(uint32_t (&r)[4]) {
   for (int i = 0; i < 4; ++i) r[i] ^= 0x80008000u;
 }
 
-
 // ---- launches ----
 
 /// Until the kernels before this one are over; the next one may start to launch.

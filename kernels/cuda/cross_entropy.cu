@@ -427,8 +427,7 @@ class Loss {
   void by_tiles() const {
     const uint32_t tiles = (p_.vocab + kGemmSoftmaxColumns - 1) / kGemmSoftmaxColumns;
     const uint32_t rows = rows_of_block(p_.vocab * element_);
-    void* exponentials =
-        dx_ == nullptr ? nullptr : take(size_t{rows} * p_.vocab * element_);
+    void* exponentials = dx_ == nullptr ? nullptr : take(size_t{rows} * p_.vocab * element_);
     auto* of_tiles = take<float2>(size_t{rows} * tiles * sizeof(float2));
     auto* target_logits = take<float>(rows * sizeof(float));
     for_each_block(rows, [&](Block block) {
@@ -465,8 +464,7 @@ class Loss {
     auto* logits = take<float>(size_t{rows} * p_.vocab * sizeof(float));
     const uint32_t cluster = cluster_of(context_, p_.vocab);
     const bool held = cluster != 0;
-    void* apart =
-        held || dx_ == nullptr ? nullptr : take(size_t{rows} * p_.vocab * element_);
+    void* apart = held || dx_ == nullptr ? nullptr : take(size_t{rows} * p_.vocab * element_);
     for_each_block(rows, [&](Block block) {
       gemm(context_, forward(block, DType::f32, logits));
       const Rows a{

@@ -282,8 +282,7 @@ __device__ __forceinline__ void softmax_row(
   sum = quad_sum(sum);
   if (!there || threadIdx.x % 4 != 0) return;
   const uint32_t tiles = args.problem[0].tiles_n;
-  reinterpret_cast<float2*>(s.tiles)[size_t{row} * tiles + n0 / kTileN] =
-      make_float2(largest, sum);
+  reinterpret_cast<float2*>(s.tiles)[size_t{row} * tiles + n0 / kTileN] = make_float2(largest, sum);
 }
 
 /// Logits never go to memory.

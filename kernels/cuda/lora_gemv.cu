@@ -3,19 +3,19 @@
 //
 // y = x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ for a few tokens, limited by reading W. This file checks and
 // sorts calls; lora_gemv_tile.cuh is what its forms share, lora_gemv_stream.cuh the one for any
-// format, lora_gemv_direct.cuh the one for 4-bit codes in groups of 64, lora_gemv_single.cuh that of
-// one token, lora_gemv_formats.cuh the formats.
-//   ladder (H100, 4096 x 4096 bf16, m 1, no adapter / rank 16; cuBLAS's base 15.5 µs, reading W 10.8):
-//   5200 instructions, clusters of 8 in two rounds      18.5 / 29.5 µs
-//   each part once (1500 instructions)                  18.2 / 26.2 µs
-//   three blocks a multiprocessor, one round, the ring
-//   filled ahead of the wait                            16.6 / 19.0 µs (65% / 57% of reading)
-//   a block's warps share a tile's columns instead of a
-//   cluster's blocks; u through L2 behind a flag        12.4 / 15.5 µs
+// format, lora_gemv_direct.cuh the one for 4-bit codes in groups of 64, lora_gemv_single.cuh that
+// of one token, lora_gemv_formats.cuh the formats.
+//   ladder (H100, 4096 x 4096 bf16, m 1, no adapter / rank 16; cuBLAS's base 15.5 µs, reading
+//   W 10.8): 5200 instructions, clusters of 8 in two rounds      18.5 / 29.5 µs each part once
+//   (1500 instructions)                  18.2 / 26.2 µs three blocks a multiprocessor, one round,
+//   the ring filled ahead of the wait                            16.6 / 19.0 µs (65% / 57% of
+//   reading) a block's warps share a tile's columns instead of a cluster's blocks; u through L2
+//   behind a flag        12.4 / 15.5 µs
 //   ... each sum of u with its own word                 12.5 / 14.5 µs (86% / 74%)
 //   rank 64: 16.4 µs; 8 tokens 14.1 / 15.2; n = 11008: 32.2 / 33.5 (90% / 86%), rank 64 37.8.
-//   int4  24.1 / 30.7 -> 9.5 / 12.9 -> 8.7 / 10.8 (as above) -> 7.4 / 8.8 µs: the direct form, since
-//   a warp's 2500 instructions took 5 µs of it; nf4 10.8 / 14.1 -> 9.5 / 11.3 -> 8.4 / 9.9 µs.
+//   int4  24.1 / 30.7 -> 9.5 / 12.9 -> 8.7 / 10.8 (as above) -> 7.4 / 8.8 µs: the direct form,
+//   since a warp's 2500 instructions took 5 µs of it; nf4 10.8 / 14.1 -> 9.5 / 11.3 -> 8.4 / 9.9
+//   µs.
 //   ... blocks small enough that half of the next launch's are resident, eight groups in the tensor
 //   cores' eight columns: the form for one token; in one run, no adapter / rank 16 / rank 64:
 //     int4  7.8 / 9.1 / (another run) 11.0 -> 6.1 / 7.5 / 8.0 µs; nf4  8.5 / 9.7 / 11.8 -> 6.5 /
@@ -25,9 +25,10 @@
 // Tried: 16 warps a block (spills, no room for the next launch's blocks: no gain), one block a
 // multiprocessor (14.4 µs for int4), u fetched by one warp (17.5 instead of 16.3 µs at 8 tokens).
 // 16 bytes of static shared memory beside the ring cost 5 µs at bf16: rows must begin at multiples
-// of 128. For one token of int4: four blocks a multiprocessor (64 registers: 8.1 / 8.2), a ninth warp
-// that fetches B and u meanwhile (6.0 / 7.6, rank 64 9.3: perhaps since all blocks then ask for u
-// without a pause). The next 10 %: u costs 1.5 µs, x's way through A's blocks and L2 beside what W takes.
+// of 128. For one token of int4: four blocks a multiprocessor (64 registers: 8.1 / 8.2), a ninth
+// warp that fetches B and u meanwhile (6.0 / 7.6, rank 64 9.3: perhaps since all blocks then ask
+// for u without a pause). The next 10 %: u costs 1.5 µs, x's way through A's blocks and L2 beside
+// what W takes.
 #include <algorithm>
 #include <bit>
 #include <stdexcept>

@@ -177,8 +177,7 @@ bool launch_single(const Context& context, Call call) {
       cudaFuncSetAttribute(
           kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
       "lora_gemv's shared memory");
-  launch_pdl(
-      kernel, dim3(call.all_tiles), dim3(kThreads), bytes, context.stream, call, b_bytes);
+  launch_pdl(kernel, dim3(call.all_tiles), dim3(kThreads), bytes, context.stream, call, b_bytes);
   return true;
 }
 

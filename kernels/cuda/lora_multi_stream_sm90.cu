@@ -41,7 +41,6 @@
 namespace metal_lora::cuda::multi {
 namespace {
 
-
 /// The steps of 64 along k of one block of the cluster.
 struct Steps {
   uint32_t first, end;

@@ -30,8 +30,8 @@ using skinny::add_to;
 constexpr uint32_t kMaxLinears = 4;
 constexpr uint32_t kTokens = 32;  ///< of a stage
 constexpr uint32_t kWarps = 8;
-constexpr uint32_t kThreads = 32 * (kWarps + 1);  ///< the last warp asks the copy engine
-constexpr uint32_t kWarpColumns = 64;             ///< of dB
+constexpr uint32_t kThreads = 32 * (kWarps + 1);      ///< the last warp asks the copy engine
+constexpr uint32_t kWarpColumns = 64;                 ///< of dB
 constexpr uint32_t kColumns = kWarps * kWarpColumns;  ///< of a strip
 constexpr uint32_t kQuarters = kWarps / 2;            ///< of a strip's columns, for v
 constexpr uint32_t kMaxRank = 32;
@@ -43,8 +43,8 @@ constexpr uint32_t kSumThreads = 256;
 template <uint32_t kPairs>
 struct Shape {
   static constexpr uint32_t kRanks = 16 * kPairs;
-  static constexpr uint32_t kDyBytes = kTokens * kColumns * 2;     ///< [columns / 64][tokens][64]
-  static constexpr uint32_t kPairBytes = kTokens * 32;             ///< of u: [tokens][16]
+  static constexpr uint32_t kDyBytes = kTokens * kColumns * 2;  ///< [columns / 64][tokens][64]
+  static constexpr uint32_t kPairBytes = kTokens * 32;          ///< of u: [tokens][16]
   static constexpr uint32_t kStageBytes = kDyBytes + kPairs * kPairBytes;
   /// A stage's v: [quarters][tokens][pitch], twice, where B comes in before.
   static constexpr uint32_t kPitch = kRanks + 4;
@@ -93,8 +93,7 @@ __device__ __forceinline__ void produce(
   sm90::barrier_expect(b_ready, S::kBBytes);
   for (uint32_t i = 0; i < kPairs * kColumns / 256; ++i) {
     const uint32_t pair = i / (kColumns / 256), row = i % (kColumns / 256) * 256;
-    sm90::tensor_load(
-        shared + i * 256 * 32, &linear.b, b_ready, pair * 16, place.column0 + row);
+    sm90::tensor_load(shared + i * 256 * 32, &linear.b, b_ready, pair * 16, place.column0 + row);
   }
   uint32_t stage = 0, parity = 1;
   for (uint32_t s = 0; s < count; ++s) {
@@ -185,8 +184,7 @@ __device__ __forceinline__ void consume(
       for (uint32_t i = 0; i < kTiles; ++i) {
         uint32_t a[4];
         const uint32_t row = step * 16 + lane % 8 + lane / 16 * 8;
-        mma::load_x4_across(
-            a, dy + wide_place(row, (warp * kTiles + i) * 2 + lane / 8 % 2));
+        mma::load_x4_across(a, dy + wide_place(row, (warp * kTiles + i) * 2 + lane / 8 % 2));
 #pragma unroll
         for (uint32_t pair = 0; pair < kPairs; ++pair) {
           mma::multiply<T>(grad[i][2 * pair], a, small[pair][0], small[pair][1]);
@@ -214,8 +212,8 @@ __device__ __forceinline__ void consume(
     }
   }
   const size_t column = strip * kColumns + warp * kWarpColumns + lane / 4;
-  float* to = args.grad + (split * size_t{args.strips} * kColumns + column) * S::kRanks +
-              lane % 4 * 2;
+  float* to =
+      args.grad + (split * size_t{args.strips} * kColumns + column) * S::kRanks + lane % 4 * 2;
 #pragma unroll
   for (uint32_t i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -365,8 +363,7 @@ size_t sum_bytes(const Context& context, uint32_t m, std::span<const ShrinkGrad>
 }
 
 template <typename T, uint32_t kPairs>
-void run(
-    const Context& context, uint32_t m, DType dtype, std::span<const ShrinkGrad> linears) {
+void run(const Context& context, uint32_t m, DType dtype, std::span<const ShrinkGrad> linears) {
   using S = Shape<kPairs>;
   Args args;
   SumArgs sums;
@@ -430,10 +427,10 @@ bool can_shrink_grad(
   if (context.capability != 90 || dtype == DType::f32 || m == 0) return false;
   if (linears.empty() || linears.size() > kMaxLinears) return false;
   const bool takes = std::all_of(linears.begin(), linears.end(), [](const ShrinkGrad& l) {
-    return l.n > 0 && l.n % 64 == 0 && l.dy_stride % 8 == 0 && l.u_stride % 8 == 0 &&
-           l.rank > 0 && l.padded_rank >= l.rank && l.padded_rank % 8 == 0 &&
-           l.padded_rank <= kMaxRank && aligned16(l.dy) && aligned16(l.b) && aligned16(l.u) &&
-           aligned16(l.v) && aligned16(l.grad_b);
+    return l.n > 0 && l.n % 64 == 0 && l.dy_stride % 8 == 0 && l.u_stride % 8 == 0 && l.rank > 0 &&
+           l.padded_rank >= l.rank && l.padded_rank % 8 == 0 && l.padded_rank <= kMaxRank &&
+           aligned16(l.dy) && aligned16(l.b) && aligned16(l.u) && aligned16(l.v) &&
+           aligned16(l.grad_b);
   });
   return takes && sum_bytes(context, m, linears) <= kMaxSumBytes;
 }
@@ -447,7 +444,8 @@ void lora_shrink_grad(
   }
   const auto go = [&](auto zero) {
     using T = decltype(zero);
-    padded_ranks(linears) == 16 ? run<T, 1>(context, m, dtype, linears) : run<T, 2>(context, m, dtype, linears);
+    padded_ranks(linears) == 16 ? run<T, 1>(context, m, dtype, linears)
+                                : run<T, 2>(context, m, dtype, linears);
   };
   dtype == DType::bf16 ? go(bf16{}) : go(f16{});
 }

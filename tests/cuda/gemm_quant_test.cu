@@ -170,8 +170,9 @@ TEST(CudaGemmQuant, ChoosesAFormThatFits) {
       Product product({m, n, 576, 16, DType::bf16, WeightFormat::int4});
       if (product.context().capability != 90) GTEST_SKIP() << "the form is Hopper's";
       const auto form = cuda::quant::chosen_form(product.context(), product.product());
-      SCOPED_TRACE(testing::Message() << m << " x " << n << ": " << form.tokens << " tokens, "
-                                      << form.splits << " splits");
+      SCOPED_TRACE(
+          testing::Message() << m << " x " << n << ": " << form.tokens << " tokens, " << form.splits
+                             << " splits");
       ASSERT_TRUE(cuda::quant::form_fits(product.product(), form));
       product.check(product.run(form));
       if (testing::Test::HasFatalFailure()) return;

@@ -435,8 +435,8 @@ TEST(CudaLoraGemv, TokensDoNotDependOnTheirNeighbours) {
 }
 
 /// Format, weights_ready, tokens.
-class CudaLoraGemvChain
-    : public testing::TestWithParam<std::tuple<WeightFormat, bool, uint32_t>> {};
+class CudaLoraGemvChain : public testing::TestWithParam<std::tuple<WeightFormat, bool, uint32_t>> {
+};
 
 TEST_P(CudaLoraGemvChain, InAGraph) {
   METAL_LORA_NEEDS_GPU();

@@ -51,9 +51,9 @@ class CudaLoraShrinkGrad : public testing::Test {
 };
 
 void CudaLoraShrinkGrad::check(const Case& c) {
-  SCOPED_TRACE(testing::Message() << "m " << c.m << " " << test::name_of(c.dtype) << ", "
-                                  << c.linears.size() << " linears, n " << c.linears[0].n
-                                  << " rank " << c.linears[0].rank);
+  SCOPED_TRACE(
+      testing::Message() << "m " << c.m << " " << test::name_of(c.dtype) << ", " << c.linears.size()
+                         << " linears, n " << c.linears[0].n << " rank " << c.linears[0].rank);
   test::TestDevice device;
   size_t dy_stride = c.dy_padding, u_stride = 0;
   for (const auto& l : c.linears) dy_stride += l.n, u_stride += padded(l.rank);
@@ -131,9 +131,8 @@ void CudaLoraShrinkGrad::check(const Case& c) {
           sum += term, squares += term * term;
         }
         sum *= calls[i].factor;
-        const double tolerance =
-            calls[i].factor * std::sqrt(squares) * v_factor * (l.n / 16 + 32) +
-            std::fabs(sum) * test::roundoff(c.dtype);
+        const double tolerance = calls[i].factor * std::sqrt(squares) * v_factor * (l.n / 16 + 32) +
+                                 std::fabs(sum) * test::roundoff(c.dtype);
         const double got = test::stored_value(v, c.dtype, t * size_t{width} + r);
         if (!(std::fabs(got - sum) <= tolerance) && ++wrong < 5) {
           ADD_FAILURE() << "v of linear " << i << " token " << t << " rank " << r << ": " << got
@@ -141,8 +140,7 @@ void CudaLoraShrinkGrad::check(const Case& c) {
         }
       }
     }
-    const auto* grad =
-        reinterpret_cast<const float*>(bytes[0][c.linears.size() + i].data());
+    const auto* grad = reinterpret_cast<const float*>(bytes[0][c.linears.size() + i].data());
     for (uint32_t n = 0; n < l.n; n += n + 13 < l.n && l.n > 300 ? 13 : 1) {
       for (uint32_t r = 0; r < l.rank; ++r) {
         double sum = 0, squares = 0;
@@ -183,8 +181,18 @@ TEST_F(CudaLoraShrinkGrad, RefusesWhatItCannotTake) {
   METAL_LORA_NEEDS_GPU();
   test::TestDevice device;
   const DeviceBuffer buffer(1 << 16);
-  ShrinkGrad call{buffer.get(), 64, 64, 8, 8, 1.0f, buffer.get(), buffer.get(), 8, buffer.get(),
-                  buffer.get<float>()};
+  ShrinkGrad call{
+      buffer.get(),
+      64,
+      64,
+      8,
+      8,
+      1.0f,
+      buffer.get(),
+      buffer.get(),
+      8,
+      buffer.get(),
+      buffer.get<float>()};
   const auto takes = [&](DType dtype, const ShrinkGrad& each) {
     return can_shrink_grad(device.context(), 16, dtype, std::span(&each, 1));
   };

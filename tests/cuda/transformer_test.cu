@@ -325,9 +325,8 @@ void check_loss(TestDevice& device, DType dtype, uint32_t tokens, uint32_t dims,
     for (uint32_t v = 0; v < vocab; ++v) {
       const double probability = std::exp(z[v] - lse);
       const double g = weights[t] * (probability - (static_cast<int32_t>(v) == targets[t]));
-      const double g_error =
-          weights[t] * ((relative + e_error) * probability + 4 * kU) +
-          (u + (vocab + 2) * kU) * std::fabs(g);
+      const double g_error = weights[t] * ((relative + e_error) * probability + 4 * kU) +
+                             (u + (vocab + 2) * kU) * std::fabs(g);
       for (uint32_t c = 0; c < dims; ++c) {
         wanted[c] += g * w.values[size_t{v} * dims + c];
         bound[c] += g_error * std::fabs(w.values[size_t{v} * dims + c]);
