@@ -1,203 +1,239 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// What the blocks of the streaming form share, and the warps that work out the adapters' part of
-// it beside the stream of W. Included by lora_multi_stream_sm90.cu alone.
+// The adapters' part of the streaming form, worked out by warps of their own beside the stream of
+// W. Included by lora_multi_stream_sm90.cu alone.
 #pragma once
 
-#include <cuda.h>
+#include <algorithm>
 
-#include "kernels/cuda/lora_multi.cuh"
-#include "kernels/cuda/wgmma.cuh"
+#include "kernels/cuda/lora_multi_shrink.cuh"
+#include "kernels/cuda/lora_skinny_tile.cuh"
 
 namespace metal_lora::cuda::multi {
 
-constexpr uint32_t kStepK = 64;  ///< elements of a 128-byte swizzled row
-constexpr uint32_t kConsumerWarps = 8, kHelperWarps = 7;
-constexpr uint32_t kStreamThreads = 32 * (kConsumerWarps + 1 + kHelperWarps);
-constexpr uint32_t kMaxStages = 8;
-constexpr uint32_t kMaxStreamRank = 64;
-constexpr uint32_t kSharedLimit = 227 * 1024;
-constexpr uint32_t kFlags = 1024;  ///< words of the context's that this kernel uses
+using sm90::skinny::kRows;
 
-/// A tile: rows of W by tokens. With 64 rows the two warpgroups take turns along k instead of half
-/// the rows each, and there are two sets of sums.
-template <uint32_t kTokens_, uint32_t kRows_>
-struct TileShape {
-  static constexpr uint32_t kTokens = kTokens_, kRows = kRows_;
-  static constexpr uint32_t kSets = kRows == 64 ? 2 : 1;
-  static constexpr uint32_t kPitch = kRows + 4;  ///< floats of a token's sums: no bank conflicts
-  static constexpr uint32_t kWBytes = kRows * kStepK * 2,
-                            kStageBytes = kWBytes + kTokens * kStepK * 2;
-  /// As many as keep the memory busy: each more makes every other read wait longer.
-  static constexpr uint32_t kStages = kRows == 64 ? 6 : kTokens == 64 ? 4 : 3;
-  /// Each stage belongs to one set. Were it the other's in turn, a set would not see each of its
-  /// phases, and one whose load is late would pass for the one that is due.
-  static_assert(kStages % kSets == 0);
-  static constexpr uint32_t kSumsBytes = kSets * kTokens * kPitch * 4;
-};
+constexpr uint32_t kConsumerWarps = 4, kExpandWarps = 8;
+constexpr uint32_t kExpandThreads = 32 * kExpandWarps;
+static_assert(kExpandThreads == kShrinkThreads && kExpandThreads >= kStreamTokens);
+constexpr uint32_t kStreamThreads = 32 * (kConsumerWarps + 1) + kExpandThreads;
+constexpr uint32_t kMaxStreamRank = 64;
+constexpr uint32_t kMaxSlots = 64;
+constexpr uint32_t kTable = 256;
+constexpr uint32_t kPitch = kRows + 4;  ///< floats of a token's sums: no bank conflicts
 
 struct StreamArgs {
   CUtensorMap w_map, x_map;
   uint32_t m = 0, n = 0, k = 0;
-  uint32_t rows = 128;   ///< of a tile
-  uint32_t split = 1;    ///< blocks that share a tile's k
-  uint32_t cluster = 1;  ///< blocks of a cluster: split, or 2 where all blocks are resident
-  uint32_t stages = 1;   ///< of the ring
-  uint32_t b_bytes = 0;  ///< room for the adapters' rows of B
+  uint32_t parts = 1;   ///< of k: blocks of a cluster
+  uint32_t stages = 1;  ///< of the ring of W and x
+  uint32_t slots = 1;   ///< of the ring of B
+  uint32_t early = 0;   ///< steps of W that L2 is asked for ahead
+  uint32_t gate = 0;    ///< the step of W that waits till A and B are asked for
+  uint32_t units = 1;   ///< of u that a block makes at once
+  uint32_t makers = 0;  ///< blocks that make u
+  uint32_t patience_ns = 0;
   uint32_t adapters = 0;
   const int32_t* index = nullptr;
   Bank b;
-  Partials u;
-  const void* w = nullptr;  ///< for the host
+  Shrink shrink;
+  uint32_t* flags = nullptr;  ///< blocks that have made their part of u; that have seen all of it
   const float* bias = nullptr;
   void* y = nullptr;
-  uint32_t* flags = nullptr;  ///< between pairs of blocks; null: clusters share tiles
-  float* exchange = nullptr;  ///< [tiles][2][pairs][tokens][64 rows]
 };
 
-/// What a block knows of its tokens, in shared memory.
+/// What a block knows of its tokens' adapters.
 struct Tokens {
-  uint32_t key[kStreamTokens], rank[kStreamTokens];
-  uint32_t slot[kStreamTokens];   ///< of the adapter's rows of B
-  uint32_t first[kStreamTokens];  ///< a slot's first token
+  uint32_t rank[kStreamTokens];
   float scale[kStreamTokens];
-  uint32_t leads[kStreamTokens / 32];  ///< bits: the first token of its adapter
-  uint32_t next;                       ///< group of tokens that nobody has begun
+  uint32_t ranks[kTable];  ///< a small bank's, which are read beside the indices, not behind them
+  float scales[kTable];
+  uint32_t all_there;
 };
 
-/// Byte offsets in shared memory, behind the alignment to 1024.
-template <typename Shape>
+/// Byte offsets in shared memory, behind the alignment to 1024. The sums lie where the stages did.
 struct Layout {
-  uint32_t share, u, tokens, b, barriers, bytes;
-  __host__ __device__ Layout(uint32_t stages, uint32_t split, uint32_t max_rank, uint32_t b_bytes) {
-    const uint32_t ring = stages * Shape::kStageBytes;
-    share = ring > Shape::kSumsBytes ? ring : Shape::kSumsBytes;
-    u = share + Shape::kTokens * (Shape::kRows / split) * 4;
-    tokens = u + Shape::kTokens * max_rank * 4;
-    b = tokens + (sizeof(Tokens) + 127) / 128 * 128;
-    barriers = b + b_bytes;
-    bytes = barriers + (2 * kMaxStages + 1) * 8 + 1024;
+  uint32_t slot_bytes, b, a, x, share, u, list, tokens, slot_barriers, asked, barriers, bytes;
+  __host__ __device__ Layout(
+      uint32_t stage_bytes,
+      uint32_t stages,
+      uint32_t slots,
+      uint32_t rows,
+      uint32_t row_bytes,
+      uint32_t units,
+      uint32_t m,
+      uint32_t max_rank) {
+    slot_bytes = rows * row_bytes;
+    b = stages * stage_bytes;
+    a = b + slots * slot_bytes;
+    x = a + units * RowsRoom<float>::kSize * 16;
+    share = x + units * kTileTokens * kSlice * 2;
+    u = share + m * rows * 4;
+    list = u + m * max_rank * 4;
+    tokens = list + (sizeof(TileList) + 15) / 16 * 16;
+    slot_barriers = tokens + (sizeof(Tokens) + 15) / 16 * 16;
+    asked = slot_barriers + kMaxSlots * 8;
+    barriers = asked + 16;
+    bytes = barriers + sm90::skinny::kMaxStages * 16 + 1024;
   }
 };
 
-struct Ring {
-  uint32_t stage = 0, parity = 0;
-  __device__ __forceinline__ void advance(uint32_t stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-/// The block's rows of B by u. Helpers fetch both while W streams; then every warp that has nothing
-/// else to do takes groups of tokens until none is left.
+/// share = B_i·u of the rows of W that the block finishes, for all tokens.
 struct Expansion {
-  uint32_t row0, rows;  ///< of W, that the block finishes
-  uint32_t slots;       ///< adapters whose rows fit
-  uint8_t* b;           ///< [slots][rows][max_rank], swizzled
-  float* u;             ///< [tokens][max_rank], scaled; zeros beyond the true rank
-  float* share;         ///< [tokens][rows]
+  uint32_t row0, rows;  ///< rows: a power of two
+  uint32_t there;       ///< of rows: those below n
+  uint32_t slot_bytes;
+  uint8_t* b;    ///< [slots][rows][max_rank]
+  uint4* a;      ///< [units]: their rows of A
+  void* x;       ///< [units][kTileTokens][kSlice]: tiles', while u is made
+  float* share;  ///< [tokens][rows]
+  float* u;      ///< [tokens][max_rank], scaled; zeros beyond the true rank
+  TileList* list;
   Tokens* tokens;
-  uint32_t ready;  ///< barrier: u and B are there
+  uint32_t barriers;  ///< of the slots
+  uint32_t asked;     ///< barrier: A and B are asked for
 };
 
-__device__ __forceinline__ void helpers_meet() {
-  sm90::named_barrier(2, 32 * kHelperWarps);
+__device__ __forceinline__ void expanders_meet() {
+  sm90::named_barrier(1, kExpandThreads);
 }
 
-/// Eight neighbouring threads read the same of 16 bytes of as many groups of four rows: whole
-/// multiples of 128 bytes apart but for this.
-__device__ __forceinline__ uint32_t swizzled(uint32_t chunk) {
-  return chunk ^ (chunk / 8 % 8);
+/// `bytes` (a multiple of 16) that lie in one piece, both addresses aligned to 16.
+__device__ __forceinline__ void bulk_load(
+    uint32_t shared, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared),
+      "l"(from),
+      "r"(bytes),
+      "r"(barrier)
+      : "memory");
 }
 
-/// Keys, and a slot for each adapter in the order of first use. Every thread that helps.
-__device__ __forceinline__ void find_slots(
-    const StreamArgs& args, Tokens& tokens, uint32_t thread) {
-  static_assert(kStreamTokens <= 32 * kHelperWarps);
-  const uint32_t t = thread;
-  const uint32_t none = args.adapters;
-  if (t < kStreamTokens) {
-    tokens.key[t] = t < args.m ? key_of(args.index[t], args.adapters) : none;
-  }
-  if (t == 0) tokens.next = 0;
-  helpers_meet();
-  uint32_t first = t;
-  if (t < kStreamTokens) {
-    const uint32_t key = tokens.key[t];
-    const auto* keys = reinterpret_cast<const uint4*>(tokens.key);
-#pragma unroll 8
-    for (uint32_t i = t / 4 + 1; i-- > 0;) {
-      const uint4 v = keys[i];
-      if (v.w == key) first = min(first, 4 * i + 3);
-      if (v.z == key) first = min(first, 4 * i + 2);
-      if (v.y == key) first = min(first, 4 * i + 1);
-      if (v.x == key) first = min(first, 4 * i);
-    }
-    const uint32_t leads = __ballot_sync(0xffffffffu, first == t && key != none);
-    if (t % 32 == 0) tokens.leads[t / 32] = leads;
-  }
-  helpers_meet();
-  if (t < kStreamTokens) {
-    uint32_t slot = __popc(tokens.leads[first / 32] & ((1u << first % 32) - 1));
-    for (uint32_t i = 0; i < first / 32; ++i) slot += __popc(tokens.leads[i]);
-    tokens.slot[t] = slot;
-    if (first == t && tokens.key[t] != none) tokens.first[slot] = t;
-  }
-  helpers_meet();
-}
-
-/// Asks for the adapters' rows of B: to shared memory, and to L2 those that have no slot.
+/// Asks for the rows of B of a tile's adapter.
 template <typename B>
-__device__ __forceinline__ void fetch_b(
-    const StreamArgs& args, const Expansion& e, uint32_t thread) {
-  const uint32_t row_chunks = args.b.max_rank / Vec16<B>::kCount;
-  const uint32_t chunks = e.rows * row_chunks;
-  const uint32_t there = e.row0 < args.n ? min(e.rows, args.n - e.row0) * row_chunks : 0;
-  uint32_t used = 0;
-#pragma unroll
-  for (uint32_t leads : e.tokens->leads) used += __popc(leads);
-  const auto rows_of = [&](uint32_t slot) {
-    const size_t key = e.tokens->key[e.tokens->first[slot]];
-    return static_cast<const Vec16<B>*>(args.b.right) + (key * args.n + e.row0) * row_chunks;
+__device__ __forceinline__ void load_b(
+    const StreamArgs& args, const Expansion& e, uint32_t tile, uint32_t slot) {
+  const uint32_t barrier = e.barriers + 8 * slot;
+  const uint32_t row_bytes = args.b.max_rank * static_cast<uint32_t>(sizeof(B));
+  const size_t row = size_t{e.list->tile[tile].key} * args.n + e.row0;
+  sm90::barrier_expect(barrier, e.there * row_bytes);
+  bulk_load(
+      sm90::shared_address(e.b) + slot * e.slot_bytes,
+      static_cast<const char*>(args.b.right) + row * row_bytes,
+      e.there * row_bytes,
+      barrier);
+}
+
+/// u of the tiles' slices first, first + step, …
+template <typename T, typename A>
+__device__ __forceinline__ void make_u(
+    const StreamArgs& args, const Expansion& e, uint32_t thread, uint32_t first, uint32_t step) {
+  const uint32_t slices = args.shrink.slices, units = e.list->count * slices;
+  const auto rank_at = [&](uint32_t unit) {
+    return e.tokens->rank[e.list->tile[unit / slices].token[0]];
   };
-  const uint32_t to = sm90::shared_address(e.b);
-#pragma unroll 4
-  for (uint32_t i = thread; i < min(used, e.slots) * chunks; i += 32 * kHelperWarps) {
-    const uint32_t slot = i / chunks, at = i % chunks;
-    if (at >= there) continue;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + swizzled(i) * 16),
-                 "l"(rows_of(slot) + at)
-                 : "memory");
+  auto* x = static_cast<T(*)[kTileTokens][kSlice]>(e.x);
+  const auto meet = [] { expanders_meet(); };
+  using Room = RowsRoom<A>;
+  for (uint32_t i = first; i < units; i += args.units * step) {
+    const uint32_t end = min(args.units, (units - i + step - 1) / step);
+    uint32_t rank = 0;
+    for (uint32_t u = 0; u < end; ++u) rank = max(rank, rank_at(u * step + i));
+    for (uint32_t j = 0; j < rank; j += Room::kStride) {
+      const uint32_t j0 = j + thread / 32 * Room::kCount;
+      for (uint32_t u = 0; u < end; ++u) {
+        const uint32_t at = i + u * step, r = rank_at(at);
+        if (j >= r) continue;
+        const Tile& tile = e.list->tile[at / slices];
+        if (j == 0) stage_x<T, true>(args.shrink, tile, at % slices, thread, x[u]);
+        Room::load(args.shrink.a, tile, r, at % slices, j0, e.a + u * Room::kSize + thread);
+      }
+      mma::copies_commit();
+      mma::copies_wait<0>();
+      meet();  // x is there
+      for (uint32_t u = 0; u < end; ++u) {
+        const uint32_t at = i + u * step, r = rank_at(at);
+        if (j >= r) continue;
+        const Tile& tile = e.list->tile[at / slices];
+        Room::multiply(
+            args.shrink, x[u], tile, r, at % slices, j0, e.a + u * Room::kSize + thread);
+      }
+    }
+    meet();  // x is read
   }
-  for (uint32_t slot = e.slots + thread; slot < used && there > 0; slot += 32 * kHelperWarps) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(rows_of(slot)), "r"(there * 16)
-                 : "memory");
+}
+
+/// To L2: the rows of A that make_u reads.
+template <typename A>
+__device__ __forceinline__ void prefetch_a(
+    const StreamArgs& args, const Expansion& e, uint32_t thread) {
+  const Bank& a = args.shrink.a;
+  const uint32_t slices = args.shrink.slices, units = e.list->count * slices, k = a.columns;
+  const uint32_t warp = thread / 32;
+  for (uint32_t unit = blockIdx.x + warp * args.makers; unit < units;
+       unit += kExpandWarps * args.makers) {
+    const Tile& tile = e.list->tile[unit / slices];
+    const uint32_t rank = e.tokens->rank[tile.token[0]], k0 = unit % slices * kSlice;
+    const A* rows = static_cast<const A*>(a.right) + size_t{tile.key} * a.max_rank * k + k0;
+    const uint32_t bytes = min(k - k0, kSlice) * static_cast<uint32_t>(sizeof(A));
+    for (uint32_t j = thread % 32; j < rank; j += 32) {
+      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(rows + size_t{j} * k),
+                   "r"(bytes)
+                   : "memory");
+    }
   }
+}
+
+__device__ __forceinline__ uint64_t time_ns() {
+  uint64_t t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+}
+
+/// Until all of u is there. A block that loses patience makes all of it, the same bits: so it does
+/// not matter whether all makers find room at once.
+template <typename T, typename A>
+__device__ __forceinline__ void await_u(
+    const StreamArgs& args, const Expansion& e, uint32_t thread) {
+  if (thread == 0) {
+    const uint64_t begin = time_ns();
+    bool there;
+    do {
+      there = sm90::flag_load_acquire(args.flags) == args.makers;
+    } while (!there && time_ns() - begin < args.patience_ns);
+    e.tokens->all_there = there;
+  }
+  expanders_meet();
+  if (!e.tokens->all_there) make_u<T, A>(args, e, thread, 0, 1);
+}
+
+/// The last block to have seen all of u clears the flags.
+__device__ __forceinline__ void leave_u(const StreamArgs& args) {
+  __threadfence();  // what the block added to the first flag is not to come after they are cleared
+  if (atomicAdd(args.flags + 1, 1) + 1 == gridDim.x) args.flags[0] = args.flags[1] = 0;
 }
 
 /// u = scale·Σ slices, four ranks a thread and all loads in flight.
 __device__ __forceinline__ void sum_u(const StreamArgs& args, const Expansion& e, uint32_t thread) {
-  constexpr uint32_t kAtOnce = 3, kThreads = 32 * kHelperWarps;
+  constexpr uint32_t kAtOnce = 2;
   const uint32_t row = args.b.max_rank / 4, quads = args.m * row;
-  const size_t stride = size_t{args.m} * row;
-  const auto* from = reinterpret_cast<const float4*>(args.u.data);
-  for (uint32_t first = thread; first < quads; first += kAtOnce * kThreads) {
+  const auto* from = reinterpret_cast<const float4*>(args.shrink.out);
+  for (uint32_t first = thread; first < quads; first += kAtOnce * kExpandThreads) {
     float4 sum[kAtOnce] = {};
 #pragma unroll 4
-    for (uint32_t s = 0; s < args.u.slices; ++s) {
+    for (uint32_t s = 0; s < args.shrink.slices; ++s) {
 #pragma unroll
       for (uint32_t i = 0; i < kAtOnce; ++i) {
-        if (first + i * kThreads >= quads) break;
-        const float4 v = __ldcg(from + s * stride + first + i * kThreads);
+        if (first + i * kExpandThreads >= quads) break;
+        const float4 v = __ldcg(from + s * size_t{quads} + first + i * kExpandThreads);
         sum[i].x += v.x, sum[i].y += v.y, sum[i].z += v.z, sum[i].w += v.w;
       }
     }
 #pragma unroll
     for (uint32_t i = 0; i < kAtOnce; ++i) {
-      const uint32_t at = first + i * kThreads;
+      const uint32_t at = first + i * kExpandThreads;
       if (at >= quads) break;
       const uint32_t t = at / row, j = at % row * 4, rank = e.tokens->rank[t];
       const float f = e.tokens->scale[t];
@@ -210,83 +246,123 @@ __device__ __forceinline__ void sum_u(const StreamArgs& args, const Expansion& e
   }
 }
 
-/// The helpers' part: B and u to shared memory.
-template <typename B>
-__device__ __forceinline__ void prepare(
-    const StreamArgs& args, const Expansion& e, uint32_t thread) {
-  Tokens& tokens = *e.tokens;
-  find_slots(args, tokens, thread);
-  fetch_b<B>(args, e, thread);
-  if (thread < args.m) {
-    const uint32_t key = tokens.key[thread];
-    tokens.rank[thread] = rank_of(args.b, key, args.adapters);
-    tokens.scale[thread] = key < args.adapters ? args.b.scales[key] : 0.0f;
-  }
-  helpers_meet();
-  sm90::dependency_wait();  // what lies above was there before the shrink let this kernel start
-  sum_u(args, e, thread);
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  __syncwarp();
-  if (thread % 32 == 0) sm90::barrier_arrive(e.ready);
-}
-
-/// Four rows of B by a token's u, each in the order of its ranks.
-template <typename B>
-__device__ __forceinline__ float4
-expand_rows(const StreamArgs& args, const Expansion& e, uint32_t t, uint32_t row) {
+/// A row of B by a token's u, from chunk `shift` of 16 bytes on.
+template <typename B, bool kWhole>
+__device__ __forceinline__ float expand_row(
+    const Vec16<B>* b, const float* u, uint32_t shift, uint32_t chunks, uint32_t rank) {
   constexpr uint32_t kCount = Vec16<B>::kCount;
-  const uint32_t row_chunks = args.b.max_rank / kCount;
-  const uint32_t slot = e.tokens->slot[t], rank = e.tokens->rank[t];
-  const uint32_t chunk = (slot * e.rows + row) * row_chunks;
-  const float* u = e.u + t * args.b.max_rank;
-  const auto* all = static_cast<const Vec16<B>*>(args.b.right) +
-                    (size_t{e.tokens->key[t]} * args.n + e.row0 + row) * row_chunks;
-  const uint32_t there = e.row0 + row < args.n ? min(4u, args.n - e.row0 - row) : 0;
-  float sum[4] = {};
-  for (uint32_t j = 0; j < rank; j += kCount) {
-    Vec16<B> v[4];
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-      const uint32_t at = i * row_chunks + j / kCount;
-      if (slot < e.slots) {
-        v[i] = reinterpret_cast<const Vec16<B>*>(e.b)[swizzled(chunk + at)];
-      } else {
-        v[i] = i < there ? all[at] : Vec16<B>{};
-      }
-    }
+  float sum[2] = {};
+#pragma unroll 2
+  for (uint32_t i = 0; i < chunks; ++i) {
+    const uint32_t c = i + shift < chunks ? i + shift : i + shift - chunks, j = c * kCount;
+    const Vec16<B> v = b[c];
     float us[kCount];
 #pragma unroll
     for (uint32_t q = 0; q < kCount; q += 4) {
       const float4 u4 = *reinterpret_cast<const float4*>(u + j + q);
       us[q] = u4.x, us[q + 1] = u4.y, us[q + 2] = u4.z, us[q + 3] = u4.w;
     }
-    const bool whole = j + kCount <= rank;
 #pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-#pragma unroll
-      for (uint32_t q = 0; q < kCount; ++q) {
-        // What lies beyond the rank may be NaN.
-        if (whole || j + q < rank) sum[i] = fmaf(to_float(v[i].v[q]), us[q], sum[i]);
-      }
+    for (uint32_t q = 0; q < kCount; ++q) {
+      // What lies beyond the rank may be NaN.
+      if (kWhole || j + q < rank) sum[q % 2] = fmaf(to_float(v.v[q]), us[q], sum[q % 2]);
     }
   }
-  return make_float4(sum[0], sum[1], sum[2], sum[3]);
+  return sum[0] + sum[1];
 }
 
-/// share [token][row] = B_i[row0 + row]·u[token], by any warp, four tokens at a time.
-template <typename B>
-__device__ __forceinline__ void expand(const StreamArgs& args, const Expansion& e) {
-  const uint32_t lane = threadIdx.x % 32;
-  for (;;) {
-    uint32_t group = 0;
-    if (lane == 0) group = atomicAdd(&e.tokens->next, 1);
-    const uint32_t t = __shfl_sync(0xffffffffu, group, 0) * 4 + lane / 8;
-    if (t - lane / 8 >= args.m) break;
-    if (t >= args.m) continue;
-    for (uint32_t row = lane % 8 * 4; row < e.rows; row += 32) {
-      *reinterpret_cast<float4*>(e.share + t * e.rows + row) = expand_rows<B>(args, e, t, row);
+/// Where a lane of an expanding warp stands among a tile's rows and tokens.
+struct Lane {
+  uint32_t row, token, tokens;  ///< tokens: that the warp takes at a time
+  uint32_t chunks;              ///< of a row of B
+  uint32_t shift;  ///< neighbouring rows begin at different chunks, not to meet in the same banks
+  __device__ __forceinline__ Lane(uint32_t rows, uint32_t row_chunks) : chunks(row_chunks) {
+    const uint32_t lane = threadIdx.x % 32, across = min(rows, 32u);
+    row = lane % across, token = lane / across, tokens = 32 / across;
+    shift = row * chunks / 8 % chunks;  // the same 32 rows on
+  }
+};
+
+/// One warp: the block's rows by a tile's tokens.
+template <typename B, bool kWhole>
+__device__ __forceinline__ void expand_tile(
+    const StreamArgs& args,
+    const Expansion& e,
+    const Lane& lane,
+    const Tile& tile,
+    uint32_t rank,
+    uint32_t slot) {
+  const uint32_t count = tile.count;
+  for (uint32_t row = lane.row; row < e.there; row += 32) {
+    const auto* b =
+        reinterpret_cast<const Vec16<B>*>(e.b + slot * e.slot_bytes) + row * lane.chunks;
+    for (uint32_t i = lane.token; i < count; i += lane.tokens) {
+      const uint32_t t = tile.token[i];
+      e.share[t * e.rows + row] =
+          expand_row<B, kWhole>(b, e.u + t * args.b.max_rank, lane.shift, lane.chunks, rank);
     }
   }
+}
+
+/// The expanding warps' part. A slot of the ring belongs to one of them.
+template <typename T, typename B>
+__device__ __forceinline__ void expand(
+    const StreamArgs& args, const Expansion& e, uint32_t thread) {
+  const uint32_t warp = thread / 32, adapters = args.adapters;
+  TileList& list = *e.list;
+  Tokens& tokens = *e.tokens;
+  sm90::dependency_wait();
+  const bool table = adapters <= kTable;
+  if (table && thread < adapters) {
+    tokens.ranks[thread] = rank_of(args.b, thread, adapters);
+    tokens.scales[thread] = args.b.scales[thread];
+  }
+  list_tiles(args.index, args.m, adapters, thread, list, [] { expanders_meet(); });
+  if (thread < args.m) {
+    const uint32_t key = list.key[thread];
+    const bool has = key < adapters;
+    tokens.rank[thread] = table && has ? tokens.ranks[key] : rank_of(args.b, key, adapters);
+    tokens.scale[thread] = !has ? 0.0f : table ? tokens.scales[key] : args.b.scales[key];
+  }
+  for (uint32_t i = thread; i < args.m * e.rows / 4; i += kExpandThreads) {
+    reinterpret_cast<float4*>(e.share)[i] = float4{};  // of tokens without an adapter
+  }
+  expanders_meet();
+  const bool makes = blockIdx.x < args.makers;
+  if (makes) prefetch_a<B>(args, e, thread);
+  const uint32_t tiles = e.there > 0 ? list.count : 0;
+  const uint32_t own = warp + kExpandWarps * (thread % 32);
+  if (own < min(args.slots, tiles)) load_b<B>(args, e, own, own);
+  __syncwarp();
+  if (thread % 32 == 0) sm90::barrier_arrive(e.asked);
+  if (list.count == 0) return;
+  if (makes) {
+    make_u<T, B>(args, e, thread, blockIdx.x, args.makers);
+    expanders_meet();
+    if (thread == 0) sm90::flag_add_release(args.flags, 1);
+  }
+  await_u<T, B>(args, e, thread);
+  sum_u(args, e, thread);
+  expanders_meet();
+  const Lane lane(e.rows, args.b.max_rank / Vec16<B>::kCount);
+  uint32_t parity = 0;
+  for (uint32_t first = 0; first < tiles; first += args.slots, parity ^= 1) {
+    const uint32_t end = min(args.slots, tiles - first);
+    for (uint32_t slot = warp; slot < end; slot += kExpandWarps) {
+      sm90::barrier_wait(e.barriers + 8 * slot, parity);
+      const Tile& tile = list.tile[first + slot];
+      const uint32_t rank = tokens.rank[tile.token[0]];
+      if (rank == args.b.max_rank) {
+        expand_tile<B, true>(args, e, lane, tile, rank, slot);
+      } else {
+        expand_tile<B, false>(args, e, lane, tile, rank, slot);
+      }
+      __syncwarp();
+      const uint32_t next = first + slot + args.slots;
+      if (thread % 32 == 0 && next < tiles) load_b<B>(args, e, next, slot);
+    }
+  }
+  if (thread == 0) leave_u(args);
 }
 
 template <typename F>
