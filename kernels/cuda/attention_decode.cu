@@ -5,39 +5,61 @@
 // decoding") and, within a block, over warps that stream their own tiles; the queries of all heads
 // that share a kv head are the rows of one product. How many keys a block takes follows from the
 // position alone, so that a position's sums always have the same order. The last block to finish
-// adds the partial sums up.
+// adds the partial sums up. In a decode step the kernel rotates q and k and appends k and v itself,
+// and what the cache holds is on its way before q is there: 512 keys stay in one block then, which
+// has no partial sums.
 //
 // Ladder, H100, bf16, 1 query, 32/8 heads, dim 64, 1024 / 8192 / 32768 keys:
 //   two launches                     6.7 / 15.1 / 32.7 us
 //   the last block combines          6.6 / 13.2 / 30.5 us
 //   eight warps a block              6.3 / 12.1 / 29.0 us (2.3 TB/s; a copy moves 2.4)
 // An empty launch is 1.15 us, partial sums and their ticket are 1.4, adding them up 1.7; a cluster
-// that combines through shared memory could save about 1.5.
+// that combines through shared memory could save about 1.5. In a decode step: not measured.
 #include <algorithm>
 
-#include "kernels/cuda/attention_forward.cuh"
+#include "kernels/cuda/attention_partials.cuh"
+#include "kernels/cuda/decode_parts.h"
+#include "kernels/cuda/decode_rope.cuh"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/transformer_kernels.h"
 
-namespace metal_lora::cuda::attention {
+namespace metal_lora::cuda {
+namespace attention {
 namespace {
 
-constexpr int kStages = 3;
-constexpr int kRows = 16;  ///< queries of a block: tokens x heads of a group
-
-template <int kDim>
-struct Tile {
-  static constexpr int kWarps = kDim <= 128 ? 8 : 4, kThreads = 32 * kWarps;
-  static constexpr int kKeys = kDim <= 64 ? 32 : 16;  ///< of one warp's tile
-  static constexpr int kLeast = 4;  ///< tiles of a block, below which more blocks do not pay
-  static constexpr int kBytes = kKeys * kDim * 2;
-  static constexpr int kWarpBytes = kStages * 2 * kBytes;
-  static constexpr size_t kSharedBytes = size_t{kWarps} * kWarpBytes;
+/// A decode step's own rows, before rope, which are not in the cache yet: the kernel rotates q and
+/// k and appends k and v to the cache. It then reads what is in the cache ahead of the wait.
+struct Fresh {
+  const void* k = nullptr;  ///< [q_tokens, kv_heads, head_dim]; null: all keys are in the cache
+  const void* v = nullptr;
+  const float* cos_sin = nullptr;
+  const float* q_norm = nullptr;
+  const float* k_norm = nullptr;
+  float eps = 0.0f;
 };
 
-/// The keys of one block of rows and how they are cut.
+/// What a block keeps in shared memory.
+template <int kDim, bool kFresh>
+struct Ring : Tile<kDim> {
+  /// Of a warp. Two leave room on a multiprocessor for a block of the linear before.
+  static constexpr int kStages = kFresh ? 2 : 3;
+  static constexpr int kWarpBytes = kStages * 2 * Tile<kDim>::kBytes;
+  /// Tiles of a block, below which more blocks do not pay; kFresh: they are there before q is.
+  static constexpr int kLeast = kFresh ? kStages * Tile<kDim>::kWarps : 4;
+  // Behind the rings: the step's keys and values as one more tile, then its queries.
+  static constexpr int kFreshAt = Tile<kDim>::kWarps * kWarpBytes;
+  static constexpr int kQueriesAt = kFreshAt + 2 * Tile<kDim>::kBytes;
+  static constexpr size_t kSharedBytes = kFresh ? kQueriesAt + kRows * kDim * 2 : kFreshAt;
+};
+
+/// The keys of one block of rows that are in the cache and how they are cut.
 struct Split {
   int first, last, chunk;
 };
-template <int kDim>
+__device__ __forceinline__ int splits_used(const Split& s) {
+  return max((s.last - s.first + s.chunk) / s.chunk, 1);
+}
+template <int kDim, bool kFresh>
 __device__ Split split_keys(const Arguments& a, int offset, int row_block, int splits) {
   constexpr int kKeys = Tile<kDim>::kKeys;
   const int group = a.p.q_heads / a.p.kv_heads, tokens = a.p.q_tokens;
@@ -46,10 +68,10 @@ __device__ Split split_keys(const Arguments& a, int offset, int row_block, int s
   int first = INT_MAX;
   for (int i = begin; i <= end; ++i) first = min(first, first_key(a, offset, i));
   Split s;
-  s.last = last_key(a, offset, end);
+  s.last = kFresh ? offset - 1 : last_key(a, offset, end);
   s.first = min(first, s.last + 1) / kKeys * kKeys;
   const int share = (s.last + 1 - s.first + splits - 1) / splits;
-  s.chunk = max((share + kKeys - 1) / kKeys, Tile<kDim>::kLeast) * kKeys;
+  s.chunk = max((share + kKeys - 1) / kKeys, Ring<kDim, kFresh>::kLeast) * kKeys;
   return s;
 }
 
@@ -104,207 +126,164 @@ __device__ __forceinline__ void add_tile(
   }
 }
 
-/// Partial sums: [row_block, kv_head, split, row] (top, sum) and, behind them, [.., kDim].
-struct Partials {
-  float2* state;
-  float* sums;
-};
+// ---- the step's own rows ----
 
-/// The block's warps together, in their order, into its partial sums.
-template <int kDim>
-__device__ __forceinline__ void merge_warps(
-    float* memory,
-    const float (&o)[1][kDim / 8][4],
-    const RowState<1>& state,
-    Partials to,
-    int rows) {
-  constexpr int kPitch = kDim + 4, kWarps = Tile<kDim>::kWarps, kThreads = Tile<kDim>::kThreads;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float2* states = reinterpret_cast<float2*>(memory);  // [warp, row]
-  float* sums = memory + 2 * kWarps * kRows;           // [warp, row, kPitch]
-  __syncthreads();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = lane / 4 + 8 * half;
-    const float sum = quad_sum(state.sum[0][half]);
-    if (lane % 4 == 0) states[warp * kRows + row] = make_float2(state.top[0][half], sum);
-#pragma unroll
-    for (int d = 0; d < kDim / 8; ++d) {
-      *reinterpret_cast<float2*>(&sums[(warp * kRows + row) * kPitch + 8 * d + 2 * (lane % 4)]) =
-          make_float2(o[0][d][2 * half], o[0][d][2 * half + 1]);
-    }
-  }
-  __syncthreads();
-  for (int at = threadIdx.x; at < rows * kDim; at += kThreads) {
-    const int row = at / kDim, column = at % kDim;
-    float top = -INFINITY, sum = 0.0f, total = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, states[w * kRows + row].x);
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float2 part = states[w * kRows + row];
-      const float fade = part.x == -INFINITY ? part.y : exp2_fast(part.x - top);
-      sum = fmaf(part.y, fade, sum);
-      total = fmaf(sums[(w * kRows + row) * kPitch + column], fade, total);
-    }
-    to.sums[at] = total;
-    if (column == 0) to.state[row] = make_float2(top, sum);
-  }
-}
-
-/// Some columns of a row, summed over some keys.
-struct Sum {
-  float top = -INFINITY, sum = 0.0f;
-  float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-
-  /// Adds a part whose maximum is at most `top`.
-  __device__ __forceinline__ void add(float2 state, float4 x) {
-    const float fade = state.x == -INFINITY ? state.y : exp2_fast(state.x - top);
-    sum = fmaf(state.y, fade, sum);  // y: 0, or NaN where there was one
-    total.x = fmaf(x.x, fade, total.x), total.y = fmaf(x.y, fade, total.y);
-    total.z = fmaf(x.z, fade, total.z), total.w = fmaf(x.w, fade, total.w);
-  }
-};
-
-/// The splits' partial sums of one block of rows together, in their order: groups of threads take
-/// runs of splits, whose sums then follow each other.
+/// The block's queries, rotated, into their tile; with_keys: the step's keys and values into
+/// theirs.
 template <typename T, int kDim>
-__device__ __forceinline__ void combine(
+__device__ __forceinline__ void take_fresh(
     const Arguments& a,
-    const Partials& from,
-    int row_block,
+    const Fresh& fresh,
+    uint32_t memory,
     int kv_head,
-    int count,
-    float* memory) {
-  constexpr int kVectors = kDim / 4;  // of a row
-  constexpr int kBatch = 4;           // of splits, loaded together
-  constexpr int kThreads = Tile<kDim>::kThreads;
-  const int group = a.p.q_heads / a.p.kv_heads, thread = threadIdx.x;
-  const int rows = min(static_cast<int>(a.p.q_tokens) * group - row_block * kRows, kRows);
-  const int slots = rows * kVectors, groups = max(kThreads / slots, 1);
-  const auto sum_run = [&](int slot, int begin, int end) {
-    const float2* states = from.state + slot / kVectors;
-    const float4* sums = reinterpret_cast<const float4*>(from.sums) + slot;
-    Sum sum;
-    for (int s = begin; s < end; s += kBatch) {
-      float2 state[kBatch];
-      float4 part[kBatch];
-      float top = sum.top;
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int at = min(s + b, end - 1);
-        state[b] = __ldcg(states + at * kRows);
-        part[b] = __ldcg(sums + static_cast<size_t>(at) * kRows * kVectors);
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) top = fmaxf(top, state[b].x);
-      const float2 before = make_float2(sum.top, sum.sum);
-      const float4 total = sum.total;
-      sum = {top, 0.0f, make_float4(0.0f, 0.0f, 0.0f, 0.0f)};
-      sum.add(before, total);
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (s + b < end) sum.add(state[b], part[b]);
-      }
+    int row_block,
+    bool with_keys) {
+  using Ring = Ring<kDim, true>;
+  constexpr int kTogether = 2;
+  const int warp = threadIdx.x / 32, tokens = a.p.q_tokens, head_dim = a.p.head_dim;
+  const int group = a.p.q_heads / a.p.kv_heads, half = head_dim / 2;
+  const int queries = min(tokens * group - row_block * kRows, kRows);
+  const int rows = queries + (with_keys ? tokens : 0);
+  const size_t kv_stride = static_cast<size_t>(a.p.kv_heads) * head_dim;
+  const uint32_t keys = memory + Ring::kFreshAt;
+  if (with_keys) {
+    const auto* v = static_cast<const uint16_t*>(fresh.v) + kv_head * head_dim;
+    const int chunks = head_dim / 8;
+    // From the last thread down: the first warps have rows to rotate.
+    for (int at = Ring::kThreads - 1 - threadIdx.x; at < tokens * chunks; at += Ring::kThreads) {
+      const int row = at / chunks, chunk = at % chunks;
+      mma::copy_async<16>(
+          tile_at<kDim>(keys + Ring::kBytes, row, chunk), v + row * kv_stride + chunk * 8);
     }
-    return sum;
-  };
-  const auto finish = [&](int slot, const Sum& sum) {
-    const int flat = row_block * kRows + slot / kVectors, i = flat / group;
-    const int head = kv_head * group + flat % group, column = slot % kVectors * 4;
-    const float inverse = sum.sum == 0.0f ? 0.0f : 1.0f / sum.sum;
-    if (column < static_cast<int>(a.p.head_dim)) {
-      *reinterpret_cast<uint2*>(
-          static_cast<T*>(a.out) + i * a.p.o_stride + static_cast<size_t>(head) * a.p.head_dim +
-          column) =
-          make_uint2(
-              mma::pack2<T>(sum.total.x * inverse, sum.total.y * inverse),
-              mma::pack2<T>(sum.total.z * inverse, sum.total.w * inverse));
-    }
-    if (a.logsumexp != nullptr && column == 0) {
-      a.logsumexp[static_cast<size_t>(head) * a.p.q_tokens + i] =
-          sum.sum == 0.0f ? -INFINITY : (sum.top + __log2f(sum.sum)) * (1.0f / kLog2e);
-    }
-  };
-  if (groups == 1) {
-    for (int slot = thread; slot < slots; slot += kThreads) finish(slot, sum_run(slot, 0, count));
-    return;
+    mma::copies_commit();
   }
-  float4* totals = reinterpret_cast<float4*>(memory);  // [kThreads]
-  float2* states = reinterpret_cast<float2*>(totals + kThreads);
-  const int run = (count + groups - 1) / groups, part = thread / slots;
-  if (part < groups) {
-    const Sum sum = sum_run(thread % slots, part * run, min((part + 1) * run, count));
-    totals[thread] = sum.total;
-    states[thread] = make_float2(sum.top, sum.sum);
-  }
-  __syncthreads();
-  if (thread < slots) {
-    Sum sum;
-    for (int g = 0; g < groups; ++g) sum.top = fmaxf(sum.top, states[g * slots + thread].x);
-    for (int g = 0; g < groups; ++g) {
-      sum.add(states[g * slots + thread], totals[g * slots + thread]);
+#pragma unroll 1
+  for (int base = warp; base < rows; base += kTogether * Ring::kWarps) {
+    Rotation<kDim / 64> rotation[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int row = base + j * Ring::kWarps;
+      if (row >= rows) continue;
+      const bool is_q = row < queries;
+      const int flat = row_block * kRows + row, token = is_q ? flat / group : row - queries;
+      const T* from = is_q
+                          ? static_cast<const T*>(a.q) + token * a.p.q_stride +
+                                static_cast<size_t>(kv_head * group + flat % group) * head_dim
+                          : static_cast<const T*>(fresh.k) + token * kv_stride + kv_head * head_dim;
+      rotation[j].load(
+          from,
+          is_q ? fresh.q_norm : fresh.k_norm,
+          fresh.cos_sin + static_cast<size_t>(token) * head_dim,
+          half);
     }
-    finish(thread, sum);
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) {
+      const int row = base + j * Ring::kWarps;
+      if (row >= rows) continue;
+      const uint32_t tile = row < queries ? memory + Ring::kQueriesAt : keys;
+      const int to = row < queries ? row : row - queries;
+      rotation[j].store(fresh.eps, [&](int column, float value) {
+        const T x = from_float<T>(value);
+        asm volatile(
+            "st.shared.u16 [%0], %1;\n" ::"r"(tile_at<kDim>(tile, to, column / 8) + column % 8 * 2),
+            "h"(*reinterpret_cast<const uint16_t*>(&x))
+            : "memory");
+      });
+    }
   }
-}
-__device__ __forceinline__ int splits_used(const Split& s) {
-  return max((s.last - s.first + s.chunk) / s.chunk, 1);
-}
-__device__ __forceinline__ Partials partials_of(
-    const Arguments& a, const Partials& all, int row_block, int kv_head, int splits, int dim) {
-  const size_t at = (static_cast<size_t>(row_block) * a.p.kv_heads + kv_head) * splits * kRows;
-  return {all.state + at, all.sums + at * dim};
 }
 
-template <typename T, int kDim>
-__global__ void __launch_bounds__(Tile<kDim>::kThreads)
-    decode_kernel(const Arguments a, Partials partials, uint32_t* counters) {
-  using Tile = Tile<kDim>;
-  constexpr int kWarps = Tile::kWarps;
+/// The step's keys and values, from their tile into the cache.
+template <int kDim>
+__device__ __forceinline__ void append_fresh(
+    const Arguments& a, uint32_t keys, int kv_head, int offset) {
+  const int chunks = a.p.head_dim / 8, count = a.p.q_tokens * chunks;
+  for (int at = threadIdx.x; at < 2 * count; at += Tile<kDim>::kThreads) {
+    const bool is_k = at < count;
+    const int row = (is_k ? at : at - count) / chunks, chunk = at % chunks;
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(tile_at<kDim>(keys + (is_k ? 0 : Tile<kDim>::kBytes), row, chunk)));
+    auto* to = static_cast<uint16_t*>(const_cast<void*>(is_k ? a.k : a.v));
+    to += (offset + row) * (is_k ? a.p.k_stride : a.p.v_stride);
+    *reinterpret_cast<uint4*>(to + kv_head * a.p.head_dim + chunk * 8) = x;
+  }
+}
+
+template <typename T, int kDim, bool kFresh>
+__global__ void __launch_bounds__(Tile<kDim>::kThreads) decode_kernel(
+    const __grid_constant__ Arguments a,
+    const __grid_constant__ Fresh fresh,
+    Partials partials,
+    uint32_t* counters) {
+  using Ring = Ring<kDim, kFresh>;
+  constexpr int kWarps = Ring::kWarps, kStages = Ring::kStages;
   extern __shared__ __align__(1024) uint8_t memory[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int head_dim = a.p.head_dim, group = a.p.q_heads / a.p.kv_heads;
   const int kv_head = blockIdx.y, row_block = blockIdx.z;
   const int rows = a.p.q_tokens * group;
-  begin_dependent();
+  allow_dependents();
+  if constexpr (!kFresh) wait_for_previous();
   const int offset = offset_of(a);
-  const Split split = split_keys<kDim>(a, offset, row_block, gridDim.x);
+  const Split split = split_keys<kDim, kFresh>(a, offset, row_block, gridDim.x);
   const int begin = split.first + blockIdx.x * split.chunk;
   const int end = min(begin + split.chunk, split.last + 1);
-  if (begin >= end && blockIdx.x > 0) return;
+  const int used = splits_used(split);
+  if (static_cast<int>(blockIdx.x) >= used) return;
+  const bool newest = kFresh && static_cast<int>(blockIdx.x) == used - 1;
 
   const auto* k = static_cast<const uint16_t*>(a.k) + kv_head * head_dim;
   const auto* v = static_cast<const uint16_t*>(a.v) + kv_head * head_dim;
-  const uint32_t tiles = mma::shared_address(memory) + warp * Tile::kWarpBytes;
+  const uint32_t shared = mma::shared_address(memory);
+  const uint32_t tiles = shared + warp * Ring::kWarpBytes;
   const auto load = [&](int step) {
-    const int key = begin + (step * kWarps + warp) * Tile::kKeys;
+    const int key = begin + (step * kWarps + warp) * Ring::kKeys;
     if (key < end) {
-      const uint32_t to = tiles + step % kStages * 2 * Tile::kBytes;
+      const uint32_t to = tiles + step % kStages * 2 * Ring::kBytes;
       load_keys<kDim>(to, k, a.p.k_stride, key, end, head_dim);
-      load_keys<kDim>(to + Tile::kBytes, v, a.p.v_stride, key, end, head_dim);
+      load_keys<kDim>(to + Ring::kBytes, v, a.p.v_stride, key, end, head_dim);
     }
     mma::copies_commit();
   };
 #pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) load(step);
+  for (int step = 0; step < kStages; ++step) load(step);
 
   uint32_t q[kDim / 16][4];
   RowState<1> state;
+  if constexpr (kFresh) {
+    // Rows and columns that are not there are zeros.
+    auto* own = reinterpret_cast<uint4*>(memory + Ring::kFreshAt);
+    constexpr int kOwn = (Ring::kSharedBytes - Ring::kFreshAt) / 16;
+    for (int i = threadIdx.x; i < kOwn; i += Ring::kThreads) own[i] = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+    wait_for_previous();
+    take_fresh<T, kDim>(a, fresh, shared, kv_head, row_block, newest);
+    mma::copies_wait<0>();
+    __syncthreads();
+    if (newest && row_block == 0) append_fresh<kDim>(a, shared + Ring::kFreshAt, kv_head, offset);
+#pragma unroll
+    for (int d = 0; d < kDim / 16; ++d) {
+      load_left<kDim>(q[d], shared + Ring::kQueriesAt, 0, 16 * d);
+    }
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int flat = row_block * kRows + lane / 4 + 8 * half;
     const int i = min(flat, rows - 1) / group;
-    const int head = kv_head * group + min(flat, rows - 1) % group;
-    const auto* from =
-        static_cast<const uint16_t*>(a.q) + i * a.p.q_stride + static_cast<size_t>(head) * head_dim;
+    if constexpr (!kFresh) {
+      const int head = kv_head * group + min(flat, rows - 1) % group;
+      const auto* from = static_cast<const uint16_t*>(a.q) + i * a.p.q_stride +
+                         static_cast<size_t>(head) * head_dim;
 #pragma unroll
-    for (int d = 0; d < kDim / 16; ++d) {
+      for (int d = 0; d < kDim / 16; ++d) {
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int column = 16 * d + 8 * c + 2 * (lane % 4);
-        q[d][2 * c + half] =
-            column < head_dim ? *reinterpret_cast<const uint32_t*>(from + column) : 0u;
+        for (int c = 0; c < 2; ++c) {
+          const int column = 16 * d + 8 * c + 2 * (lane % 4);
+          q[d][2 * c + half] =
+              column < head_dim ? *reinterpret_cast<const uint32_t*>(from + column) : 0u;
+        }
       }
     }
     state.top[0][half] = -INFINITY, state.sum[0][half] = 0.0f;
@@ -317,31 +296,52 @@ __global__ void __launch_bounds__(Tile<kDim>::kThreads)
   }
   const float scale = fmaxf(fabsf(a.p.scale), 1e-30f) * kLog2e;
   float o[1][kDim / 8][4] = {};
-  for (int step = 0; begin + (step * kWarps + warp) * Tile::kKeys < end; ++step) {
-    mma::copies_wait<kStages - 2>();
+  const int cached = (max(end - begin, 0) + Ring::kKeys - 1) / Ring::kKeys;
+#pragma unroll 1
+  for (int tile = warp, step = 0; tile < cached + newest; tile += kWarps, ++step) {
+    const bool own = kFresh && tile == cached;
+    const uint32_t at = own ? shared + Ring::kFreshAt : tiles + step % kStages * 2 * Ring::kBytes;
+    mma::copies_wait<kStages - 1>();
     __syncwarp();
-    load(step + kStages - 1);
-    add_tile<T, kDim>(
-        q,
-        o,
-        state,
-        tiles + step % kStages * 2 * Tile::kBytes,
-        begin + (step * kWarps + warp) * Tile::kKeys,
-        scale);
+    if (own) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int flat = row_block * kRows + lane / 4 + 8 * half;
+        state.last[0][half] = last_key(a, offset, min(flat, rows - 1) / group);
+      }
+    }
+    add_tile<T, kDim>(q, o, state, at, own ? offset : begin + tile * Ring::kKeys, scale);
+    __syncwarp();
+    load(step + kStages);
   }
   mma::copies_wait<0>();
 #pragma unroll
   for (int half = 0; half < 2; ++half) state.top[0][half] *= scale;
+  const int block_rows = min(rows - row_block * kRows, kRows);
+  if (used == 1) {
+    const auto put = [&](int at, int column, float total, float top, float sum) {
+      const OutRow row(a, row_block, kv_head, at);
+      if (column < head_dim) {
+        static_cast<T*>(a.out)[row.at(a) + column] =
+            from_float<T>(sum == 0.0f ? 0.0f : total / sum);
+      }
+      if (a.logsumexp != nullptr && column == 0) row.store_logsumexp(a, top, sum);
+    };
+    merge_warps<kDim>(reinterpret_cast<float*>(memory), o, state, block_rows, put);
+    return;
+  }
   const Partials parts = partials_of(a, partials, row_block, kv_head, gridDim.x, kDim);
   const Partials mine = {
       parts.state + blockIdx.x * kRows,
       parts.sums + static_cast<size_t>(blockIdx.x) * kRows * kDim};
-  merge_warps<kDim>(
-      reinterpret_cast<float*>(memory), o, state, mine, min(rows - row_block * kRows, kRows));
+  const auto put = [&](int row, int column, float total, float top, float sum) {
+    mine.sums[row * kDim + column] = total;
+    if (column == 0) mine.state[row] = make_float2(top, sum);
+  };
+  merge_warps<kDim>(reinterpret_cast<float*>(memory), o, state, block_rows, put);
   if (counters == nullptr) return;
   // Whoever comes last adds up.
   __shared__ bool last;
-  const int used = splits_used(split);
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();  // for all of the block: the barriers carry it
@@ -356,28 +356,30 @@ __global__ void __launch_bounds__(Tile<kDim>::kThreads)
 }
 
 /// Where there are no counters: a second launch.
-template <typename T, int kDim>
+template <typename T, int kDim, bool kFresh>
 __global__ void __launch_bounds__(Tile<kDim>::kThreads)
     combine_kernel(const Arguments a, Partials partials, int splits) {
   __shared__ __align__(16) float memory[Tile<kDim>::kThreads * 6];
   begin_dependent();
   const int kv_head = blockIdx.x, row_block = blockIdx.y;
-  const Split split = split_keys<kDim>(a, offset_of(a), row_block, splits);
+  const Split split = split_keys<kDim, kFresh>(a, offset_of(a), row_block, splits);
+  const int used = splits_used(split);
+  if (used == 1) return;  // stored already
   combine<T, kDim>(
       a,
       partials_of(a, partials, row_block, kv_head, splits, kDim),
       row_block,
       kv_head,
-      splits_used(split),
+      used,
       memory);
 }
 
-template <typename T, int kDim>
-void run(const Context& context, const Arguments& a) {
+template <typename T, int kDim, bool kFresh>
+void run(const Context& context, const Arguments& a, const Fresh& fresh) {
+  using Ring = Ring<kDim, kFresh>;
   const uint32_t rows = a.p.q_tokens * (a.p.q_heads / a.p.kv_heads);
   const uint32_t row_blocks = (rows + kRows - 1) / kRows;
-  constexpr uint32_t kLeastKeys = Tile<kDim>::kKeys * Tile<kDim>::kLeast;
-  constexpr int kThreads = Tile<kDim>::kThreads;
+  constexpr uint32_t kLeastKeys = Ring::kKeys * Ring::kLeast;
   const uint32_t most = (a.p.kv_tokens + kLeastKeys - 1) / kLeastKeys;
   const uint32_t splits = std::max(
       1u, std::min(most, context.multiprocessors / std::max(1u, a.p.kv_heads * row_blocks)));
@@ -390,36 +392,97 @@ void run(const Context& context, const Arguments& a) {
   launch(
       context,
       "attention_forward decode",
-      decode_kernel<T, kDim>,
+      decode_kernel<T, kDim, kFresh>,
       dim3(splits, a.p.kv_heads, row_blocks),
-      kThreads,
-      Tile<kDim>::kSharedBytes,
+      Ring::kThreads,
+      Ring::kSharedBytes,
       a,
+      fresh,
       partials,
       counted ? context.counters : nullptr);
-  if (counted) return;
+  if (counted || splits == 1) return;
   launch(
       context,
       "attention_forward combine",
-      combine_kernel<T, kDim>,
+      combine_kernel<T, kDim, kFresh>,
       dim3(a.p.kv_heads, row_blocks),
-      kThreads,
+      Ring::kThreads,
       0,
       a,
       partials,
       static_cast<int>(splits));
 }
-template <typename T>
-void run_dim(const Context& context, const Arguments& a) {
-  if (a.p.head_dim <= 64) return run<T, 64>(context, a);
-  if (a.p.head_dim <= 128) return run<T, 128>(context, a);
-  return run<T, 256>(context, a);
+template <typename T, bool kFresh>
+void run_dim(const Context& context, const Arguments& a, const Fresh& fresh) {
+  if (a.p.head_dim <= 64) return run<T, 64, kFresh>(context, a, fresh);
+  if (a.p.head_dim <= 128) return run<T, 128, kFresh>(context, a, fresh);
+  return run<T, 256, kFresh>(context, a, fresh);
+}
+template <bool kFresh>
+void run_type(const Context& context, const Arguments& a, const Fresh& fresh) {
+  a.p.dtype == DType::bf16 ? run_dim<bf16, kFresh>(context, a, fresh)
+                           : run_dim<f16, kFresh>(context, a, fresh);
 }
 
 }  // namespace
 
 void forward_decode(const Context& context, const Arguments& a) {
-  a.p.dtype == DType::bf16 ? run_dim<bf16>(context, a) : run_dim<f16>(context, a);
+  run_type<false>(context, a, {});
 }
 
-}  // namespace metal_lora::cuda::attention
+}  // namespace attention
+
+void decode_attention(
+    const Context& context,
+    const DecodeAttentionParams& p,
+    const int32_t* positions,
+    const float* cos_sin,
+    const float* q_norm,
+    const float* k_norm,
+    void* q,
+    const void* k,
+    const void* v,
+    void* k_cache,
+    void* v_cache,
+    void* out) {
+  if (p.tokens == 0) return;
+  AttentionParams whole;
+  whole.q_tokens = p.tokens;
+  whole.kv_tokens = p.capacity;
+  whole.q_heads = p.q_heads;
+  whole.kv_heads = p.kv_heads;
+  whole.head_dim = p.head_dim;
+  whole.window = p.window;
+  whole.scale = p.scale;
+  whole.dtype = p.dtype;
+  whole.q_stride = whole.o_stride = size_t{p.q_heads} * p.head_dim;
+  whole.k_stride = whole.v_stride = size_t{p.kv_heads} * p.head_dim;
+  bool tiled = p.dtype != DType::f32 && p.head_dim % 8 == 0 && p.head_dim <= 256 &&
+               p.tokens <= attention::kRows && p.kv_heads > 0 && p.q_heads % p.kv_heads == 0;
+  for (const void* each :
+       {static_cast<const void*>(q),
+        k,
+        v,
+        static_cast<const void*>(k_cache),
+        static_cast<const void*>(v_cache),
+        static_cast<const void*>(out)}) {
+    tiled = tiled && reinterpret_cast<uintptr_t>(each) % 16 == 0;
+  }
+  if (!tiled) {
+    decode_rope_cache(context, p, positions, cos_sin, q_norm, k_norm, q, k, v, k_cache, v_cache);
+    attention_forward(context, whole, q, k_cache, v_cache, nullptr, out, nullptr, positions);
+    return;
+  }
+  attention::Arguments a;
+  a.p = whole;
+  a.p.window = std::min<uint32_t>(p.window, INT32_MAX);
+  a.q = q;
+  a.k = k_cache;
+  a.v = v_cache;
+  a.out = out;
+  a.kv_offset = positions;
+  attention::Fresh fresh{k, v, cos_sin, q_norm, k_norm, p.eps};
+  attention::run_type<true>(context, a, fresh);
+}
+
+}  // namespace metal_lora::cuda

@@ -7,13 +7,14 @@
 
 #include <stdexcept>
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/decode_rope.cuh"
 #include "kernels/cuda/launch.cuh"
 
 namespace metal_lora::cuda {
 namespace {
 
 constexpr int kNormThreads = 512;
+constexpr int kNormHeld = 2;  ///< of a thread's parts, kept in registers
 constexpr uint32_t kMaxHeadDim = 256;
 
 template <int kThreads>
@@ -28,22 +29,63 @@ __device__ float block_sum(float v) {
   return sum;
 }
 
-template <typename T>
+/// Parts of kWidth values; what is not held is read twice.
+template <typename T, int kWidth>
 __global__ void __launch_bounds__(kNormThreads)
     decode_norm_kernel(uint32_t dims, float eps, const float* x, const float* weight, T* y) {
+  struct alignas(kWidth * sizeof(float)) Part {
+    float v[kWidth];
+  };
+  struct alignas(kWidth * sizeof(T)) Out {
+    T v[kWidth];
+  };
   allow_dependents();
+  const uint32_t parts = dims / kWidth;
+  const auto* weights = reinterpret_cast<const Part*>(weight);
+  Part held[kNormHeld], scales[kNormHeld];
+#pragma unroll
+  for (int j = 0; j < kNormHeld; ++j) {
+    const uint32_t i = threadIdx.x + j * kNormThreads;
+    if (i < parts) scales[j] = weights[i];
+  }
   wait_for_previous();
-  const float* row = x + size_t{blockIdx.x} * dims;
+  const auto* row = reinterpret_cast<const Part*>(x + size_t{blockIdx.x} * dims);
+  auto* out = reinterpret_cast<Out*>(y + size_t{blockIdx.x} * dims);
   float squares = 0.0f;
-  for (uint32_t i = threadIdx.x; i < dims; i += kNormThreads) squares += row[i] * row[i];
+  const auto add = [&](const Part& part) {
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) squares += part.v[c] * part.v[c];
+  };
+#pragma unroll
+  for (int j = 0; j < kNormHeld; ++j) {
+    const uint32_t i = threadIdx.x + j * kNormThreads;
+    if (i < parts) held[j] = row[i];
+  }
+#pragma unroll
+  for (int j = 0; j < kNormHeld; ++j) {
+    if (threadIdx.x + j * kNormThreads < parts) add(held[j]);
+  }
+  constexpr uint32_t kRest = kNormHeld * kNormThreads;
+  for (uint32_t i = kRest + threadIdx.x; i < parts; i += kNormThreads) add(row[i]);
   const float scale = rsqrtf(block_sum<kNormThreads>(squares) / static_cast<float>(dims) + eps);
-  for (uint32_t i = threadIdx.x; i < dims; i += kNormThreads) {
-    y[size_t{blockIdx.x} * dims + i] = from_float<T>(row[i] * scale * weight[i]);
+  const auto store = [&](uint32_t i, const Part& part, const Part& by) {
+    Out v;
+#pragma unroll
+    for (int c = 0; c < kWidth; ++c) v.v[c] = from_float<T>(part.v[c] * scale * by.v[c]);
+    out[i] = v;
+  };
+#pragma unroll
+  for (int j = 0; j < kNormHeld; ++j) {
+    const uint32_t i = threadIdx.x + j * kNormThreads;
+    if (i < parts) store(i, held[j], scales[j]);
+  }
+  for (uint32_t i = kRest + threadIdx.x; i < parts; i += kNormThreads) {
+    store(i, row[i], weights[i]);
   }
 }
 
 struct RopeArgs {
-  DecodeRopeParams p;
+  DecodeAttentionParams p;
   const int32_t* positions;
   const float* cos_sin;
   const float* q_norm;
@@ -58,7 +100,7 @@ __global__ void decode_rope_kernel(
   wait_for_previous();
   const auto& p = args.p;
   const uint32_t head = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-  const uint32_t lane = threadIdx.x % 32, token = blockIdx.y, half = p.head_dim / 2;
+  const uint32_t lane = threadIdx.x % 32, token = blockIdx.y;
   if (head >= p.q_heads + 2 * p.kv_heads) return;
   const size_t position = static_cast<size_t>(args.positions[token]);
   if (head >= p.q_heads + p.kv_heads) {
@@ -75,31 +117,9 @@ __global__ void decode_rope_kernel(
   T* to = is_q ? q + (size_t{token} * p.q_heads + h) * p.head_dim
                : k_cache + (position * p.kv_heads + h) * p.head_dim;
   const float* norm = is_q ? args.q_norm : args.k_norm;
-  const float* cosines = args.cos_sin + size_t{token} * p.head_dim;
-  constexpr int kPerLane = kMaxHeadDim / 64;
-  float low[kPerLane], high[kPerLane], squares = 0.0f;
-#pragma unroll
-  for (int j = 0; j < kPerLane; ++j) {
-    const uint32_t i = lane + 32 * j;
-    low[j] = i < half ? to_float(from[i]) : 0.0f;
-    high[j] = i < half ? to_float(from[half + i]) : 0.0f;
-    squares += low[j] * low[j] + high[j] * high[j];
-  }
-  const float scale =
-      norm == nullptr ? 1.0f : rsqrtf(warp_sum(squares) / static_cast<float>(p.head_dim) + p.eps);
-#pragma unroll
-  for (int j = 0; j < kPerLane; ++j) {
-    const uint32_t i = lane + 32 * j;
-    if (i >= half) continue;
-    float a = low[j], b = high[j];
-    if (norm != nullptr) {
-      a *= scale * norm[i];
-      b *= scale * norm[half + i];
-    }
-    const float c = cosines[i], s = cosines[half + i];
-    to[i] = from_float<T>(a * c - b * s);
-    to[half + i] = from_float<T>(b * c + a * s);
-  }
+  Rotation<kMaxHeadDim / 64> rotation;
+  rotation.load(from, norm, args.cos_sin + size_t{token} * p.head_dim, p.head_dim / 2);
+  rotation.store(p.eps, [&](int column, float v) { to[column] = from_float<T>(v); });
 }
 
 }  // namespace
@@ -114,10 +134,17 @@ void decode_norm(
     DType dtype,
     void* y) {
   if (rows == 0) return;
+  bool wide = dims % 4 == 0;
+  for (const void* p :
+       {static_cast<const void*>(x),
+        static_cast<const void*>(weight),
+        static_cast<const void*>(y)}) {
+    wide = wide && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  }
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     launch_pdl(
-        decode_norm_kernel<T>,
+        wide ? decode_norm_kernel<T, 4> : decode_norm_kernel<T, 1>,
         dim3(rows),
         dim3(kNormThreads),
         0,
@@ -132,7 +159,7 @@ void decode_norm(
 
 void decode_rope_cache(
     const Context& context,
-    const DecodeRopeParams& p,
+    const DecodeAttentionParams& p,
     const int32_t* positions,
     const float* cos_sin,
     const float* q_norm,

@@ -1,7 +1,7 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
-// Ten kernels a layer, in one graph. What limits a step is the bytes of the weights; between the
+// Eight kernels a layer, in one graph. What limits a step is the bytes of the weights; between the
 // linears stand kernels that only cost their launch.
 #include "kernels/cuda/decode_step.h"
 
@@ -84,6 +84,7 @@ class DecodeStep::Run {
     call([&](const Context& c) {
       rope_table(c, key_.count, m_.head_dim, positions(), m_.inv_freq, m_.rope_factor, cos_sin());
     });
+    // No programmatic launch: all behind it may read the inputs and the table before they wait.
     call([&](const Context& c) {
       lora_embedding_forward(
           c, key_.count, DType::f32, inputs()->ids, m_.embedding, m_.embedding_lora, x());
@@ -152,17 +153,20 @@ class DecodeStep::Run {
   }
 
   void attend(const DecodeLayer& w, void* keys, void* values) {
-    DecodeRopeParams rope;
-    rope.tokens = key_.count;
-    rope.q_heads = m_.q_heads;
-    rope.kv_heads = m_.kv_heads;
-    rope.head_dim = m_.head_dim;
-    rope.eps = m_.eps;
-    rope.dtype = m_.dtype;
+    DecodeAttentionParams p;
+    p.tokens = key_.count;
+    p.q_heads = m_.q_heads;
+    p.kv_heads = m_.kv_heads;
+    p.head_dim = m_.head_dim;
+    p.capacity = key_.capacity;
+    p.window = w.window;
+    p.eps = m_.eps;
+    p.scale = m_.attention_scale;
+    p.dtype = m_.dtype;
     call([&](const Context& c) {
-      decode_rope_cache(
+      decode_attention(
           c,
-          rope,
+          p,
           positions(),
           cos_sin(),
           w.q_norm,
@@ -171,22 +175,8 @@ class DecodeStep::Run {
           at(l_.k),
           at(l_.v),
           keys,
-          values);
-    });
-    AttentionParams p;
-    p.q_tokens = key_.count;
-    p.kv_tokens = key_.capacity;
-    p.q_heads = m_.q_heads;
-    p.kv_heads = m_.kv_heads;
-    p.head_dim = m_.head_dim;
-    p.window = w.window;
-    p.scale = m_.attention_scale;
-    p.dtype = m_.dtype;
-    p.q_stride = p.o_stride = size_t{m_.q_heads} * m_.head_dim;
-    p.k_stride = p.v_stride = size_t{m_.kv_heads} * m_.head_dim;
-    call([&](const Context& c) {
-      attention_forward(
-          c, p, at(l_.q), keys, values, nullptr, at(l_.attended), nullptr, positions());
+          values,
+          at(l_.attended));
     });
   }
 

@@ -38,7 +38,8 @@ struct GemmProblem {
   uint32_t head_dim = 0;
 };
 
-/// gemm_sm90 only, 16-bit: SwiGLU at the end of a product's tiles, whose own `out` is not written.
+/// gemm_sm90 only, 16-bit: what the next kernel would do to a product, at the end of its tiles.
+/// SwiGLU's do not write the problem's own `out`.
 enum class GemmEnd : uint8_t {
   plain,
   residual,  ///< plain, every problem with a residual: gemm_sm90 itself chooses it
@@ -47,6 +48,16 @@ enum class GemmEnd : uint8_t {
   swiglu,
   /// One problem, whose sums are d_act: gate and up become their gradients. right_is_kn = true.
   swiglu_backward,
+  /// One problem, whose sums z are logits: out (or null) = exp(z − largest), largest of the row in
+  /// the tile's kGemmSoftmaxColumns columns. right_is_kn = false.
+  softmax,
+};
+constexpr uint32_t kGemmSoftmaxColumns = 256;
+struct GemmSoftmax {
+  /// f32 [m, ⌈n / kGemmSoftmaxColumns⌉, 2]: largest and Σ exp(z − largest) of unrounded terms.
+  float* tiles = nullptr;
+  const int32_t* targets = nullptr;  ///< [m]; those beyond n are nobody's
+  float* target_logits = nullptr;    ///< f32 [m]
 };
 struct GemmSwiglu {
   void* gate = nullptr;  ///< swiglu: with up, out or null (both); swiglu_backward: in and out
@@ -93,6 +104,7 @@ struct GemmGroup {
   GemmProblem problem[kMaxProblems];
   GemmEnd end = GemmEnd::plain;
   GemmSwiglu swiglu;
+  GemmSoftmax softmax;
   static constexpr int kMaxShrinks = 4;
   int shrinks = 0;  ///< then some problem has a second pair
   GemmShrink shrink[kMaxShrinks];

@@ -83,9 +83,10 @@ uint32_t tiles_of(const GemmGroup& group, const Form& form) {
   return columns * ceil_div(group.m, kTileM * form.cluster_m);
 }
 
-/// The tile width of a product that ends otherwise: all of gate and up beside each other, or room
-/// for both in shared memory.
+/// The tile width of a product that ends otherwise: the softmax's, all of gate and up beside each
+/// other, or room for both in shared memory.
 constexpr int end_width(GemmEnd end) {
+  if (end == GemmEnd::softmax) return kGemmSoftmaxColumns;
   return end == GemmEnd::swiglu ? 2 * kGateColumns : 128;
 }
 
@@ -277,7 +278,8 @@ void fill_problems(
       args.up_map = maps.add(s.up, group.m, from.n, s.stride, 16);
       continue;
     }
-    if (args.out_f32) continue;
+    args.softmax = group.softmax;
+    if (args.out_f32 || from.out == nullptr) continue;
     to.out_map = maps.add(from.out, group.m, from.n, from.out_stride, 16);
     if (!from.residual) continue;
     to.reads_ahead = end_of(group, form) == GemmEnd::plain;
@@ -379,6 +381,10 @@ void launch_width(const Context& context, int tile_n, GemmEnd end, const Args& a
   constexpr GemmEnd kResidual = GemmEnd::residual;
   if (end == kSwiglu) return launch<T, end_width(kSwiglu), kRightIsKn, kSwiglu>(context, args);
   if (end == kResidual) return launch<T, 128, kRightIsKn, kResidual>(context, args);
+  if constexpr (!kRightIsKn) {
+    constexpr GemmEnd kSoftmax = GemmEnd::softmax;
+    if (end == kSoftmax) return launch<T, end_width(kSoftmax), false, kSoftmax>(context, args);
+  }
   switch (tile_n) {
     case 256:
       return launch<T, 256, kRightIsKn>(context, args);
@@ -469,6 +475,22 @@ bool can_swiglu(const GemmGroup& group) {
          first.pair[0].left == second.pair[0].left && first.pair[0].k == second.pair[0].k &&
          first.pair[0].k > 0 && !first.residual && !second.residual;
 }
+bool can_softmax(const GemmGroup& group) {
+  const GemmProblem& p = group.problem[0];
+  return group.out_dtype == group.dtype && !group.right_is_kn && group.problems == 1 &&
+         p.pairs > 0 && p.pair[0].k > 0 && p.n % 8 == 0 && !p.bias && !p.residual && !p.rope &&
+         group.softmax.tiles && group.softmax.targets && group.softmax.target_logits;
+}
+bool can_end(const GemmGroup& group) {
+  switch (group.end) {
+    case GemmEnd::plain:
+      return true;
+    case GemmEnd::softmax:
+      return can_softmax(group);
+    default:
+      return can_swiglu(group);
+  }
+}
 bool can_rotate(const GemmGroup& group, const GemmProblem& problem) {
   if (!problem.rope) return true;
   return group.end == GemmEnd::plain && group.out_dtype == group.dtype && aligned(problem.rope) &&
@@ -479,7 +501,7 @@ bool can_rotate(const GemmGroup& group, const GemmProblem& problem) {
 bool can_gemm_sm90(const Context& context, const GemmGroup& group) {
   if (context.capability != 90 || group.dtype == DType::f32) return false;
   if (group.out_dtype != group.dtype && group.out_dtype != DType::f32) return false;
-  if (group.end != GemmEnd::plain && !can_swiglu(group)) return false;
+  if (!can_end(group)) return false;
   for (int i = 0; i < group.shrinks; ++i) {
     if (!can_shrink(group, group.shrink[i])) return false;
   }

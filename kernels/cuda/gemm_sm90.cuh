@@ -413,6 +413,8 @@ __device__ __forceinline__ void consume(
       finish_tile<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
     } else if constexpr (kEnd == GemmEnd::residual) {
       finish_residual<T, kTileN>(d, args, problem, warp_row, n0, boxes);
+    } else if constexpr (kEnd == GemmEnd::softmax) {
+      finish_softmax<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
     } else if constexpr (kEnd == GemmEnd::swiglu) {
       finish_swiglu<T>(d, args, problem, warp_row, n0, boxes, in_ring);
     } else {

@@ -70,6 +70,7 @@ struct Args {
   uint32_t clusters = 0;
   uint32_t map_count = 0;
   GemmSwiglu swiglu;
+  GemmSoftmax softmax;
   uint32_t gate_map = 0, up_map = 0, act_map = 0;
   ShrinkArgs shrink[kMaxShrinks];
   uint32_t shrinks = 0;

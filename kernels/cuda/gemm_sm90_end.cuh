@@ -13,9 +13,13 @@
 //   rotation of q and k: 85 to 92, 90 + 33
 //   act of gate and up: 412 to 417, 369 + 65
 //   gradients of gate and up: from device memory at the end 325; through boxes 284 of a card whose
-//   products take 5 % longer; 193 + 109
-// The next 10 %: an end costs 3 to 5 µs a tile, all of it arithmetic that both warpgroups do at
-// once while the matrix unit waits; one of them a few stages behind the other would hide half.
+//   products take 5 % longer; 193 + 109. Tiles of 256 columns, three stages, half of gate and up
+//   from the second-level cache: 311 beside 282
+//   softmax of the head's tiles (2048 rows, vocabulary 49152): 575; f32 logits instead 646
+// The next 10 %: an end costs 3 to 6 µs a tile, all of it arithmetic that both warpgroups do at
+// once while the matrix unit waits. One of them one to three steps behind the other: nothing won in
+// a whole step (37.1 to 37.4 ms), whose clock the power limits; a ring of four stages lets them
+// drift apart by no more.
 #pragma once
 
 #include "kernels/cuda/gemm_sm90_store.cuh"
@@ -241,6 +245,81 @@ __device__ __forceinline__ void finish_swiglu(
     }
   }
   __syncwarp();
+}
+
+__device__ __forceinline__ float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
+  return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+__device__ __forceinline__ float quad_sum(float v) {
+  v += __shfl_xor_sync(0xffffffffu, v, 1);
+  return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
+/// One of a thread's two rows of logits: what the loss wants of it, and exp(z − largest) in place.
+template <int kTileN>
+__device__ __forceinline__ void softmax_row(
+    float (&d)[kTileN / 2], int half, const Args& args, uint32_t row, uint32_t n0) {
+  const GemmSoftmax& s = args.softmax;
+  const uint32_t first = threadIdx.x % 4 * 2;
+  const bool there = row < args.m;
+  const uint32_t target = there ? static_cast<uint32_t>(__ldg(s.targets + row)) - n0 : kTileN;
+  if (target < kTileN && target % 8 / 2 == threadIdx.x % 4) {
+#pragma unroll
+    for (int j = 0; j < kTileN / 8; ++j) {
+      if (8 * j + first == target) s.target_logits[row] = d[4 * j + 2 * half];
+      if (8 * j + first + 1 == target) s.target_logits[row] = d[4 * j + 2 * half + 1];
+    }
+  }
+  float largest = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < kTileN / 8; ++j) {
+    largest = fmaxf(largest, fmaxf(d[4 * j + 2 * half], d[4 * j + 2 * half + 1]));
+  }
+  largest = quad_max(largest);
+  const float zero = largest == -INFINITY ? 0.0f : largest;
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kTileN / 8; ++j) {
+#pragma unroll
+    for (int i = 2 * half; i < 2 * half + 2; ++i) {
+      float e;
+      asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(1.44269504f * (d[4 * j + i] - zero)));
+      d[4 * j + i] = e;
+      sum += e;
+    }
+  }
+  sum = quad_sum(sum);
+  if (!there || threadIdx.x % 4 != 0) return;
+  const uint32_t tiles = args.problem[0].tiles_n;
+  reinterpret_cast<float2*>(s.tiles)[size_t{row} * tiles + n0 / kTileN] =
+      make_float2(largest, sum);
+}
+
+/// Logits never go to memory.
+template <typename T, int kTileN>
+__device__ __forceinline__ void finish_softmax(
+    float (&d)[kTileN / 2],
+    const Args& args,
+    const ProblemArgs& problem,
+    uint32_t warp_row,
+    uint32_t n0,
+    uint32_t boxes,
+    uint32_t in_ring) {
+  static_assert(kTileN == kGemmSoftmaxColumns);
+  if (warp_row >= args.m) return;
+  const uint32_t row = warp_row + threadIdx.x % 32 / 4;
+  if (n0 + kTileN > problem.n) {  // columns beyond n are zeros so far
+#pragma unroll
+    for (int i = 0; i < kTileN / 2; ++i) {
+      const uint32_t column = n0 + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+      if (column >= problem.n) d[i] = -INFINITY;
+    }
+  }
+  softmax_row<kTileN>(d, 0, args, row, n0);
+  softmax_row<kTileN>(d, 1, args, row + 8, n0);
+  if (problem.out == nullptr) return;
+  store_tile<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
 }
 
 /// d_act never goes to memory: this warp's boxes of gate and, behind them, of up become their

@@ -3,8 +3,8 @@
 //
 // y = x·Wᵀ + bias + scale·(x·Aᵀ)·Bᵀ for a few tokens, limited by reading W. This file checks and
 // sorts calls; lora_gemv_tile.cuh is what its forms share, lora_gemv_stream.cuh the one for any
-// format, lora_gemv_direct.cuh the one for 4-bit codes in groups of 64, lora_gemv_formats.cuh the
-// formats.
+// format, lora_gemv_direct.cuh the one for 4-bit codes in groups of 64, lora_gemv_single.cuh that of
+// one token, lora_gemv_formats.cuh the formats.
 //   ladder (H100, 4096 x 4096 bf16, m 1, no adapter / rank 16; cuBLAS's base 15.5 µs, reading W 10.8):
 //   5200 instructions, clusters of 8 in two rounds      18.5 / 29.5 µs
 //   each part once (1500 instructions)                  18.2 / 26.2 µs
@@ -16,11 +16,18 @@
 //   rank 64: 16.4 µs; 8 tokens 14.1 / 15.2; n = 11008: 32.2 / 33.5 (90% / 86%), rank 64 37.8.
 //   int4  24.1 / 30.7 -> 9.5 / 12.9 -> 8.7 / 10.8 (as above) -> 7.4 / 8.8 µs: the direct form, since
 //   a warp's 2500 instructions took 5 µs of it; nf4 10.8 / 14.1 -> 9.5 / 11.3 -> 8.4 / 9.9 µs.
+//   ... blocks small enough that half of the next launch's are resident, eight groups in the tensor
+//   cores' eight columns: the form for one token; in one run, no adapter / rank 16 / rank 64:
+//     int4  7.8 / 9.1 / (another run) 11.0 -> 6.1 / 7.5 / 8.0 µs; nf4  8.5 / 9.7 / 11.8 -> 6.5 /
+//     7.6 / 8.0
+//     n = 11008: int4  17.4 / 19.6 / 22.9 -> 13.7 / 16.5 / 17.0; nf4  17.6 / 19.4 / 22.9 -> 14.1 /
+//     16.3 / 17.1 (cuBLAS's bf16 base there 35.8; reading W's codes 3.1 and 8.4)
 // Tried: 16 warps a block (spills, no room for the next launch's blocks: no gain), one block a
 // multiprocessor (14.4 µs for int4), u fetched by one warp (17.5 instead of 16.3 µs at 8 tokens).
 // 16 bytes of static shared memory beside the ring cost 5 µs at bf16: rows must begin at multiples
-// of 128. The next 10 % of int4: about 5 µs are x from L2, the block's barrier, the grid's end;
-// fewer registers (124) would let the next launch's blocks in earlier.
+// of 128. For one token of int4: four blocks a multiprocessor (64 registers: 8.1 / 8.2), a ninth warp
+// that fetches B and u meanwhile (6.0 / 7.6, rank 64 9.3: perhaps since all blocks then ask for u
+// without a pause). The next 10 %: u costs 1.5 µs, x's way through A's blocks and L2 beside what W takes.
 #include <algorithm>
 #include <bit>
 #include <stdexcept>
@@ -148,7 +155,8 @@ Call make_call(
   // A part is over before the tiles of W are: half as many bytes, or a quarter of k's chunks. More
   // than there are places for at once would cost a round.
   const uint32_t most = std::min(gemv::kMaxParts, 32 / weight_bits(first.format));
-  const auto places = 2 * static_cast<uint32_t>(context.multiprocessors);
+  const uint32_t resident = m == 1 && weight_bits(first.format) == 4 ? 3 : 2;
+  const auto places = resident * static_cast<uint32_t>(context.multiprocessors);
   const uint32_t spare = call.tiles < places ? places - call.tiles : places;
   while (2 * call.u_parts <= most && 2 * call.u_parts * 16 <= call.chunks &&
          2 * call.u_parts * call.rank_tiles <= spare && 2 * u_words(call) <= kWords) {

@@ -20,7 +20,9 @@ inline constexpr uint32_t kHeldGroups = 8;  ///< of a warp, in registers at once
 template <typename T_, typename S>
 struct DirectInt4 {
   using T = T_;
-  static constexpr bool kInterleaved = true, kBiases = true, kTable = false;
+  static constexpr bool kInterleaved = true, kBiases = true;
+  static constexpr uint32_t kCopies = 1;  ///< of a table that there is not
+  static constexpr bool kTable = false;
   static __device__ __forceinline__ uint4 weights(uint32_t w, uint32_t) {
     return int4_pairs<T>(w);
   }
@@ -32,13 +34,14 @@ struct DirectInt4 {
 };
 
 /// NF4: a byte of codes is looked up in a table of pairs (lora_gemv_formats.cuh).
-template <typename T_, bool kDouble_>
+template <typename T_, bool kDouble_, uint32_t kCopies_ = kTableCopies>
 struct DirectNf4 {
   using T = T_;
   static constexpr bool kInterleaved = false, kBiases = false, kTable = true;
+  static constexpr uint32_t kCopies = kCopies_;
   static constexpr bool kDouble = kDouble_;
   static __device__ __forceinline__ uint4 weights(uint32_t w, uint32_t table) {
-    return nf4_pairs(w, table);
+    return nf4_pairs<kCopies>(w, table);
   }
   static __device__ __forceinline__ float2 scale(const Branch& b, size_t at) {
     if constexpr (!kDouble) {

@@ -186,12 +186,15 @@ inline constexpr uint32_t kTableCopies = 16;
 inline constexpr uint32_t kTableBytes = 256 * kTableCopies * 4;
 
 /// Eight codes as natural pairs; table: the address of the lane's own copy.
+template <uint32_t kCopies = kTableCopies>
 __device__ __forceinline__ uint4 nf4_pairs(uint32_t w, uint32_t table) {
+  static_assert(kCopies == 16 || kCopies == 32);
+  constexpr uint32_t kShift = kCopies == 16 ? 6 : 7, kMask = 0xffu << kShift;
   return make_uint4(
-      load_shared4(table + ((w << 6) & 0x3fc0u)),
-      load_shared4(table + ((w >> 2) & 0x3fc0u)),
-      load_shared4(table + ((w >> 10) & 0x3fc0u)),
-      load_shared4(table + ((w >> 18) & 0x3fc0u)));
+      load_shared4(table + ((w << kShift) & kMask)),
+      load_shared4(table + ((w >> (8 - kShift)) & kMask)),
+      load_shared4(table + ((w >> (16 - kShift)) & kMask)),
+      load_shared4(table + ((w >> (24 - kShift)) & kMask)));
 }
 
 /// A byte of codes is looked up in a table of pairs of which two lanes share a copy, in banks that

@@ -5,15 +5,20 @@
 namespace metal_lora::cuda::gemv {
 namespace {
 
+template <typename T, typename S>
+bool direct(const Context& context, const Call& call) {
+  using Format = DirectInt4<T, S>;
+  return launch_single<Format>(context, call) || launch_direct<Format>(context, call);
+}
 template <typename T>
 bool direct(const Context& context, const Call& call) {
   switch (call.scales_dtype) {
     case DType::f32:
-      return launch_direct<DirectInt4<T, float>>(context, call);
+      return direct<T, float>(context, call);
     case DType::f16:
-      return launch_direct<DirectInt4<T, f16>>(context, call);
+      return direct<T, f16>(context, call);
     case DType::bf16:
-      return launch_direct<DirectInt4<T, bf16>>(context, call);
+      return direct<T, bf16>(context, call);
   }
   return false;
 }

@@ -8,6 +8,7 @@
 
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/lora_gemv_direct.cuh"
+#include "kernels/cuda/lora_gemv_single.cuh"
 #include "kernels/cuda/lora_gemv_stream.cuh"
 
 namespace metal_lora::cuda::gemv {
@@ -18,17 +19,18 @@ constexpr uint32_t most_resident(uint32_t tokens) {
 }
 
 /// All copies of the table of NF4's pairs.
-template <typename T>
+template <typename T, uint32_t kCopies = kTableCopies>
 __device__ __forceinline__ void fill_table(uint32_t* pairs) {
   // Thread i makes entry i (low code first) and writes all copies, starting at its own banks.
   const T lo = from_float<T>(nf4_level(threadIdx.x % 16));
   const T hi = from_float<T>(nf4_level(threadIdx.x / 16));
   const uint32_t both = static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&lo)) |
                         static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&hi)) << 16;
-  auto* copies = reinterpret_cast<uint4*>(pairs + threadIdx.x * kTableCopies);
+  auto* copies = reinterpret_cast<uint4*>(pairs + threadIdx.x * kCopies);
+  const uint32_t from = kCopies == 32 ? threadIdx.x : threadIdx.x / 2;
 #pragma unroll
-  for (uint32_t i = 0; i < kTableCopies / 4; ++i) {
-    copies[(i + threadIdx.x / 2) % (kTableCopies / 4)] = make_uint4(both, both, both, both);
+  for (uint32_t i = 0; i < kCopies / 4; ++i) {
+    copies[(i + from) % (kCopies / 4)] = make_uint4(both, both, both, both);
   }
 }
 
@@ -49,6 +51,29 @@ __global__ void __launch_bounds__(kThreads, kDirectResident)
   direct.begin();
   wait_for_previous();
   direct.run();
+}
+
+inline constexpr uint32_t kSingleResident = 3;
+
+template <class Format>
+__global__ void __launch_bounds__(kThreads, kSingleResident)
+    single_kernel(const __grid_constant__ Call call, uint32_t b_bytes) {
+  extern __shared__ __align__(128) char shared[];
+  uint32_t ring = mma::shared_address(shared), table = 0;
+  allow_dependents();
+  if constexpr (Format::kTable) {
+    constexpr uint32_t kBytes = 256 * Format::kCopies * 4;
+    table = ring;
+    ring += kBytes;
+  }
+  Single<Format> single(call, ring, b_bytes, table);
+  single.begin();
+  if constexpr (Format::kTable) {
+    fill_table<typename Format::T, Format::kCopies>(reinterpret_cast<uint32_t*>(shared));
+    __syncthreads();
+  }
+  wait_for_previous();
+  single.run();
 }
 
 template <class Format, uint32_t kTokens>
@@ -131,6 +156,30 @@ template <class Format>
 bool launch_direct(const Context& context, const Call& call) {
   return call.m <= 8 ? launch_direct<Format, 1>(context, call)
                      : launch_direct<Format, 2>(context, call);
+}
+
+/// The same of the form for one token: a block a tile, beside which those of the next launch fit.
+template <class Format>
+bool launch_single(const Context& context, Call call) {
+  if (call.m != 1 || call.k % kGroup != 0) return false;
+  const uint32_t b_bytes = single_b_bytes(call);
+  const uint32_t bytes = (Format::kTable ? 256 * Format::kCopies * 4 : 0) + kRingBytes + b_bytes +
+                         TileEnd<typename Format::T, 1>::bytes(call);
+  if (bytes > shared_of_multiprocessor(context) / 2 - 1024) return false;
+  if (call.only_ask) return true;
+  call.weights_ready = context.weights_ready;
+  const auto kernel = single_kernel<Format>;
+  check(
+      cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+      "lora_gemv's shared memory");
+  check(
+      cudaFuncSetAttribute(
+          kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+      "lora_gemv's shared memory");
+  launch_pdl(
+      kernel, dim3(call.all_tiles), dim3(kThreads), bytes, context.stream, call, b_bytes);
+  return true;
 }
 
 /// Launches the kernel unless it needs more shared memory than there is.

@@ -5,14 +5,15 @@
 namespace metal_lora::cuda::gemv {
 namespace {
 
+template <typename T, bool kDouble>
+bool launch(const Context& context, const Call& call) {
+  return launch_single<DirectNf4<T, kDouble, 32>>(context, call) ||
+         launch_direct<DirectNf4<T, kDouble>>(context, call) ||
+         launch_tokens<Nf4<T, kDouble>>(context, call);
+}
 template <typename T>
 bool launch(const Context& context, const Call& call) {
-  if (call.double_quant) {
-    return launch_direct<DirectNf4<T, true>>(context, call) ||
-           launch_tokens<Nf4<T, true>>(context, call);
-  }
-  return launch_direct<DirectNf4<T, false>>(context, call) ||
-         launch_tokens<Nf4<T, false>>(context, call);
+  return call.double_quant ? launch<T, true>(context, call) : launch<T, false>(context, call);
 }
 
 }  // namespace

@@ -104,14 +104,15 @@ class TileEnd {
     __syncthreads();
     finish_u(item, buffer);
   }
-  /// After the last tile.
+  /// After the last tile: one warp, since the block has had a barrier after it read u.
   __device__ void leave() const {
-    if (call_.u_tiles == 0) return;
-    const bool last = threadIdx.x == 0 && atomicAdd(call_.left, 1) + 1 == gridDim.x;
-    if (!__syncthreads_or(last)) return;
+    if (call_.u_tiles == 0 || warp_ + 1 != kWarps) return;
+    uint32_t before = 0;
+    if (lane_ == 0) before = atomicAdd(call_.left, 1);
+    if (__shfl_sync(0xffffffffu, before, 0) + 1 != gridDim.x) return;
     const uint32_t count = call_.u_parts * call_.m * ranks();
-    for (uint32_t i = threadIdx.x; i < count; i += kThreads) call_.u[i] = 0;
-    if (threadIdx.x == 0) *call_.left = 0;
+    for (uint32_t i = lane_; i < count; i += 32) call_.u[i] = 0;
+    if (lane_ == 0) *call_.left = 0;
   }
 
   /// inbox [buffer][warp][token][row]
@@ -219,11 +220,17 @@ class TileEnd {
         if (8 * i < b.rank) early.b[i] = load16(from + 8 * i);
       }
     }
-    if (b.bias != nullptr) early.add = b.bias[out];
-    if (b.residual != nullptr) {
-      early.add += load_as_float(b.residual, call_.y_dtype, size_t{token} * b.n + out);
-    }
+    early.add = load_add(b, out, token);
     return early;
+  }
+  /// Bias and residual of a value of y, zero where there is none.
+  __device__ float load_add(const Branch& b, uint32_t out, uint32_t token) const {
+    if (token >= call_.m || out >= b.n) return 0.0f;
+    float add = b.bias != nullptr ? b.bias[out] : 0.0f;
+    if (b.residual != nullptr) {
+      add += load_as_float(b.residual, call_.y_dtype, size_t{token} * b.n + out);
+    }
+    return add;
   }
 
   __device__ void finish(uint32_t tile, uint32_t buffer, const Early& early) const {
@@ -264,9 +271,9 @@ class TileEnd {
 
   const Call& call_;
   const uint32_t warp_, lane_;
+  const uint32_t inbox_, u_;
 
  private:
-  const uint32_t inbox_, u_;
   bool has_u_;  ///< u is in shared memory
 };
 

@@ -22,6 +22,7 @@
 #include <string>
 
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/gemm_quant.h"
 #include "kernels/cuda/lora_pack.h"
 #include "kernels/cuda/lora_plan.h"
 #include "kernels/cuda/lora_quantized.h"
@@ -96,6 +97,7 @@ class Linear {
     PackCall packs;
     pack_adapters(packs, true);
     pack_matrices(context_, packs, dtype_);
+    if (forward_from_codes()) return;
     copy_weights();
     if (forward(true)) return;
     shrink_x();
@@ -157,6 +159,33 @@ class Linear {
     if (inside && !takes_shrinks(group)) return false;
     group.pair0_ready = shrunk_;
     gemm(context_, group);
+    return true;
+  }
+
+  /// u, then a product a branch that reads W's codes; false where a 16-bit copy costs less.
+  bool forward_from_codes() {
+    for (int i = 0; i < count_; ++i) {
+      if (!reads_codes(context_, m_, dtype_, x_, branches_[i])) return false;
+    }
+    shrink_x();
+    for (int i = 0; i < count_; ++i) {
+      const LoraBranch& branch = branches_[i];
+      const Operands& o = operands_[i];
+      QuantizedProduct product;
+      product.m = m_;
+      product.dtype = dtype_;
+      product.x = x_;
+      product.w = branch.weight;
+      product.rank = rank(i);
+      product.u = o.low;
+      product.u_stride = o.low_stride;
+      product.b = o.b;
+      product.b_stride = o.b_columns;
+      product.bias = branch.bias;
+      product.residual = branch.residual;
+      product.y = branch.y;
+      gemm_quantized(context_, product);
+    }
     return true;
   }
 

@@ -5,6 +5,8 @@
 // All weights are row_major. Sums are f32 in a fixed order, without float atomics.
 #pragma once
 
+#include <span>
+
 #include "kernels/cuda/context.h"
 
 namespace metal_lora::cuda {
@@ -43,6 +45,7 @@ struct LinearPlan {
   enum class Form { vector, skinny, tiled, generic };
   Form form = Form::generic;
   bool dequantize_first = false;  ///< a quantised W goes through a 16-bit copy in scratch
+  bool reads_codes = false;       ///< the tiled product decodes a quantised W itself
   bool fused_shrink = false;      ///< u is worked out inside the one dispatch
   int dispatches = 1;
   const char* why = "";
@@ -119,6 +122,28 @@ struct AdapterGrad {
 /// All of one layer's in one launch (two where m is split): count ≤ 16, the same m and dtype.
 void lora_grad(
     const Context& context, uint32_t m, DType large_dtype, const AdapterGrad* grads, size_t count);
+
+/// v [m, padded_rank] = factor·dy·B, rounded once, and dB [n, rank] f32 = dyᵀ·u of linears whose dy
+/// [m, n] is read once for both. B [n, padded_rank] and u [m, padded_rank] are of dy's type; their
+/// columns beyond `rank` are zeros.
+struct ShrinkGrad {
+  const void* dy = nullptr;
+  size_t dy_stride = 0;
+  uint32_t n = 0, rank = 0, padded_rank = 0;
+  float factor = 1.0f;
+  const void* b = nullptr;
+  const void* u = nullptr;
+  size_t u_stride = 0;
+  void* v = nullptr;
+  float* grad_b = nullptr;
+};
+/// Hopper, 16-bit types, n a multiple of 64, ranks to 64, one to four linears, all aligned to 16
+/// bytes and with strides that are multiples of 8.
+bool can_shrink_grad(
+    const Context& context, uint32_t m, DType dtype, std::span<const ShrinkGrad> linears);
+/// Two launches. Throws std::invalid_argument for what can_shrink_grad does not take.
+void lora_shrink_grad(
+    const Context& context, uint32_t m, DType dtype, std::span<const ShrinkGrad> linears);
 
 /// Rows of an embedding table and its adapter's gradients; see the CPU twin. ids in [0, n).
 void lora_embedding_forward(

@@ -13,9 +13,13 @@
 // format is copied out first: 2·n·k bytes written and read against 2·m·n·k operations, little at
 // the m of prompts and training.
 //
+// INT4 up to 512 and NF4 up to 256 tokens: the product decodes W's codes on the way to the matrix
+// unit (gemm_quant.h), behind lora_shrink.
+//
 // generic: the same composition for f32 (FFMA), and for rows that are no multiples of 16 bytes.
 #include "kernels/cuda/lora_plan.h"
 
+#include "kernels/cuda/gemm_quant.h"
 #include "kernels/cuda/gemm_stage.h"
 #include "kernels/cuda/lora_gemv.h"
 #include "kernels/cuda/lora_skinny.h"
@@ -92,6 +96,8 @@ const char* reason(const Context& context, DType dtype, const LinearPlan& plan) 
   if (plan.dequantize_first) {
     return "more tokens: W is copied out to 16 bits once, then one product";
   }
+  if (plan.reads_codes)
+    return "W's bytes weigh: its codes become weights on the way to the matrix unit";
   return context.capability == 90 ? "16-bit and aligned: Hopper's matrix unit and copy engine"
                                   : "16-bit and aligned: mma.sync behind a ring of cp.async";
 }
@@ -118,6 +124,18 @@ bool needs_packed_a(DType dtype, const LoraView& lora, uint32_t k) {
   return dtype != DType::f32 && k % 8 == 0 && !is_aligned16(lora.a);
 }
 
+bool reads_codes(
+    const Context& context, uint32_t m, DType dtype, const void* x, const LoraBranch& branch) {
+  QuantizedProduct product;  // u and B as they will be: packed to 16 bytes where they are not
+  product.m = m;
+  product.dtype = dtype;
+  product.x = x;
+  product.w = branch.weight;
+  product.rank = branch.lora.params.rank;
+  product.y = branch.y;
+  return prefers_gemm_quantized(context, product);
+}
+
 LinearPlan plan_linear(const Context& context, uint32_t m, DType dtype, const LoraBranch& branch) {
   LinearPlan plan;
   const bool adapted = branch.lora.params.rank > 0;
@@ -129,22 +147,24 @@ LinearPlan plan_linear(const Context& context, uint32_t m, DType dtype, const Lo
   } else {
     plan.form =
         has_vector_rows(dtype, branch) ? LinearPlan::Form::tiled : LinearPlan::Form::generic;
-    plan.dequantize_first = needs_dense_copy(dtype, branch.weight);
+    plan.reads_codes = reads_codes(context, m, dtype, nullptr, branch);
+    plan.dequantize_first = !plan.reads_codes && needs_dense_copy(dtype, branch.weight);
     const bool packs = needs_packed_b(dtype, branch.lora) ||
                        needs_packed_a(dtype, branch.lora, branch.weight.params.k);
     GemmGroup product = product_of(m, dtype, branch);
     const int copies = (packs ? 1 : 0) + (plan.dequantize_first ? 1 : 0);
-    if (prefers_lora_skinny(context, product)) {
+    if (!plan.reads_codes && prefers_lora_skinny(context, product)) {
       plan.form = LinearPlan::Form::skinny;
       plan.fused_shrink = adapted;
       plan.dispatches = 1 + copies;
       plan.why = reason(context, dtype, plan);
       return plan;
     }
-    plan.fused_shrink = product.shrinks > 0 && gemm_hides_shrinks(context, product);
+    plan.fused_shrink =
+        !plan.reads_codes && product.shrinks > 0 && gemm_hides_shrinks(context, product);
     product.shrinks = 0;
-    plan.dispatches =
-        gemm_dispatches(context, product) + (adapted && !plan.fused_shrink ? 1 : 0) + copies;
+    plan.dispatches = (plan.reads_codes ? 1 : gemm_dispatches(context, product)) +
+                      (adapted && !plan.fused_shrink ? 1 : 0) + copies;
   }
   plan.why = reason(context, dtype, plan);
   return plan;

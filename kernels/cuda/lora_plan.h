@@ -22,5 +22,8 @@ bool needs_packed_b(DType dtype, const LoraView& lora);
 bool needs_packed_a(DType dtype, const LoraView& lora, uint32_t k);
 /// Elements are dropped from the adapter's input.
 bool drops(const LoraView& lora);
+/// The product of a branch reads W's codes (gemm_quant.h) instead of a 16-bit copy.
+bool reads_codes(
+    const Context& context, uint32_t m, DType dtype, const void* x, const LoraBranch& branch);
 
 }  // namespace metal_lora::cuda

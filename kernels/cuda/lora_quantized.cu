@@ -16,6 +16,7 @@
 #include <string>
 
 #include "kernels/cuda/device.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/lora_quantized.h"
 #include "kernels/nf4.h"
 
@@ -144,6 +145,10 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(Codes w, T* out) {
   __shared__ Nf4Tables tables;
   if constexpr (kNf4) {
     if (threadIdx.x < 16) tables.levels[threadIdx.x] = kLevels[threadIdx.x];
+  }
+  allow_dependents();
+  wait_for_previous();
+  if constexpr (kNf4) {
     if (w.double_quant)
       tables.code[threadIdx.x] = static_cast<const float*>(w.biases)[1 + threadIdx.x];
     __syncthreads();
@@ -378,9 +383,14 @@ void dequantize_codes(const Context& context, const WeightView& w, DType dtype, 
   codes.double_quant = p.double_quant;
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
-    dequantize_kernel<kFormat, T>
-        <<<blocks_for(codes.steps, kThreads * 4), kThreads, 0, context.stream>>>(
-            codes, static_cast<T*>(out));
+    launch_pdl(
+        dequantize_kernel<kFormat, T>,
+        blocks_for(codes.steps, kThreads * 4),
+        kThreads,
+        0,
+        context.stream,
+        codes,
+        static_cast<T*>(out));
   });
 }
 

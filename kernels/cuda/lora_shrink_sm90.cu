@@ -65,19 +65,7 @@ struct TmaShape {
   }
 };
 
-/// A box of a map of blocks to all blocks of the cluster whose bit is set, or to this one alone.
-__device__ __forceinline__ void load_blocks(
-    uint32_t to, const CUtensorMap* map, uint32_t full, uint32_t row, uint32_t block) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
-      "l"(map),
-      "r"(full),
-      "r"(0),
-      "r"(row),
-      "r"(block)
-      : "memory");
-}
+/// A box of a map of blocks to all blocks of the cluster whose bit is set.
 __device__ __forceinline__ void load_blocks_multicast(
     uint32_t to,
     const CUtensorMap* map,
@@ -130,7 +118,7 @@ __device__ __forceinline__ void produce(
     const uint32_t full = barriers + stage * 16, to = stages + stage * stage_bytes;
     sm90::barrier_wait(full + 8, parity);
     sm90::barrier_expect(full, stage_bytes);
-    load_blocks(to, &t.x, full, row0, block);
+    sm90::tensor_load_blocks(to, &t.x, full, row0, block);
 #pragma unroll
     for (uint32_t pair = 0; pair < kPairs; ++pair) {
       if (pair >= pairs) break;
@@ -148,7 +136,7 @@ __device__ __forceinline__ void produce(
           sm90::tensor_load_multicast(there, maps[pair], full, column, row, all);
         }
       } else if (t.sharers == 1) {
-        load_blocks(there, maps[pair], full, columns[pair], from);
+        sm90::tensor_load_blocks(there, maps[pair], full, columns[pair], from);
       } else {
         load_blocks_multicast(there, maps[pair], full, columns[pair], from, all);
       }

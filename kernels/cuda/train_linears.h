@@ -23,11 +23,13 @@ class TrainLinears {
       TrainLayout layout,
       const Context& context,
       void* workspace,
-      uint32_t tokens)
+      uint32_t tokens,
+      float* grads)
       : model_(model),
         layout_(std::move(layout)),
         base_(static_cast<char*>(workspace)),
         tokens_(tokens),
+        grads_(grads),
         stage_(base_ + layout_.stage, kTrainStageScratchBytes, context.scratch),
         context_(context) {
     context_.scratch = &stage_;
@@ -204,20 +206,53 @@ class TrainLinears {
     return s;
   }
 
-  /// v = scale·dy·B
-  void shrink_backward(Rows dy, const PackedAdapter& adapter, float scale, void* v) {
-    ShrinkCall s = shrink_call(dy, adapter.out, true);
-    s.parts = 1;
-    s.part[0].right = packed(adapter.to_b);
-    s.part[0].rank = adapter.padded_rank;
-    s.part[0].factor = scale;
-    s.out = v;
-    s.out_stride = adapter.padded_rank;
-    call([&](const Context& c) { lora_shrink(c, s); });
+  /// v_i = scale_i·dy_i·B_i, and dB where both can be had from one read of dy. Whether there are
+  /// any.
+  bool shrink_backward(size_t index, TrainSlot first, std::span<const Rows> dy) {
+    const auto linears = linears_of(model_.layers[index]);
+    std::array<ShrinkGrad, 3> calls;
+    std::array<int, 3> slots;
+    size_t count = 0;
+    for (size_t i = 0; i < dy.size(); ++i) {
+      const int slot = first + static_cast<int>(i);
+      const auto& adapter = layout_.adapters[index][slot];
+      if (adapter.rank == 0) continue;
+      slots[count] = slot;
+      calls[count++] = {
+          dy[i].data,
+          dy[i].stride,
+          adapter.out,
+          adapter.rank,
+          adapter.padded_rank,
+          linears[slot]->scale,
+          packed(adapter.to_b),
+          at(layout_.layers[index].u[slot]),
+          layout_.layers[index].u_stride[slot],
+          at(layout_.v[slot]),
+          grads_ + linears[slot]->b};
+    }
+    const std::span<const ShrinkGrad> all(calls.data(), count);
+    if (can_shrink_grad(context_, tokens_, model_.dtype, all)) {
+      call([&](const Context& c) { lora_shrink_grad(c, tokens_, model_.dtype, all); });
+      for (size_t i = 0; i < count; ++i) has_grad_b_[slots[i]] = true;
+      return true;
+    }
+    for (const ShrinkGrad& each : all) {
+      ShrinkCall s = shrink_call({const_cast<void*>(each.dy), each.dy_stride}, each.n, true);
+      s.parts = 1;
+      s.part[0].right = each.b;
+      s.part[0].rank = each.padded_rank;
+      s.part[0].factor = each.factor;
+      s.out = each.v;
+      s.out_stride = each.padded_rank;
+      call([&](const Context& c) { lora_shrink(c, s); });
+    }
+    return count > 0;
   }
 
   /// dx = Σ_i dy_i·W_i + v_i·A_i, v_i = scale_i·dy_i·B_i, which stay in layout_.v. Without dx only
-  /// the v. With swiglu, dx stays where the product takes its place: true.
+  /// the v. Some dB are made on the way: has_grad_b_. With swiglu, dx stays where the product takes
+  /// its place: true.
   bool linears_backward(
       size_t index,
       TrainSlot first,
@@ -232,18 +267,8 @@ class TrainLinears {
     p.n = linears[first]->weight.params.k;
     p.out = dx;
     p.out_stride = p.n;
-    const auto shrink_before = [&] {
-      bool any = false;
-      for (size_t i = 0; i < dy.size(); ++i) {
-        const auto& adapter = adapters[first + i];
-        if (adapter.rank == 0) continue;
-        shrink_backward(dy[i], adapter, linears[first + i]->scale, at(layout_.v[first + i]));
-        any = true;
-      }
-      return any;
-    };
     if (dx == nullptr) {
-      shrink_before();
+      shrink_backward(index, first, dy);
       return false;
     }
     dense_used_ = 0;
@@ -267,7 +292,9 @@ class TrainLinears {
       g.swiglu = *swiglu;
       end_inside(g, GemmEnd::swiglu_backward);
     }
-    if (!shrink_inside(g, std::span(inside.data(), dy.size()))) g.pair0_ready = shrink_before();
+    if (!shrink_inside(g, std::span(inside.data(), dy.size()))) {
+      g.pair0_ready = shrink_backward(index, first, dy);
+    }
     call([&](const Context& c) { gemm(c, g); });
     return g.end != GemmEnd::plain;
   }
@@ -282,8 +309,10 @@ class TrainLinears {
   const TrainLayout layout_;
   char* base_;
   uint32_t tokens_;
+  float* grads_;  ///< f32 [parameters]; null: the loss alone
   StageScratch stage_;
   Context context_;
+  std::array<bool, kTrainSlots> has_grad_b_{};  ///< of the layer that is worked on
 
  private:
   size_t dense_used_ = 0;

@@ -11,18 +11,24 @@
 //   turned where they are made; norms' loads ahead of their sums; one lane elected to feed the
 //   ring; products that begin beside their shrink                                   38.7 (105,700
 //   tokens/s, 7.7 % more)
-// An NF4 base in 4 GB on the second card: 48.4 -> 44.3, 0.88 of bf16's speed, since what layers
-// share lies where the loss works. By kernels, µs a layer on the second card, forward 865 and
-// backward 1203: products 748 and 759, attention 54 and 176, shrinks 42 and 100, norms 21 and 44,
-// gradients of the adapters 125. The loss takes 3.1 ms. Power and clocks were not logged. Without
+//   on a third card                                                          38.6
+//   v and dB of q, k, v, o, gate and up in one read of dy                    37.8
+//   the head's product ends with the softmax of its tiles; blocks of 2048 rows   36.7, 37.2, 37.7
+//   on three cards (108,700 to 112,000 tokens/s); the last one took 39.1 before this and v with dB
+// An NF4 base in 4 GB: 48.4, 44.3 (what layers share lies where the loss works), 42.2 to 43.1: 0.87
+// of bf16's speed. By kernels, each for itself at full clock, µs a layer, forward 870 and backward
+// 1140: products 757 and 760, attention 54 and 178, shrinks 39 and, with dB, 105, norms 23 and 42,
+// dA 53. The loss takes 2.5 ms. In the whole step the card draws its 690 W at 1.58 to 1.65 GHz
+// instead of 1.98: 35 ms of kernels take 37. What saves no energy saves little time. Without
 // an end of the products (SwiGLU, its gradient or the rotation) the kernels measured one by one add
 // up to 0.3 to 0.5 ms more, but the step as a whole takes what it took (± 0.2 ms). Bands of 4 rows
 // of tiles instead of 8: nothing; of 16: + 1 %. SwiGLU's gradient without clusters: + 0.7 %. Tried
 // and left: warpgroups that take turns at whole tiles, so that one ends its own while the other
 // multiplies (gate and up 412 -> 481 µs, SwiGLU's gradient 324 -> 448: the producer took 450 ns to
 // feed a stage, before it elected its lane, and read gate and up for the end straight from memory).
-// The next 10 %: v of gate and up, and u of down, from the ends of the products that make their
-// operands (100 µs a layer and 0.2 GB less to read); dB beside them.
+// Gate's and up's low-rank steps as one (u side by side, up's B shifted) won nothing either.
+// The next 10 %: u of down from the end of the product that makes act (28 µs a layer, 67 MB less to
+// read); attention's row sums at the end of o's product back (15 µs).
 #include <algorithm>
 #include <span>
 
@@ -63,10 +69,10 @@ class TrainStep::Run : private TrainLinears {
             make_train_layout(step.model_, step.max_tokens_, step.kept_),
             context,
             workspace,
-            batch.tokens),
+            batch.tokens,
+            grads),
         batch_(batch),
-        parameters_(parameters),
-        grads_(grads) {}
+        parameters_(parameters) {}
 
   void all(float* loss) {
     prepare();
@@ -327,7 +333,7 @@ class TrainStep::Run : private TrainLinears {
     if (!kept.keeps_norms) norm_forward(at(kept.h), layer.input_norm, at(kept.x1));
   }
 
-  /// dA = vᵀ·x and dB = dyᵀ·u of the layer's adapters, in one call.
+  /// dA = vᵀ·x and the dB = dyᵀ·u that are not there yet of the layer's adapters, in one call.
   void adapter_grads(size_t index, void* d_out, void* d_h2) {
     const Layer& kept = layout_.layers[index];
     const auto linears = linears_of(model_.layers[index]);
@@ -372,8 +378,9 @@ class TrainStep::Run : private TrainLinears {
       b.grad = grads_ + linears[s]->b;
       b.transposed = true;
       grads.push_back(a);
-      grads.push_back(b);
+      if (!has_grad_b_[s]) grads.push_back(b);
     }
+    has_grad_b_ = {};
     if (grads.empty()) return;
     call(
         [&](const Context& c) { lora_grad(c, tokens_, model_.dtype, grads.data(), grads.size()); });
@@ -381,7 +388,6 @@ class TrainStep::Run : private TrainLinears {
 
   TrainBatch batch_;
   const float* parameters_;
-  float* grads_;
   void* d_h_ = nullptr;
 };
 

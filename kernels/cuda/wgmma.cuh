@@ -128,7 +128,20 @@ __device__ __forceinline__ void tensor_load(
       "r"(row)
       : "memory");
 }
-/// The same, to the same place in each block of the cluster whose bit is set.
+/// The same of a map of blocks of 64 columns (TensorMapRequest::box_blocks).
+__device__ __forceinline__ void tensor_load_blocks(
+    uint32_t shared, const CUtensorMap* map, uint32_t barrier, uint32_t row, uint32_t block) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared),
+      "l"(map),
+      "r"(barrier),
+      "r"(0),
+      "r"(row),
+      "r"(block)
+      : "memory");
+}
+/// A box of a matrix to the same place in each block of the cluster whose bit is set.
 __device__ __forceinline__ void tensor_load_multicast(
     uint32_t shared,
     const CUtensorMap* map,

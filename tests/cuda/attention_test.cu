@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "kernels/cuda/decode_parts.h"
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/transformer_kernels.h"
 #include "tests/cuda/support.h"
@@ -278,6 +279,101 @@ TEST(CudaAttention, DecodesFromACache) {
   uint32_t seed = 1001;
   for (const Shape& s : shapes) {
     for (const DType dtype : host::kDTypes) check_case(s, dtype, seed += 10, true);
+  }
+}
+
+// A decode step's attention over rows that are not in the cache yet: what decode_rope_cache makes
+// of them must lie in the cache bit by bit and be attended to.
+TEST(CudaAttention, DecodeStepAppendsAndAttends) {
+  METAL_LORA_NEEDS_GPU();
+  const std::vector<Shape> shapes = {
+      {1, 512, 8, 2, 64, 300, 0, {}},
+      {1, 64, 8, 2, 64, 0, 0, {}},
+      {1, 600, 4, 1, 64, 512, 0, {}},
+      {1, 4000, 8, 2, 64, 1999, 0, {}},
+      {1, 4000, 8, 2, 64, 1999, 70, {}},
+      {1, 1500, 8, 8, 128, 1300, 0, {}},
+      {2, 1500, 3, 1, 256, 1300, 0, {}},
+      {1, 2500, 66, 66, 16, 2400, 0, {}},
+      {8, 2048, 8, 2, 64, 700, 0, {}},
+      {16, 1500, 8, 1, 64, 511, 5, {}},
+      {7, 1500, 6, 2, 80, 900, 333, {}},
+      {3, 600, 4, 2, 24, 300, 0, {}},
+      {3, 600, 4, 2, 34, 300, 0, {}},
+  };
+  uint32_t seed = 2001;
+  for (const Shape& s : shapes) {
+    for (const DType dtype : host::kDTypes) {
+      for (const bool normed : {false, true}) {
+        Problem r(s, dtype, seed += 10);
+        const std::string what = name_of(s, dtype) + (normed ? " normed" : "");
+        const size_t row = r.p.k_stride * size_of(dtype), begin = s.kv_offset * row;
+        const auto new_rows = [&](std::vector<uint8_t>& cache) {
+          const auto from = cache.begin() + begin, to = from + s.q_tokens * row;
+          const std::vector<uint8_t> rows(from, to);
+          std::fill(from, to, 0xff);
+          return rows;
+        };
+        const DeviceBuffer new_k(new_rows(r.k)), new_v(new_rows(r.v));
+        std::vector<int32_t> positions;
+        for (uint32_t i = 0; i < s.q_tokens; ++i) positions.push_back(s.kv_offset + i);
+        const DeviceBuffer at(positions), table(host::random_floats(s.q_tokens * s.head_dim, seed)),
+            q_norm(host::random_floats(s.head_dim, seed + 4)),
+            k_norm(host::random_floats(s.head_dim, seed + 5));
+        DecodeAttentionParams p;
+        p.tokens = s.q_tokens;
+        p.q_heads = s.q_heads;
+        p.kv_heads = s.kv_heads;
+        p.head_dim = s.head_dim;
+        p.capacity = s.kv_tokens;
+        p.window = s.window;
+        p.scale = r.p.scale;
+        p.dtype = dtype;
+        const float* norms[] = {
+            normed ? q_norm.get<float>() : nullptr, normed ? k_norm.get<float>() : nullptr};
+        test::TestDevice device;
+        const auto run = [&] {
+          const DeviceBuffer q(r.q), k(r.k), v(r.v), out(r.dout.size());
+          decode_attention(
+              device.context(),
+              p,
+              at.get<int32_t>(),
+              table.get<float>(),
+              norms[0],
+              norms[1],
+              q.get(),
+              new_k.get(),
+              new_v.get(),
+              k.get(),
+              v.get(),
+              out.get());
+          device.finish();
+          return Results{
+              out.download<uint8_t>(), {}, {}, k.download<uint8_t>(), v.download<uint8_t>()};
+        };
+        const Results got = run();
+        EXPECT_TRUE(got == run()) << what << " differs between two runs";
+        const DeviceBuffer q(r.q), k(r.k), v(r.v);
+        decode_rope_cache(
+            device.context(),
+            p,
+            at.get<int32_t>(),
+            table.get<float>(),
+            norms[0],
+            norms[1],
+            q.get(),
+            new_k.get(),
+            new_v.get(),
+            k.get(),
+            v.get());
+        device.finish();
+        r.q = q.download<uint8_t>(), r.k = k.download<uint8_t>(), r.v = v.download<uint8_t>();
+        EXPECT_TRUE(got.dk == r.k) << what << " keys in the cache";
+        EXPECT_TRUE(got.dv == r.v) << what << " values in the cache";
+        const host::Reference want(s, r.values(), rounding_of(dtype));
+        host::expect_within(decode(dtype, got.out), want.out, want.out_bound, what);
+      }
+    }
   }
 }
 

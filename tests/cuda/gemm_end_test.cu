@@ -2,7 +2,9 @@
 // SPDX-License-Identifier: MIT
 //
 // What gemm_sm90 does at the end of its tiles against the same product with f32 results (which
-// gemm_test.cu checks) and f64 on the host: rotated heads, SwiGLU both ways.
+// gemm_test.cu checks) and f64 on the host: rotated heads, SwiGLU both ways,
+// softmax.
+#include <algorithm>
 #include <cmath>
 #include <random>
 
@@ -256,6 +258,63 @@ class GemmEndTest : public testing::Test {
     });
   }
 
+  void check_softmax(const Shape& s, bool writes) {
+    SCOPED_TRACE(testing::Message() << s.m << " x " << s.n << " x " << s.k << " rank " << s.rank);
+    std::mt19937 random(s.m + 5 * s.n);
+    GemmGroup g = group(random, s, 1, false);
+    constexpr uint32_t kColumns = cuda::kGemmSoftmaxColumns;
+    const uint32_t tiles = (s.n + kColumns - 1) / kColumns;
+    const size_t count = size_t{s.m} * s.n;
+    auto* out = static_cast<bf16*>(room(count * 2));
+    auto* stats = static_cast<float*>(room(size_t{s.m} * tiles * 8));
+    auto* logits = static_cast<float*>(room(s.m * 4));
+    std::vector<int32_t> targets(s.m);
+    for (auto& t : targets) t = static_cast<int32_t>(random() % s.n);
+    targets[s.m / 2] = -1;
+    buffers_.push_back(std::make_unique<DeviceBuffer>(targets));
+    const auto* of_rows = buffers_.back()->get<int32_t>();
+    const auto z = sums(g, 0);
+    g.problem[0].out = writes ? out : nullptr;
+    g.problem[0].out_stride = s.n;
+    g.end = GemmEnd::softmax;
+    g.softmax = {stats, of_rows, logits};
+    for_each_form(g, [&](int form) {
+      cuda::sm90::gemm_with_form(device_->context(), g, form);
+      const auto e = read<bf16>(out, count);
+      const auto of_tiles = read<float>(stats, size_t{s.m} * tiles * 2);
+      const auto of_targets = read<float>(logits, s.m);
+      // The forms sum in their own order: 2^-20 of the terms' size, here 16.
+      constexpr double kSum = 16 * 0x1p-20;
+      for (uint32_t r = 0; r < s.m; ++r) {
+        const auto target = static_cast<uint32_t>(targets[r]);
+        if (target < s.n) {
+          ASSERT_NEAR(of_targets[r], z[r * s.n + target], kSum) << r;
+        } else {
+          ASSERT_TRUE(std::isnan(of_targets[r])) << r;
+        }
+        for (uint32_t t = 0; t < tiles; ++t) {
+          const uint32_t begin = t * kColumns, end = std::min(s.n, begin + kColumns);
+          const float* row = &z[size_t{r} * s.n];
+          const double largest = *std::max_element(row + begin, row + end);
+          const float* got = &of_tiles[2 * (size_t{r} * tiles + t)];
+          ASSERT_NEAR(got[0], largest, kSum) << r << " " << t;
+          double sum = 0;
+          for (uint32_t c = begin; c < end; ++c) {
+            const double want = std::exp(row[c] - largest);
+            sum += want;
+            const float there = float(e[size_t{r} * s.n + c]);
+            if (writes) {
+              ASSERT_NEAR(there, want, want * (0x1p-8 + 4 * kSum) + 1e-30) << r << " " << c;
+            } else {
+              ASSERT_TRUE(std::isnan(there)) << r << " " << c;
+            }
+          }
+          ASSERT_NEAR(got[1], sum, sum * 4 * kSum) << r << " " << t;
+        }
+      }
+    });
+  }
+
   std::unique_ptr<TestDevice> device_;
   std::vector<std::unique_ptr<DeviceBuffer>> buffers_;
 };
@@ -275,6 +334,18 @@ TEST_F(GemmEndTest, MakesActOfGateAndUp) {
 }
 TEST_F(GemmEndTest, MakesActAndTheLowRankOperandInOneLaunch) {
   check_swiglu({300, 520, 256, 16, false, true}, true);
+}
+TEST_F(GemmEndTest, MakesTheSoftmaxOfItsTiles) {
+  for (const Shape& s :
+       {Shape{128, 256, 64, 0},
+        Shape{300, 520, 256, 16},
+        Shape{77, 1032, 72, 0},
+        Shape{1, 8, 8, 0}}) {
+    for (bool writes : {true, false}) {
+      check_softmax(s, writes);
+      if (HasFatalFailure()) return;
+    }
+  }
 }
 TEST_F(GemmEndTest, TurnsGateAndUpIntoTheirGradients) {
   for (const Shape& s :

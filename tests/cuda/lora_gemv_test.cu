@@ -313,6 +313,28 @@ TEST(CudaLoraGemv, QuantisedTokens) {
   }
 }
 
+TEST(CudaLoraGemv, OneTokenOfFourBits) {
+  METAL_LORA_NEEDS_GPU();
+  int i = 0;
+  for (uint32_t k : {64u, 832u, 4096u, 11008u}) {  // of a warp: no group, two, eight and over
+    for (uint32_t rank : {0u, 5u, 8u, 64u, 136u}) {
+      BranchSpec s, t;
+      s.format = t.format = i % 2 ? WeightFormat::nf4 : WeightFormat::int4;
+      s.double_quant = t.double_quant = i % 4 == 1 && k % 256 == 0;
+      s.scales_dtype = t.scales_dtype = i % 3 ? DType::f16 : DType::f32;
+      s.adapter_dtype = t.adapter_dtype = i % 5 == 1 ? DType::f16 : DType::bf16;
+      s.residual = i % 2;
+      s.n = 50;
+      s.rank = rank;
+      t.n = 16;
+      t.rank = 16;
+      check_case(1, k, s.adapter_dtype, i % 3 ? s.adapter_dtype : DType::f32, {s});
+      check_case(1, k, s.adapter_dtype, s.adapter_dtype, {t, s});
+      ++i;
+    }
+  }
+}
+
 TEST(CudaLoraGemv, Branches) {
   METAL_LORA_NEEDS_GPU();
   for (WeightFormat format :
@@ -412,29 +434,33 @@ TEST(CudaLoraGemv, TokensDoNotDependOnTheirNeighbours) {
   }
 }
 
-class CudaLoraGemvChain : public testing::TestWithParam<std::pair<WeightFormat, bool>> {};
+/// Format, weights_ready, tokens.
+class CudaLoraGemvChain
+    : public testing::TestWithParam<std::tuple<WeightFormat, bool, uint32_t>> {};
 
 TEST_P(CudaLoraGemvChain, InAGraph) {
   METAL_LORA_NEEDS_GPU();
   // Each linear reads what the one before wrote, as programmatic dependents: the replayed chain
   // must give the bits of the calls one by one.
+  const auto [format, ready, m] = GetParam();
   std::mt19937 rng(9);
   const uint32_t k = 512;
   test::TestDevice device;
-  const Array x = random_array(rng, DType::bf16, 2 * k, 0.1);
+  const Array x = random_array(rng, DType::bf16, m * k, 0.1);
   BranchSpec s;
   s.n = k;
-  s.format = GetParam().first;
+  s.format = format;
   auto context = device.context();
-  context.weights_ready = GetParam().second;
-  Branch b(rng, 2, k, DType::bf16, s);
+  context.weights_ready = ready;
+  Branch b(rng, m, k, DType::bf16, s);
   auto view = b.view();
   constexpr int kLinears = 8;
+  const uint32_t tokens = m;
   std::vector<DeviceBuffer> values;
   for (int i = 0; i <= kLinears; ++i) values.emplace_back(x.bytes);
   const auto one = [&](int i) {
     view.y = values[i + 1].get();
-    cuda::lora_gemv(context, 2, k, DType::bf16, values[i].get(), &view, 1, DType::bf16);
+    cuda::lora_gemv(context, tokens, k, DType::bf16, values[i].get(), &view, 1, DType::bf16);
   };
   for (int i = 0; i < kLinears; ++i) {
     one(i);
@@ -462,11 +488,14 @@ INSTANTIATE_TEST_SUITE_P(
     Formats,
     CudaLoraGemvChain,
     testing::Values(
-        std::pair{WeightFormat::bf16, false},
-        std::pair{WeightFormat::bf16, true},
-        std::pair{WeightFormat::int4, true},
-        std::pair{WeightFormat::nf4, true},
-        std::pair{WeightFormat::int8, true}));
+        std::tuple{WeightFormat::bf16, false, 2u},
+        std::tuple{WeightFormat::bf16, true, 2u},
+        std::tuple{WeightFormat::int4, false, 1u},
+        std::tuple{WeightFormat::int4, true, 1u},
+        std::tuple{WeightFormat::int4, true, 2u},
+        std::tuple{WeightFormat::nf4, true, 1u},
+        std::tuple{WeightFormat::nf4, true, 2u},
+        std::tuple{WeightFormat::int8, true, 2u}));
 
 TEST(CudaLoraGemv, NamesWhatIsWrong) {
   cuda::Context context;

@@ -291,6 +291,8 @@ void check_loss(TestDevice& device, DType dtype, uint32_t tokens, uint32_t dims,
   const auto got = values_of(dx, dtype, x.values.size());
   const auto token_losses = losses.download<float>();
   const double u = roundoff(dtype);
+  // 16-bit probabilities are scaled from rounded exponentials.
+  const double e_error = dtype == DType::f32 ? 0.0 : u;
   double sum = 0, sum_bound = 0;
   for (uint32_t t = 0; t < tokens; ++t) {
     std::vector<double> dlogits(vocab), wanted(dims), bound(dims);
@@ -324,15 +326,16 @@ void check_loss(TestDevice& device, DType dtype, uint32_t tokens, uint32_t dims,
       const double probability = std::exp(z[v] - lse);
       const double g = weights[t] * (probability - (static_cast<int32_t>(v) == targets[t]));
       const double g_error =
-          weights[t] * (relative * probability + 4 * kU) + (u + (vocab + 2) * kU) * std::fabs(g);
+          weights[t] * ((relative + e_error) * probability + 4 * kU) +
+          (u + (vocab + 2) * kU) * std::fabs(g);
       for (uint32_t c = 0; c < dims; ++c) {
         wanted[c] += g * w.values[size_t{v} * dims + c];
         bound[c] += g_error * std::fabs(w.values[size_t{v} * dims + c]);
       }
     }
     for (uint32_t c = 0; c < dims; ++c) {
-      // Probabilities below f16's smallest step vanish: half a step each.
-      const double vanish = dtype == DType::f16 ? 0x1p-25 * vocab : 0.0;
+      // Exponentials and probabilities below f16's smallest step vanish: half a step each.
+      const double vanish = dtype == DType::f16 ? 0x1p-24 * vocab : 0.0;
       ASSERT_NEAR(
           got[size_t{t} * dims + c], wanted[c], bound[c] + u * std::fabs(wanted[c]) + vanish + 1e-7)
           << what;
@@ -351,6 +354,7 @@ TEST(CudaLoss, EqualsF64) {
   for (const DType dtype : kDTypes) {
     check_loss(device, dtype, 7, 24, 33);
     check_loss(device, dtype, 40, 64, 1024);
+    check_loss(device, dtype, 300, 64, 520);
     check_loss(device, dtype, 1, 8, 1);
     check_loss(device, dtype, 5, 8, 20000);  // rows that clusters of four and eight blocks hold
     check_loss(device, dtype, 3, 8, 60000);
@@ -480,6 +484,42 @@ TEST(CudaAdamw, FollowsF64AndSkips) {
   }
 }
 
+TEST(CudaDecode, NormEqualsF64) {
+  METAL_LORA_NEEDS_GPU();
+  TestDevice device;
+  std::mt19937 rng(9);
+  for (const auto& [rows, dims] : kShapes) {
+    const Array x = random_array(rng, DType::f32, size_t{rows} * dims),
+                weight = random_array(rng, DType::f32, dims);
+    const DeviceBuffer dx = upload(x), dweight = upload(weight);
+    for (const DType dtype : kDTypes) {
+      DeviceBuffer y(size_t{rows} * dims * bytes_of(dtype));
+      cuda::decode_norm(
+          device.context(),
+          rows,
+          dims,
+          1e-5f,
+          dx.get<float>(),
+          dweight.get<float>(),
+          dtype,
+          y.get());
+      device.finish();
+      std::vector<double> want(x.values.size()), bound(want.size());
+      for (uint32_t r = 0; r < rows; ++r) {
+        double squares = 0;
+        for (uint32_t i = 0; i < dims; ++i) squares += std::pow(x.values[size_t{r} * dims + i], 2);
+        const double scale = 1 / std::sqrt(squares / dims + double{1e-5f});
+        for (uint32_t i = 0; i < dims; ++i) {
+          const size_t at = size_t{r} * dims + i;
+          want[at] = x.values[at] * scale * weight.values[i];
+          bound[at] = (norm_error(dims) + roundoff(dtype)) * std::fabs(want[at]) + 1e-7;
+        }
+      }
+      expect_near(values_of(y, dtype, want.size()), want, bound, "y of " + std::to_string(dims));
+    }
+  }
+}
+
 TEST(CudaDecode, NormsAndRotatesIntoTheCache) {
   METAL_LORA_NEEDS_GPU();
   TestDevice device;
@@ -498,7 +538,7 @@ TEST(CudaDecode, NormsAndRotatesIntoTheCache) {
       DeviceBuffer dq = upload(q), keys(kCapacity * kK * d * 2), values(kCapacity * kK * d * 2);
       const DeviceBuffer dk = upload(k), dv = upload(v), dt = upload(table), dqn = upload(q_norm),
                          dkn = upload(k_norm), dp(positions);
-      cuda::DecodeRopeParams p;
+      cuda::DecodeAttentionParams p;
       p.tokens = kTokens;
       p.q_heads = kQ;
       p.kv_heads = kK;
