@@ -107,82 +107,6 @@ __device__ inline bool find_tile(const Grouping& g, uint32_t position, TileSearc
   return true;
 }
 
-/// All tiles of up to kStreamTokens tokens, in the order of their first tokens.
-inline constexpr uint32_t kStreamTokens = 128;
-struct TileList {
-  alignas(16) uint32_t key[kStreamTokens];  ///< of the tokens; beyond them none
-  uint32_t leads[kStreamTokens / 32];       ///< bits: a tile's first token
-  uint32_t count;
-  Tile tile[kStreamTokens];
-};
-
-/// For kStreamTokens threads or more; meet() is a barrier of theirs.
-template <typename Meet>
-__device__ __forceinline__ void list_tiles(
-    const int32_t* index,
-    uint32_t m,
-    uint32_t adapters,
-    uint32_t thread,
-    TileList& list,
-    const Meet& meet) {
-  constexpr uint32_t kWords = kStreamTokens / 32;
-  const bool takes_part = thread < kStreamTokens;  // whole warps
-  if (takes_part) list.key[thread] = thread < m ? key_of(index[thread], adapters) : adapters;
-  meet();
-  static_assert(kWords == 4);
-  uint32_t same[kWords] = {}, key = adapters, before = 0, all = 0;
-  if (takes_part) {
-    key = list.key[thread];
-    const auto* keys = reinterpret_cast<const uint4*>(list.key);
-#pragma unroll
-    for (uint32_t w = 0; w < kWords; ++w) {
-#pragma unroll
-      for (uint32_t i = 0; i < 8; ++i) {
-        const uint4 v = keys[8 * w + i];
-        same[w] |= (uint32_t{v.x == key} | uint32_t{v.y == key} << 1 | uint32_t{v.z == key} << 2 |
-                    uint32_t{v.w == key} << 3)
-                   << 4 * i;
-      }
-      const uint32_t below = (1u << thread % 32) - 1, own = thread / 32;
-      before += __popc(w < own ? same[w] : w == own ? same[w] & below : 0);
-      all += __popc(same[w]);
-    }
-    const uint32_t leads =
-        __ballot_sync(0xffffffffu, key < adapters && before % kTileTokens == 0);
-    if (thread % 32 == 0) list.leads[thread / 32] = leads;
-  }
-  meet();
-  const auto leaders_before = [&](uint32_t token) {
-    uint32_t count = 0;
-#pragma unroll
-    for (uint32_t w = 0; w < kWords; ++w) {
-      const uint32_t below = w < token / 32 ? ~0u : w == token / 32 ? (1u << token % 32) - 1 : 0;
-      count += __popc(list.leads[w] & below);
-    }
-    return count;
-  };
-  if (key < adapters && before % kTileTokens == 0) {
-    Tile& tile = list.tile[leaders_before(thread)];
-    const uint32_t count = min(kTileTokens, all - before);
-    uint64_t low = same[0] | uint64_t{same[1]} << 32, high = same[2] | uint64_t{same[3]} << 32;
-    const uint64_t from = ~uint64_t{0} << thread % 64;
-    low = thread < 64 ? low & from : 0;
-    high = thread < 64 ? high : high & from;
-    for (uint32_t i = 0; i < count; ++i) {
-      tile.token[i] = low ? __ffsll(low) - 1 : 63 + __ffsll(high);
-      if (low) {
-        low &= low - 1;
-      } else {
-        high &= high - 1;
-      }
-    }
-    tile.key = key;
-    tile.count = count;
-  }
-  if (thread == 0) list.count = leaders_before(kStreamTokens);
-  meet();
-}
-
 __device__ __forceinline__ uint32_t rank_of(const Bank& bank, uint32_t key, uint32_t adapters) {
   return key < adapters ? min(static_cast<uint32_t>(max(bank.ranks[key], 0)), bank.max_rank) : 0;
 }
@@ -219,6 +143,8 @@ __device__ __forceinline__ void load8(T (&to)[8], const T* p, uint32_t count) {
 /// Makes `order`, `key` and `within` in scratch.
 Grouping sort_tokens(const Context& context, const int32_t* index, uint32_t m, uint32_t adapters);
 
+inline constexpr uint32_t kStreamTokens = 128;
+
 /// What the streaming form is asked for.
 struct Stream {
   uint32_t m = 0, n = 0, k = 0;
@@ -236,8 +162,8 @@ struct Stream {
 /// A_i·x[t] of every token with an adapter, x [m, bank.columns] of `dtype`.
 Partials shrink(
     const Context& context, const Grouping& g, const Bank& a, DType dtype, const void* x);
-/// Whether the streaming form takes it: compute capability 9.0, 16-bit x and W, up to
-/// kStreamTokens tokens, aligned operands, counters.
+/// Whether the streaming form takes it: compute capability 9.0, x, W and the bank of
+/// one 16-bit type, up to kStreamTokens tokens, whole aligned vectors, counters.
 bool can_stream(const Context& context, const Stream& call);
 /// y = W·x + bias + scales·B_i·(A_i·x): in one launch.
 void stream(const Context& context, const Stream& call);

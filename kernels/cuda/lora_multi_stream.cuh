@@ -7,8 +7,9 @@
 
 #include <algorithm>
 
-#include "kernels/cuda/lora_multi_shrink.cuh"
+#include "kernels/cuda/lora_multi.cuh"
 #include "kernels/cuda/lora_skinny_tile.cuh"
+#include "kernels/cuda/mma.cuh"
 
 namespace metal_lora::cuda::multi {
 
@@ -16,64 +17,77 @@ using sm90::skinny::kRows;
 
 constexpr uint32_t kConsumerWarps = 4, kExpandWarps = 8;
 constexpr uint32_t kExpandThreads = 32 * kExpandWarps;
-static_assert(kExpandThreads == kShrinkThreads && kExpandThreads >= kStreamTokens);
+static_assert(kExpandThreads >= kStreamTokens);
 constexpr uint32_t kStreamThreads = 32 * (kConsumerWarps + 1) + kExpandThreads;
 constexpr uint32_t kMaxStreamRank = 64;
-constexpr uint32_t kMaxSlots = 64;
+constexpr uint32_t kMaxSlots = kStreamTokens, kMaxBuffers = 8;
 constexpr uint32_t kTable = 256;
 constexpr uint32_t kPitch = kRows + 4;  ///< floats of a token's sums: no bank conflicts
+/// A unit of u: up to 16 rows of an adapter's A, a slice of k, a tile's tokens. Each warp multiplies
+/// its share of the columns, on the matrix unit with the ranks as its 16 rows and the tokens as its
+/// 8 columns; the warps' sums meet in shared memory.
+constexpr uint32_t kUnitRanks = 16;
+constexpr uint32_t kBoxes = kSlice / 64, kWarpBoxes = kBoxes / kExpandWarps;
+constexpr uint32_t kUnitSums = kUnitRanks * kTileTokens;
+constexpr uint32_t kUnitSumsBytes = 2 * kExpandWarps * kUnitSums * 4;
+static_assert(kTileTokens == 8 && kUnitSums <= kExpandThreads);
 
 struct StreamArgs {
-  CUtensorMap w_map, x_map;
+  CUtensorMap w_map, x_map, a_map;
   uint32_t m = 0, n = 0, k = 0;
-  uint32_t parts = 1;   ///< of k: blocks of a cluster
-  uint32_t stages = 1;  ///< of the ring of W and x
-  uint32_t slots = 1;   ///< of the ring of B
-  uint32_t early = 0;   ///< steps of W that L2 is asked for ahead
-  uint32_t gate = 0;    ///< the step of W that waits till A and B are asked for
-  uint32_t units = 1;   ///< of u that a block makes at once
-  uint32_t makers = 0;  ///< blocks that make u
+  uint32_t parts = 1;       ///< of k: blocks of a cluster
+  uint32_t stages = 1;      ///< of the ring of W and x
+  uint32_t room_bytes = 0;  ///< for A, and for B when u is made
+  uint32_t box_rows = 0;    ///< of A: kUnitRanks, or 8 where no adapter has more
+  uint32_t buffers = 1;     ///< units that find room
+  uint32_t slots = 1;       ///< adapters' rows of B that find room
+  uint32_t gate = 0;        ///< the step of W that waits till A is asked for
+  uint32_t makers = 0;      ///< blocks that make u
+  uint32_t slices = 0;      ///< of k
   uint32_t patience_ns = 0;
   uint32_t adapters = 0;
   const int32_t* index = nullptr;
+  const void* x = nullptr;
   Bank b;
-  Shrink shrink;
+  float* u = nullptr;         ///< [slices, m, max_rank], unscaled
   uint32_t* flags = nullptr;  ///< blocks that have made their part of u; that have seen all of it
   const float* bias = nullptr;
   void* y = nullptr;
 };
 
-/// What a block knows of its tokens' adapters.
+/// Up to kTileTokens tokens of one adapter.
+struct StreamTile {
+  uint32_t key, count, rank;
+  uint8_t token[kTileTokens];
+};
+/// What a block knows of its tokens, and their tiles in the order of their first tokens.
 struct Tokens {
+  alignas(16) uint32_t key[kStreamTokens];  ///< beyond m none
   uint32_t rank[kStreamTokens];
   float scale[kStreamTokens];
+  uint32_t leads[kStreamTokens / 32];  ///< bits: a tile's first token
+  uint32_t tiles;
+  uint32_t all_there;
+  StreamTile tile[kStreamTokens];
   uint32_t ranks[kTable];  ///< a small bank's, which are read beside the indices, not behind them
   float scales[kTable];
-  uint32_t all_there;
 };
 
 /// Byte offsets in shared memory, behind the alignment to 1024. The sums lie where the stages did.
 struct Layout {
-  uint32_t slot_bytes, b, a, x, share, u, list, tokens, slot_barriers, asked, barriers, bytes;
-  __host__ __device__ Layout(
-      uint32_t stage_bytes,
-      uint32_t stages,
-      uint32_t slots,
-      uint32_t rows,
-      uint32_t row_bytes,
-      uint32_t units,
-      uint32_t m,
-      uint32_t max_rank) {
-    slot_bytes = rows * row_bytes;
-    b = stages * stage_bytes;
-    a = b + slots * slot_bytes;
-    x = a + units * RowsRoom<float>::kSize * 16;
-    share = x + units * kTileTokens * kSlice * 2;
-    u = share + m * rows * 4;
-    list = u + m * max_rank * 4;
-    tokens = list + (sizeof(TileList) + 15) / 16 * 16;
+  uint32_t slot_bytes, room, share, u, tokens, slot_barriers, buffer_barriers, asked, barriers,
+      bytes;
+  __host__ __device__ Layout(const StreamArgs& args, uint32_t stage_bytes) {
+    const uint32_t rows = kRows / args.parts;
+    slot_bytes = rows * args.b.max_rank * 2;
+    room = args.stages * stage_bytes;
+    share = room + args.room_bytes;
+    u = share + args.m * rows * 4;
+    const uint32_t u_bytes = args.m * args.b.max_rank * 4;
+    tokens = u + (u_bytes > kUnitSumsBytes ? u_bytes : kUnitSumsBytes);
     slot_barriers = tokens + (sizeof(Tokens) + 15) / 16 * 16;
-    asked = slot_barriers + kMaxSlots * 8;
+    buffer_barriers = slot_barriers + kMaxSlots * 8;
+    asked = buffer_barriers + kMaxBuffers * 8;
     barriers = asked + 16;
     bytes = barriers + sm90::skinny::kMaxStages * 16 + 1024;
   }
@@ -84,106 +98,261 @@ struct Expansion {
   uint32_t row0, rows;  ///< rows: a power of two
   uint32_t there;       ///< of rows: those below n
   uint32_t slot_bytes;
-  uint8_t* b;    ///< [slots][rows][max_rank]
-  uint4* a;      ///< [units]: their rows of A
-  void* x;       ///< [units][kTileTokens][kSlice]: tiles', while u is made
-  float* share;  ///< [tokens][rows]
-  float* u;      ///< [tokens][max_rank], scaled; zeros beyond the true rank
-  TileList* list;
+  uint8_t* room;  ///< A [buffers][boxes][box_rows][64], then B [slots][rows][max_rank]
+  float* share;   ///< [tokens][rows]
+  float* u;       ///< [tokens][max_rank], scaled; zeros beyond the true rank. Before: units' sums
   Tokens* tokens;
-  uint32_t barriers;  ///< of the slots
-  uint32_t asked;     ///< barrier: A and B are asked for
+  uint32_t slot_barriers, buffer_barriers;
+  uint32_t asked;  ///< barrier: A is asked for
 };
 
 __device__ __forceinline__ void expanders_meet() {
   sm90::named_barrier(1, kExpandThreads);
 }
 
-/// `bytes` (a multiple of 16) that lie in one piece, both addresses aligned to 16.
-__device__ __forceinline__ void bulk_load(
-    uint32_t shared, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared),
-      "l"(from),
-      "r"(bytes),
-      "r"(barrier)
-      : "memory");
+__device__ __forceinline__ void prefetch_line(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
+}
+/// To L2, which is what all see: what list_tiles reads.
+__device__ __forceinline__ void prefetch_lists(const StreamArgs& args, uint32_t thread) {
+  const uint32_t at = thread % 32 * 32;
+  if (thread < 32 && at < args.m) prefetch_line(args.index + at);
+  if (thread / 32 == 1 && at < min(args.adapters, kTable)) prefetch_line(args.b.ranks + at);
+  if (thread / 32 == 2 && at < min(args.adapters, kTable)) prefetch_line(args.b.scales + at);
 }
 
-/// Asks for the rows of B of a tile's adapter.
-template <typename B>
+/// Bits of the tokens with this key.
+struct SameKey {
+  uint32_t word[kStreamTokens / 32] = {};
+  __device__ __forceinline__ SameKey(const Tokens& tokens, uint32_t key) {
+    const auto* keys = reinterpret_cast<const uint4*>(tokens.key);
+#pragma unroll
+    for (uint32_t i = 0; i < kStreamTokens / 4; ++i) {
+      const uint4 v = keys[i];
+      word[i / 8] |= (uint32_t{v.x == key} | uint32_t{v.y == key} << 1 |
+                      uint32_t{v.z == key} << 2 | uint32_t{v.w == key} << 3)
+                     << i % 8 * 4;
+    }
+  }
+};
+/// Those of the bits that stand for tokens before this one.
+__device__ __forceinline__ uint32_t bits_before(uint32_t word, uint32_t w, uint32_t token) {
+  return w < token / 32 ? word : w == token / 32 ? word & ((1u << token % 32) - 1) : 0;
+}
+
+/// The tokens' adapters and their tiles.
+__device__ __forceinline__ void list_tiles(
+    const StreamArgs& args, Tokens& tokens, uint32_t thread) {
+  constexpr uint32_t kWords = kStreamTokens / 32;
+  const uint32_t adapters = args.adapters;
+  const bool table = adapters <= kTable, takes_part = thread < kStreamTokens;  // whole warps
+  // All reads are under way before the first is waited for.
+  const int32_t index = thread < args.m ? __ldg(args.index + thread) : -1;
+  int32_t rank = 0;
+  float scale = 0.0f;
+  if (table && thread < adapters) {
+    rank = __ldg(args.b.ranks + thread);
+    scale = __ldg(args.b.scales + thread);
+  }
+  const uint32_t key = key_of(index, adapters);
+  if (takes_part) tokens.key[thread] = key;
+  if (table) {
+    tokens.ranks[thread] = min(static_cast<uint32_t>(max(rank, 0)), args.b.max_rank);
+    tokens.scales[thread] = scale;
+  }
+  expanders_meet();
+  const SameKey same(tokens, key);
+  uint32_t before = 0, all = 0, own_rank = 0;
+  bool leads = false;
+  if (takes_part) {
+#pragma unroll
+    for (uint32_t w = 0; w < kWords; ++w) {
+      before += __popc(bits_before(same.word[w], w, thread));
+      all += __popc(same.word[w]);
+    }
+    leads = key < adapters && before % kTileTokens == 0;
+    const uint32_t word = __ballot_sync(0xffffffffu, leads);
+    if (thread % 32 == 0) tokens.leads[thread / 32] = word;
+    if (key < adapters) {
+      own_rank = table ? tokens.ranks[key] : rank_of(args.b, key, adapters);
+      tokens.scale[thread] = table ? tokens.scales[key] : args.b.scales[key];
+    } else {
+      tokens.scale[thread] = 0.0f;
+    }
+    tokens.rank[thread] = own_rank;
+  }
+  expanders_meet();
+  const auto leaders_before = [&](uint32_t token) {
+    uint32_t count = 0;
+#pragma unroll
+    for (uint32_t w = 0; w < kWords; ++w) count += __popc(bits_before(tokens.leads[w], w, token));
+    return count;
+  };
+  if (leads) {
+    StreamTile& tile = tokens.tile[leaders_before(thread)];
+    tile.key = key;
+    tile.rank = own_rank;
+    tile.count = min(kTileTokens, all - before);
+    uint32_t found = 0;
+#pragma unroll
+    for (uint32_t w = 0; w < kWords; ++w) {
+      uint32_t word = same.word[w] & ~bits_before(~0u, w, thread);
+      for (; word != 0 && found < kTileTokens; word &= word - 1) {
+        tile.token[found++] = static_cast<uint8_t>(32 * w + __ffs(word) - 1);
+      }
+    }
+  }
+  if (thread == 0) tokens.tiles = leaders_before(kStreamTokens);
+  expanders_meet();
+}
+
+/// A block's units: every so many tiles and slices, all of a tile's groups of ranks.
+struct Units {
+  const Tokens* tokens;
+  uint32_t slices, step_tiles, step_slices;
+  uint32_t tile, slice, rank0 = 0;
+  __device__ __forceinline__ Units(
+      const Tokens& tokens, uint32_t slices, uint32_t first, uint32_t step)
+      : tokens(&tokens), slices(slices), step_tiles(step / slices), step_slices(step % slices),
+        tile(first / slices), slice(first % slices) {
+    skip_empty();
+  }
+  __device__ __forceinline__ bool left() const { return tile < tokens->tiles; }
+  __device__ __forceinline__ void advance() {
+    rank0 += kUnitRanks;
+    if (rank0 < tokens->tile[tile].rank) return;
+    step();
+    skip_empty();
+  }
+
+ private:
+  __device__ __forceinline__ void step() {
+    rank0 = 0;
+    tile += step_tiles;
+    slice += step_slices;
+    if (slice >= slices) slice -= slices, ++tile;
+  }
+  __device__ __forceinline__ void skip_empty() {
+    while (left() && tokens->tile[tile].rank == 0) step();
+  }
+};
+
+/// One warp: a unit's rows of A to a buffer.
+__device__ __forceinline__ void ask_unit(
+    const StreamArgs& args, const Expansion& e, const Units& unit, uint32_t buffer) {
+  const uint32_t lane = threadIdx.x % 32, barrier = e.buffer_barriers + 8 * buffer;
+  const uint32_t box_bytes = args.box_rows * 128;
+  if (lane == 0) sm90::barrier_expect(barrier, kBoxes * box_bytes);
+  __syncwarp();
+  if (lane < kBoxes) {
+    sm90::tensor_load(
+        sm90::shared_address(e.room) + (buffer * kBoxes + lane) * box_bytes,
+        &args.a_map,
+        barrier,
+        unit.slice * kSlice + 64 * lane,
+        unit.tokens->tile[unit.tile].key * args.b.max_rank + unit.rank0);
+  }
+}
+
+/// A lane's part of the unit's x, as the matrix unit wants it: zeros beyond k and the tokens.
+template <typename T>
+__device__ __forceinline__ void load_x(
+    const StreamArgs& args, const Units& unit, uint32_t warp, uint32_t (&x)[8 * kWarpBoxes]) {
+  const uint32_t lane = threadIdx.x % 32;
+  const StreamTile& tile = unit.tokens->tile[unit.tile];
+  const uint32_t p = unit.slice * kSlice + warp * kWarpBoxes * 64, at = lane / 4;
+  const bool there = at < tile.count;
+  const T* from = static_cast<const T*>(args.x) + p + lane % 4 * 2;
+  if (there) from += size_t{tile.token[at]} * args.k;
+#pragma unroll
+  for (uint32_t i = 0; i < 8 * kWarpBoxes; ++i) {
+    x[i] = there && p + 8 * i < args.k ? __ldg(reinterpret_cast<const uint32_t*>(from + 8 * i)) : 0;
+  }
+}
+
+/// u of the units. open: the gate of W opens when all of their A is asked for. parities: of the
+/// buffers, a bit each.
+template <typename T>
+__device__ __forceinline__ void make_u(
+    const StreamArgs& args,
+    const Expansion& e,
+    uint32_t thread,
+    Units unit,
+    bool open,
+    uint32_t& parities) {
+  const uint32_t warp = thread / 32, lane = thread % 32;
+  Units ahead = unit;
+  if (warp == 0) {
+    for (uint32_t i = 0; i < args.buffers && ahead.left(); ++i, ahead.advance()) {
+      ask_unit(args, e, ahead, i);
+    }
+    if (open && !ahead.left() && lane == 0) sm90::barrier_arrive(e.asked);
+  }
+  uint32_t x[8 * kWarpBoxes];
+  if (unit.left()) load_x<T>(args, unit, warp, x);
+  const uint32_t box_bytes = args.box_rows * 128, row = lane % kUnitRanks % args.box_rows;
+  const uint32_t room = sm90::shared_address(e.room) + row * 128;
+  uint32_t buffer = 0;
+  for (uint32_t turn = 0; unit.left(); turn ^= 1) {
+    Units next = unit;
+    next.advance();
+    uint32_t next_x[8 * kWarpBoxes];
+    if (next.left()) load_x<T>(args, next, warp, next_x);
+    sm90::barrier_wait(e.buffer_barriers + 8 * buffer, parities >> buffer & 1);
+    parities ^= 1u << buffer;
+    float d[2][4] = {};
+#pragma unroll
+    for (uint32_t i = 0; i < 4 * kWarpBoxes; ++i) {
+      const uint32_t box = buffer * kBoxes + warp * kWarpBoxes + i / 4;
+      const uint32_t chunk = i % 4 * 2 + lane / 16;
+      uint32_t a[4];
+      mma::load_x4(a, room + box * box_bytes + ((chunk ^ row % 8) << 4));
+      mma::multiply<T>(d[i % 2], a, x[2 * i], x[2 * i + 1]);
+    }
+    float* sums = e.u + turn * kExpandWarps * kUnitSums;
+    auto* own = reinterpret_cast<float2*>(sums + warp * kUnitSums) + lane;
+    own[0] = make_float2(d[0][0] + d[1][0], d[0][1] + d[1][1]);
+    own[32] = make_float2(d[0][2] + d[1][2], d[0][3] + d[1][3]);
+    expanders_meet();  // the buffer is read; the sums of two turns before, too
+    if (warp == 0 && ahead.left()) {
+      ask_unit(args, e, ahead, buffer);
+      ahead.advance();
+      if (open && !ahead.left() && lane == 0) sm90::barrier_arrive(e.asked);
+    }
+    const StreamTile& tile = e.tokens->tile[unit.tile];
+    const uint32_t j = unit.rank0 + thread / kTileTokens, i = thread % kTileTokens;
+    if (thread < kUnitSums && i < tile.count && j < tile.rank) {
+      float sum = 0.0f;
+#pragma unroll
+      for (uint32_t w = 0; w < kExpandWarps; ++w) sum += sums[w * kUnitSums + thread];
+      args.u[(size_t{unit.slice} * args.m + tile.token[i]) * args.b.max_rank + j] = sum;
+    }
+    unit = next;
+#pragma unroll
+    for (uint32_t q = 0; q < 8 * kWarpBoxes; ++q) x[q] = next_x[q];
+    if (++buffer == args.buffers) buffer = 0;
+  }
+  expanders_meet();
+}
+
+/// One thread: the rows of B of a tile's adapter.
 __device__ __forceinline__ void load_b(
     const StreamArgs& args, const Expansion& e, uint32_t tile, uint32_t slot) {
-  const uint32_t barrier = e.barriers + 8 * slot;
-  const uint32_t row_bytes = args.b.max_rank * static_cast<uint32_t>(sizeof(B));
-  const size_t row = size_t{e.list->tile[tile].key} * args.n + e.row0;
+  const uint32_t barrier = e.slot_barriers + 8 * slot, row_bytes = args.b.max_rank * 2;
+  const size_t row = size_t{e.tokens->tile[tile].key} * args.n + e.row0;
   sm90::barrier_expect(barrier, e.there * row_bytes);
-  bulk_load(
-      sm90::shared_address(e.b) + slot * e.slot_bytes,
+  sm90::bulk_load(
+      sm90::shared_address(e.room) + slot * e.slot_bytes,
       static_cast<const char*>(args.b.right) + row * row_bytes,
       e.there * row_bytes,
       barrier);
 }
-
-/// u of the tiles' slices first, first + step, …
-template <typename T, typename A>
-__device__ __forceinline__ void make_u(
-    const StreamArgs& args, const Expansion& e, uint32_t thread, uint32_t first, uint32_t step) {
-  const uint32_t slices = args.shrink.slices, units = e.list->count * slices;
-  const auto rank_at = [&](uint32_t unit) {
-    return e.tokens->rank[e.list->tile[unit / slices].token[0]];
-  };
-  auto* x = static_cast<T(*)[kTileTokens][kSlice]>(e.x);
-  const auto meet = [] { expanders_meet(); };
-  using Room = RowsRoom<A>;
-  for (uint32_t i = first; i < units; i += args.units * step) {
-    const uint32_t end = min(args.units, (units - i + step - 1) / step);
-    uint32_t rank = 0;
-    for (uint32_t u = 0; u < end; ++u) rank = max(rank, rank_at(u * step + i));
-    for (uint32_t j = 0; j < rank; j += Room::kStride) {
-      const uint32_t j0 = j + thread / 32 * Room::kCount;
-      for (uint32_t u = 0; u < end; ++u) {
-        const uint32_t at = i + u * step, r = rank_at(at);
-        if (j >= r) continue;
-        const Tile& tile = e.list->tile[at / slices];
-        if (j == 0) stage_x<T, true>(args.shrink, tile, at % slices, thread, x[u]);
-        Room::load(args.shrink.a, tile, r, at % slices, j0, e.a + u * Room::kSize + thread);
-      }
-      mma::copies_commit();
-      mma::copies_wait<0>();
-      meet();  // x is there
-      for (uint32_t u = 0; u < end; ++u) {
-        const uint32_t at = i + u * step, r = rank_at(at);
-        if (j >= r) continue;
-        const Tile& tile = e.list->tile[at / slices];
-        Room::multiply(
-            args.shrink, x[u], tile, r, at % slices, j0, e.a + u * Room::kSize + thread);
-      }
-    }
-    meet();  // x is read
-  }
-}
-
-/// To L2: the rows of A that make_u reads.
-template <typename A>
-__device__ __forceinline__ void prefetch_a(
-    const StreamArgs& args, const Expansion& e, uint32_t thread) {
-  const Bank& a = args.shrink.a;
-  const uint32_t slices = args.shrink.slices, units = e.list->count * slices, k = a.columns;
-  const uint32_t warp = thread / 32;
-  for (uint32_t unit = blockIdx.x + warp * args.makers; unit < units;
-       unit += kExpandWarps * args.makers) {
-    const Tile& tile = e.list->tile[unit / slices];
-    const uint32_t rank = e.tokens->rank[tile.token[0]], k0 = unit % slices * kSlice;
-    const A* rows = static_cast<const A*>(a.right) + size_t{tile.key} * a.max_rank * k + k0;
-    const uint32_t bytes = min(k - k0, kSlice) * static_cast<uint32_t>(sizeof(A));
-    for (uint32_t j = thread % 32; j < rank; j += 32) {
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(rows + size_t{j} * k),
-                   "r"(bytes)
-                   : "memory");
-    }
-  }
+/// Each warp those that it expands.
+__device__ __forceinline__ void load_first_b(
+    const StreamArgs& args, const Expansion& e, uint32_t thread, uint32_t tiles) {
+  const uint32_t own = thread / 32 + kExpandWarps * (thread % 32);
+  if (own < min(args.slots, tiles)) load_b(args, e, own, own);
+  __syncwarp();
 }
 
 __device__ __forceinline__ uint64_t time_ns() {
@@ -192,10 +361,8 @@ __device__ __forceinline__ uint64_t time_ns() {
   return t;
 }
 
-/// Until all of u is there. A block that loses patience makes all of it, the same bits: so it does
-/// not matter whether all makers find room at once.
-template <typename T, typename A>
-__device__ __forceinline__ void await_u(
+/// Until all of u is there; false: patience is lost.
+__device__ __forceinline__ bool await_u(
     const StreamArgs& args, const Expansion& e, uint32_t thread) {
   if (thread == 0) {
     const uint64_t begin = time_ns();
@@ -206,7 +373,7 @@ __device__ __forceinline__ void await_u(
     e.tokens->all_there = there;
   }
   expanders_meet();
-  if (!e.tokens->all_there) make_u<T, A>(args, e, thread, 0, 1);
+  return e.tokens->all_there;
 }
 
 /// The last block to have seen all of u clears the flags.
@@ -219,11 +386,11 @@ __device__ __forceinline__ void leave_u(const StreamArgs& args) {
 __device__ __forceinline__ void sum_u(const StreamArgs& args, const Expansion& e, uint32_t thread) {
   constexpr uint32_t kAtOnce = 2;
   const uint32_t row = args.b.max_rank / 4, quads = args.m * row;
-  const auto* from = reinterpret_cast<const float4*>(args.shrink.out);
+  const auto* from = reinterpret_cast<const float4*>(args.u);
   for (uint32_t first = thread; first < quads; first += kAtOnce * kExpandThreads) {
     float4 sum[kAtOnce] = {};
 #pragma unroll 4
-    for (uint32_t s = 0; s < args.shrink.slices; ++s) {
+    for (uint32_t s = 0; s < args.slices; ++s) {
 #pragma unroll
       for (uint32_t i = 0; i < kAtOnce; ++i) {
         if (first + i * kExpandThreads >= quads) break;
@@ -246,35 +413,10 @@ __device__ __forceinline__ void sum_u(const StreamArgs& args, const Expansion& e
   }
 }
 
-/// A row of B by a token's u, from chunk `shift` of 16 bytes on.
-template <typename B, bool kWhole>
-__device__ __forceinline__ float expand_row(
-    const Vec16<B>* b, const float* u, uint32_t shift, uint32_t chunks, uint32_t rank) {
-  constexpr uint32_t kCount = Vec16<B>::kCount;
-  float sum[2] = {};
-#pragma unroll 2
-  for (uint32_t i = 0; i < chunks; ++i) {
-    const uint32_t c = i + shift < chunks ? i + shift : i + shift - chunks, j = c * kCount;
-    const Vec16<B> v = b[c];
-    float us[kCount];
-#pragma unroll
-    for (uint32_t q = 0; q < kCount; q += 4) {
-      const float4 u4 = *reinterpret_cast<const float4*>(u + j + q);
-      us[q] = u4.x, us[q + 1] = u4.y, us[q + 2] = u4.z, us[q + 3] = u4.w;
-    }
-#pragma unroll
-    for (uint32_t q = 0; q < kCount; ++q) {
-      // What lies beyond the rank may be NaN.
-      if (kWhole || j + q < rank) sum[q % 2] = fmaf(to_float(v.v[q]), us[q], sum[q % 2]);
-    }
-  }
-  return sum[0] + sum[1];
-}
-
 /// Where a lane of an expanding warp stands among a tile's rows and tokens.
 struct Lane {
   uint32_t row, token, tokens;  ///< tokens: that the warp takes at a time
-  uint32_t chunks;              ///< of a row of B
+  uint32_t chunks;              ///< of 16 bytes, of a row of B
   uint32_t shift;  ///< neighbouring rows begin at different chunks, not to meet in the same banks
   __device__ __forceinline__ Lane(uint32_t rows, uint32_t row_chunks) : chunks(row_chunks) {
     const uint32_t lane = threadIdx.x % 32, across = min(rows, 32u);
@@ -283,97 +425,117 @@ struct Lane {
   }
 };
 
-/// One warp: the block's rows by a tile's tokens.
-template <typename B, bool kWhole>
-__device__ __forceinline__ void expand_tile(
+/// One warp: the block's rows by two tiles' tokens at a time, so that one's reads are under way
+/// while the other's are waited for. kWhole: both have all ranks.
+template <typename T, bool kWhole>
+__device__ __forceinline__ void expand_tiles(
     const StreamArgs& args,
     const Expansion& e,
     const Lane& lane,
-    const Tile& tile,
-    uint32_t rank,
-    uint32_t slot) {
-  const uint32_t count = tile.count;
+    const StreamTile* const (&tile)[2],
+    const uint32_t (&count)[2],
+    const uint8_t* const (&b)[2]) {
+  constexpr uint32_t kCount = Vec16<T>::kCount;
   for (uint32_t row = lane.row; row < e.there; row += 32) {
-    const auto* b =
-        reinterpret_cast<const Vec16<B>*>(e.b + slot * e.slot_bytes) + row * lane.chunks;
-    for (uint32_t i = lane.token; i < count; i += lane.tokens) {
-      const uint32_t t = tile.token[i];
-      e.share[t * e.rows + row] =
-          expand_row<B, kWhole>(b, e.u + t * args.b.max_rank, lane.shift, lane.chunks, rank);
+    for (uint32_t i = lane.token; i < max(count[0], count[1]); i += lane.tokens) {
+      uint32_t t[2];
+      float sum[2][2] = {};
+#pragma unroll
+      for (uint32_t p = 0; p < 2; ++p) t[p] = tile[p]->token[i < count[p] ? i : 0];
+#pragma unroll 2
+      for (uint32_t s = 0; s < lane.chunks; ++s) {
+        const uint32_t c = s + lane.shift < lane.chunks ? s + lane.shift
+                                                        : s + lane.shift - lane.chunks;
+#pragma unroll
+        for (uint32_t p = 0; p < 2; ++p) {
+          const Vec16<T> v =
+              reinterpret_cast<const Vec16<T>*>(b[p])[row * lane.chunks + c];
+          const float* u = e.u + t[p] * args.b.max_rank + c * kCount;
+#pragma unroll
+          for (uint32_t q = 0; q < kCount; q += 4) {
+            const float4 u4 = *reinterpret_cast<const float4*>(u + q);
+            const float us[] = {u4.x, u4.y, u4.z, u4.w};
+#pragma unroll
+            for (uint32_t o = 0; o < 4; ++o) {
+              // What lies beyond the rank may be NaN.
+              if (kWhole || c * kCount + q + o < tile[p]->rank) {
+                sum[p][o % 2] = fmaf(to_float(v.v[q + o]), us[o], sum[p][o % 2]);
+              }
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (uint32_t p = 0; p < 2; ++p) {
+        if (i < count[p]) e.share[t[p] * e.rows + row] = sum[p][0] + sum[p][1];
+      }
     }
   }
 }
 
 /// The expanding warps' part. A slot of the ring belongs to one of them.
-template <typename T, typename B>
+template <typename T>
 __device__ __forceinline__ void expand(
     const StreamArgs& args, const Expansion& e, uint32_t thread) {
-  const uint32_t warp = thread / 32, adapters = args.adapters;
-  TileList& list = *e.list;
+  const uint32_t warp = thread / 32;
   Tokens& tokens = *e.tokens;
+  prefetch_lists(args, thread);
   sm90::dependency_wait();
-  const bool table = adapters <= kTable;
-  if (table && thread < adapters) {
-    tokens.ranks[thread] = rank_of(args.b, thread, adapters);
-    tokens.scales[thread] = args.b.scales[thread];
-  }
-  list_tiles(args.index, args.m, adapters, thread, list, [] { expanders_meet(); });
-  if (thread < args.m) {
-    const uint32_t key = list.key[thread];
-    const bool has = key < adapters;
-    tokens.rank[thread] = table && has ? tokens.ranks[key] : rank_of(args.b, key, adapters);
-    tokens.scale[thread] = !has ? 0.0f : table ? tokens.scales[key] : args.b.scales[key];
-  }
+  list_tiles(args, tokens, thread);
+  const bool makes = blockIdx.x < args.makers;
+  if ((!makes || tokens.tiles == 0) && thread == 0) sm90::barrier_arrive(e.asked);
   for (uint32_t i = thread; i < args.m * e.rows / 4; i += kExpandThreads) {
     reinterpret_cast<float4*>(e.share)[i] = float4{};  // of tokens without an adapter
   }
-  expanders_meet();
-  const bool makes = blockIdx.x < args.makers;
-  if (makes) prefetch_a<B>(args, e, thread);
-  const uint32_t tiles = e.there > 0 ? list.count : 0;
-  const uint32_t own = warp + kExpandWarps * (thread % 32);
-  if (own < min(args.slots, tiles)) load_b<B>(args, e, own, own);
-  __syncwarp();
-  if (thread % 32 == 0) sm90::barrier_arrive(e.asked);
-  if (list.count == 0) return;
+  if (tokens.tiles == 0) return;
+  uint32_t parities = 0, parity = 0;
   if (makes) {
-    make_u<T, B>(args, e, thread, blockIdx.x, args.makers);
-    expanders_meet();
+    const Units units(tokens, args.slices, blockIdx.x, args.makers);
+    make_u<T>(args, e, thread, units, true, parities);
     if (thread == 0) sm90::flag_add_release(args.flags, 1);
   }
-  await_u<T, B>(args, e, thread);
+  const uint32_t tiles = e.there > 0 ? tokens.tiles : 0;
+  load_first_b(args, e, thread, tiles);
+  if (!await_u(args, e, thread)) {
+    // It makes all of u itself, the same bits: so it does not matter whether all makers find room
+    // at once. B gives its room back.
+    for (uint32_t slot = warp; slot < min(args.slots, tiles); slot += kExpandWarps) {
+      sm90::barrier_wait(e.slot_barriers + 8 * slot, parity);
+    }
+    parity ^= 1;
+    expanders_meet();
+    make_u<T>(args, e, thread, Units(tokens, args.slices, 0, 1), false, parities);
+    load_first_b(args, e, thread, tiles);
+  }
   sum_u(args, e, thread);
   expanders_meet();
-  const Lane lane(e.rows, args.b.max_rank / Vec16<B>::kCount);
-  uint32_t parity = 0;
+  const Lane lane(e.rows, args.b.max_rank / Vec16<T>::kCount);
   for (uint32_t first = 0; first < tiles; first += args.slots, parity ^= 1) {
     const uint32_t end = min(args.slots, tiles - first);
-    for (uint32_t slot = warp; slot < end; slot += kExpandWarps) {
-      sm90::barrier_wait(e.barriers + 8 * slot, parity);
-      const Tile& tile = list.tile[first + slot];
-      const uint32_t rank = tokens.rank[tile.token[0]];
-      if (rank == args.b.max_rank) {
-        expand_tile<B, true>(args, e, lane, tile, rank, slot);
+    for (uint32_t slot = warp; slot < end; slot += 2 * kExpandWarps) {
+      const bool two = slot + kExpandWarps < end;
+      const uint32_t slots[2] = {slot, two ? slot + kExpandWarps : slot};
+      const StreamTile* tile[2];
+      const uint8_t* b[2];
+#pragma unroll
+      for (uint32_t p = 0; p < 2; ++p) {
+        tile[p] = &tokens.tile[first + slots[p]];
+        b[p] = e.room + slots[p] * e.slot_bytes;
+        sm90::barrier_wait(e.slot_barriers + 8 * slots[p], parity);
+      }
+      const uint32_t count[2] = {tile[0]->count, two ? tile[1]->count : 0};
+      if (min(tile[0]->rank, tile[1]->rank) == args.b.max_rank) {
+        expand_tiles<T, true>(args, e, lane, tile, count, b);
       } else {
-        expand_tile<B, false>(args, e, lane, tile, rank, slot);
+        expand_tiles<T, false>(args, e, lane, tile, count, b);
       }
       __syncwarp();
-      const uint32_t next = first + slot + args.slots;
-      if (thread % 32 == 0 && next < tiles) load_b<B>(args, e, next, slot);
+      const uint32_t p = thread % 32, free = slot + p * kExpandWarps;
+      const uint32_t next = first + args.slots + free;
+      if (p < 2 && free < end && next < tiles) load_b(args, e, next, free);
     }
   }
   if (thread == 0) leave_u(args);
-}
-
-template <typename F>
-__device__ __forceinline__ void with_bank_type(DType dtype, const F& f) {
-  if (dtype == DType::bf16) {
-    f(bf16{});
-  } else if (dtype == DType::f16) {
-    f(f16{});
-  } else {
-    f(float{});
-  }
 }
 
 }  // namespace metal_lora::cuda::multi

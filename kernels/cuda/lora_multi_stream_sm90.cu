@@ -12,6 +12,8 @@ namespace {
 
 namespace skinny = sm90::skinny;
 
+constexpr uint32_t kEarly = 4;  ///< steps of W that L2 is asked for ahead
+
 /// Four outputs of a token: sum + bias + share, rounded once.
 template <typename T>
 __device__ __forceinline__ void put(
@@ -74,22 +76,18 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   uint8_t* memory = raw + (shared - sm90::shared_address(raw));
   const uint32_t rows = kRows / args.parts, part = blockIdx.x % args.parts;
   const uint32_t tile0 = blockIdx.x / args.parts * kRows;
-  const uint32_t row_bytes = args.b.max_rank * (args.b.dtype == DType::f32 ? 4 : 2);
-  const Layout layout(
-      kStageBytes, args.stages, args.slots, rows, row_bytes, args.units, args.m, args.b.max_rank);
+  const Layout layout(args, kStageBytes);
   Expansion e;
   e.rows = rows;
   e.row0 = tile0 + part * rows;
   e.there = e.row0 < args.n ? min(rows, args.n - e.row0) : 0;
   e.slot_bytes = layout.slot_bytes;
-  e.b = memory + layout.b;
-  e.a = reinterpret_cast<uint4*>(memory + layout.a);
-  e.x = memory + layout.x;
+  e.room = memory + layout.room;
   e.share = reinterpret_cast<float*>(memory + layout.share);
   e.u = reinterpret_cast<float*>(memory + layout.u);
-  e.list = reinterpret_cast<TileList*>(memory + layout.list);
   e.tokens = reinterpret_cast<Tokens*>(memory + layout.tokens);
-  e.barriers = shared + layout.slot_barriers;
+  e.slot_barriers = shared + layout.slot_barriers;
+  e.buffer_barriers = shared + layout.buffer_barriers;
   e.asked = shared + layout.asked;
   const skinny::Ring ring = {shared + layout.barriers, shared, args.stages, kStageBytes};
   const skinny::Steps steps(args.k, part, args.parts);
@@ -100,17 +98,19 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
       sm90::barrier_init(ring.barriers + 16 * lane, 1);
       sm90::barrier_init(ring.barriers + 16 * lane + 8, kConsumerWarps);
     }
-    for (uint32_t i = lane; i < args.slots; i += 32) sm90::barrier_init(e.barriers + 8 * i, 1);
-    if (lane == 0) sm90::barrier_init(e.asked, kExpandWarps);
+    for (uint32_t i = lane; i < args.slots; i += 32) sm90::barrier_init(e.slot_barriers + 8 * i, 1);
+    if (lane < args.buffers) sm90::barrier_init(e.buffer_barriers + 8 * lane, 1);
+    if (lane == 0) sm90::barrier_init(e.asked, 1);
     sm90::barrier_init_fence();
   } else if (warp == kConsumerWarps) {
     if (threadIdx.x % 32 == 0) sm90::tensor_map_prefetch(&args.w_map);
     if (threadIdx.x % 32 == 1) sm90::tensor_map_prefetch(&args.x_map);
+    if (threadIdx.x % 32 == 2) sm90::tensor_map_prefetch(&args.a_map);
   }
   __syncthreads();
   if (warp == kConsumerWarps) {
     if (threadIdx.x % 32 == 0) {
-      skinny::prefetch(args.w_map, steps, tile0, args.early);
+      skinny::prefetch(args.w_map, steps, tile0, kEarly);
       sm90::dependency_wait();
       // A read that stands behind the stream of W waits for microseconds: A's come first.
       const auto begin = [&](uint32_t step) {
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     skinny::leave_sums<kTokens>(reinterpret_cast<float*>(memory), kPitch, kRows, 0, d);
   } else {
     const uint32_t thread = threadIdx.x - 32 * (kConsumerWarps + 1);
-    with_bank_type(args.b.dtype, [&](auto type) { expand<T, decltype(type)>(args, e, thread); });
+    expand<T>(args, e, thread);
   }
   sm90::cluster_sync();
   finish<T>(args, e, part, shared);
@@ -143,6 +143,7 @@ int env(const char* name, int otherwise) {
   return v ? std::atoi(v) : otherwise;
 }
 
+constexpr uint32_t kSharedLimit = 227 * 1024;
 constexpr uint32_t kFlags = 2;  ///< words of the context's, the last
 
 uint32_t ceil_div(uint32_t a, uint32_t b) {
@@ -156,18 +157,15 @@ bool aligned(const void* pointer) {
 template <uint32_t kTokens>
 uint32_t share_out(StreamArgs& args) {
   constexpr uint32_t kStageBytes = (kRows + kTokens) * 128;
-  const uint32_t rows = kRows / args.parts;
-  const uint32_t row_bytes = args.b.max_rank * (args.b.dtype == DType::f32 ? 4 : 2);
-  const auto bytes = [&](uint32_t stages) {
-    return Layout(kStageBytes, stages, args.slots, rows, row_bytes, args.units, args.m, args.b.max_rank).bytes;
-  };
-  args.units = env("M_UNITS", kTokens == 128 ? 1 : 2);
-  args.slots = std::clamp<uint32_t>(env("M_ROOM", 32) * 1024 / (rows * row_bytes), 4, kMaxSlots);
-  args.slots = std::min(args.slots, args.m);
-  args.stages = std::min<uint32_t>(skinny::kMaxStages, env("M_STAGES", 12));
-  args.stages =
-      std::min(args.stages, (env("M_LIMIT", 226) * 1024 - bytes(0)) / kStageBytes);
-  return bytes(args.stages);
+  const uint32_t slot_bytes = kRows / args.parts * args.b.max_rank * 2;
+  const uint32_t unit_bytes = kBoxes * args.box_rows * 128;
+  args.room_bytes = 1024 * env("M_ROOM", kTokens == 128 ? 96 : 64);
+  args.buffers = std::min(kMaxBuffers, args.room_bytes / unit_bytes);
+  args.slots = std::min({kMaxSlots, args.m, args.room_bytes / slot_bytes});
+  args.stages = 0;
+  const uint32_t fit = (kSharedLimit - Layout(args, kStageBytes).bytes) / kStageBytes;
+  args.stages = std::min<uint32_t>({fit, skinny::kMaxStages, (uint32_t)env("M_STAGES", 12)});
+  return Layout(args, kStageBytes).bytes;
 }
 
 template <typename T, uint32_t kTokens>
@@ -208,11 +206,12 @@ void launch_tokens(const Context& context, StreamArgs& args, uint32_t blocks) {
 }  // namespace
 
 bool can_stream(const Context& context, const Stream& call) {
-  const size_t b_row_bytes = size_t{call.b.max_rank} * (call.b.dtype == DType::f32 ? 4 : 2);
   return context.capability == 90 && call.dtype != DType::f32 && call.m > 0 &&
          call.m <= kStreamTokens && call.n > 0 && call.k > 0 && call.k % 8 == 0 &&
          aligned(call.x) && aligned(call.w) && aligned(call.y) && aligned(call.a.right) &&
-         aligned(call.b.right) && context.counters && call.b.max_rank <= kMaxStreamRank && b_row_bytes % 16 == 0;
+         aligned(call.b.right) && context.counters && call.a.dtype == call.dtype &&
+         call.b.dtype == call.dtype && call.b.max_rank <= kMaxStreamRank &&
+         call.b.max_rank % 8 == 0;
 }
 
 void stream(const Context& context, const Stream& call) {
@@ -220,8 +219,7 @@ void stream(const Context& context, const Stream& call) {
   StreamArgs args;
   args.parts = skinny::parts_of(tiles, static_cast<uint32_t>(context.multiprocessors));
   const uint32_t blocks = tiles * args.parts;
-  args.early = env("M_EARLY", 0);
-  args.gate = env("M_GATE", 2);
+  args.gate = env("M_GATE", 4);
   args.makers = std::min(blocks, static_cast<uint32_t>(context.multiprocessors));
   args.patience_ns = env("M_PATIENCE", call.patience_ns);
   args.w_map = make_tensor_map({call.w, call.dtype, call.n, call.k, call.k, kRows});
@@ -235,9 +233,13 @@ void stream(const Context& context, const Stream& call) {
   args.b = call.b;
   args.bias = call.bias;
   args.y = call.y;
-  args.shrink = {call.a, call.x, nullptr, call.m, ceil_div(call.k, kSlice)};
-  args.shrink.out = static_cast<float*>(context.scratch->take(
-      size_t{args.shrink.slices} * call.m * call.a.max_rank * sizeof(float)));
+  args.x = call.x;
+  args.box_rows = std::min(kUnitRanks, call.a.max_rank);
+  args.a_map = make_tensor_map(
+      {call.a.right, call.dtype, call.adapters * call.a.max_rank, call.k, call.k, args.box_rows});
+  args.slices = ceil_div(call.k, kSlice);
+  args.u = static_cast<float*>(context.scratch->take(
+      size_t{args.slices} * call.m * call.a.max_rank * sizeof(float)));
   args.flags = context.counters + METAL_LORA_CUDA_COUNTERS - kFlags;
   call.dtype == DType::bf16 ? launch_tokens<bf16>(context, args, blocks)
                             : launch_tokens<f16>(context, args, blocks);

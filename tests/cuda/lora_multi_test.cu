@@ -333,11 +333,11 @@ std::vector<Case> cases() {
     // of one and of few adapters; more adapters than a block has room for in shared memory.
     list.push_back({20, 1200, 136, d, d, own, {16, 16, 5}, 16, true});
     list.push_back({33, 2601, 72, d, d, own, std::vector<int32_t>(50, 16), 16, true});
-    list.push_back({40, 4300, 40, d, D::f32, own, std::vector<int32_t>(40, 12), 16, false});
+    list.push_back({40, 4300, 40, d, d, own, std::vector<int32_t>(40, 12), 64, false});
     list.push_back({100, 200, 136, d, d, own, {16}, 16, true});
     list.push_back({128, 300, 520, d, d, own, std::vector<int32_t>(8, 16), 16, true});
-    list.push_back({64, 100, 136, d, D::f32, own, std::vector<int32_t>(60, 48), 64, true});
-    list.push_back({128, 140, 520, d, D::f32, own, std::vector<int32_t>(90, 50), 64, false});
+    list.push_back({64, 100, 136, d, d, own, std::vector<int32_t>(60, 48), 64, true});
+    list.push_back({128, 140, 520, d, d, own, std::vector<int32_t>(90, 50), 64, false});
   }
   return list;
 }
