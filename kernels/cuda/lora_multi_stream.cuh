@@ -23,9 +23,9 @@ constexpr uint32_t kMaxStreamRank = 64;
 constexpr uint32_t kMaxSlots = kStreamTokens, kMaxBuffers = 8;
 constexpr uint32_t kTable = 256;
 constexpr uint32_t kPitch = kRows + 4;  ///< floats of a token's sums: no bank conflicts
-/// A unit of u: up to 16 rows of an adapter's A, a slice of k, a tile's tokens. Each warp multiplies
-/// its share of the columns, on the matrix unit with the ranks as its 16 rows and the tokens as its
-/// 8 columns; the warps' sums meet in shared memory.
+/// A unit of u: up to 16 rows of an adapter's A, a slice of k, a tile's tokens. Each warp
+/// multiplies its share of the columns, on the matrix unit with the ranks as its 16 rows and the
+/// tokens as its 8 columns; the warps' sums meet in shared memory.
 constexpr uint32_t kUnitRanks = 16;
 constexpr uint32_t kBoxes = kSlice / 64, kWarpBoxes = kBoxes / kExpandWarps;
 constexpr uint32_t kUnitSums = kUnitRanks * kTileTokens;
@@ -41,7 +41,6 @@ struct StreamArgs {
   uint32_t box_rows = 0;    ///< of A: kUnitRanks, or 8 where no adapter has more
   uint32_t buffers = 1;     ///< units that find room
   uint32_t slots = 1;       ///< adapters' rows of B that find room
-  uint32_t gate = 0;        ///< the step of W that waits till A is asked for
   uint32_t makers = 0;      ///< blocks that make u
   uint32_t slices = 0;      ///< of k
   uint32_t patience_ns = 0;
@@ -129,8 +128,8 @@ struct SameKey {
 #pragma unroll
     for (uint32_t i = 0; i < kStreamTokens / 4; ++i) {
       const uint4 v = keys[i];
-      word[i / 8] |= (uint32_t{v.x == key} | uint32_t{v.y == key} << 1 |
-                      uint32_t{v.z == key} << 2 | uint32_t{v.w == key} << 3)
+      word[i / 8] |= (uint32_t{v.x == key} | uint32_t{v.y == key} << 1 | uint32_t{v.z == key} << 2 |
+                      uint32_t{v.w == key} << 3)
                      << i % 8 * 4;
     }
   }
@@ -211,10 +210,14 @@ struct Units {
   const Tokens* tokens;
   uint32_t slices, step_tiles, step_slices;
   uint32_t tile, slice, rank0 = 0;
-  __device__ __forceinline__ Units(
-      const Tokens& tokens, uint32_t slices, uint32_t first, uint32_t step)
-      : tokens(&tokens), slices(slices), step_tiles(step / slices), step_slices(step % slices),
-        tile(first / slices), slice(first % slices) {
+  __device__ __forceinline__
+  Units(const Tokens& tokens, uint32_t slices, uint32_t first, uint32_t step)
+      : tokens(&tokens),
+        slices(slices),
+        step_tiles(step / slices),
+        step_slices(step % slices),
+        tile(first / slices),
+        slice(first % slices) {
     skip_empty();
   }
   __device__ __forceinline__ bool left() const { return tile < tokens->tiles; }
@@ -335,23 +338,30 @@ __device__ __forceinline__ void make_u(
   expanders_meet();
 }
 
-/// One thread: the rows of B of a tile's adapter.
+/// Of a tile's adapter, those of the block.
+__device__ __forceinline__ const void* rows_of_b(
+    const StreamArgs& args, const Expansion& e, uint32_t tile) {
+  const size_t row = size_t{e.tokens->tile[tile].key} * args.n + e.row0;
+  return static_cast<const char*>(args.b.right) + row * args.b.max_rank * 2;
+}
+/// One thread.
 __device__ __forceinline__ void load_b(
     const StreamArgs& args, const Expansion& e, uint32_t tile, uint32_t slot) {
-  const uint32_t barrier = e.slot_barriers + 8 * slot, row_bytes = args.b.max_rank * 2;
-  const size_t row = size_t{e.tokens->tile[tile].key} * args.n + e.row0;
-  sm90::barrier_expect(barrier, e.there * row_bytes);
-  sm90::bulk_load(
-      sm90::shared_address(e.room) + slot * e.slot_bytes,
-      static_cast<const char*>(args.b.right) + row * row_bytes,
-      e.there * row_bytes,
-      barrier);
+  const uint32_t barrier = e.slot_barriers + 8 * slot, bytes = e.there * args.b.max_rank * 2;
+  const uint32_t to = sm90::shared_address(e.room) + slot * e.slot_bytes;
+  sm90::barrier_expect(barrier, bytes);
+  sm90::bulk_load(to, rows_of_b(args, e, tile), bytes, barrier);
 }
-/// Each warp those that it expands.
+/// Each warp those that it expands first; L2 is asked for the others, which wait for a slot.
 __device__ __forceinline__ void load_first_b(
     const StreamArgs& args, const Expansion& e, uint32_t thread, uint32_t tiles) {
+  static_assert(kStreamTokens <= kExpandThreads);
   const uint32_t own = thread / 32 + kExpandWarps * (thread % 32);
-  if (own < min(args.slots, tiles)) load_b(args, e, own, own);
+  if (own < min(args.slots, tiles)) {
+    load_b(args, e, own, own);
+  } else if (own < tiles) {
+    sm90::bulk_prefetch(rows_of_b(args, e, own), e.there * args.b.max_rank * 2);
+  }
   __syncwarp();
 }
 
@@ -444,12 +454,11 @@ __device__ __forceinline__ void expand_tiles(
       for (uint32_t p = 0; p < 2; ++p) t[p] = tile[p]->token[i < count[p] ? i : 0];
 #pragma unroll 2
       for (uint32_t s = 0; s < lane.chunks; ++s) {
-        const uint32_t c = s + lane.shift < lane.chunks ? s + lane.shift
-                                                        : s + lane.shift - lane.chunks;
+        const uint32_t c =
+            s + lane.shift < lane.chunks ? s + lane.shift : s + lane.shift - lane.chunks;
 #pragma unroll
         for (uint32_t p = 0; p < 2; ++p) {
-          const Vec16<T> v =
-              reinterpret_cast<const Vec16<T>*>(b[p])[row * lane.chunks + c];
+          const Vec16<T> v = reinterpret_cast<const Vec16<T>*>(b[p])[row * lane.chunks + c];
           const float* u = e.u + t[p] * args.b.max_rank + c * kCount;
 #pragma unroll
           for (uint32_t q = 0; q < kCount; q += 4) {

@@ -1,8 +1,29 @@
 // Copyright © 2026 The MetalLoRA authors.
 // SPDX-License-Identifier: MIT
 //
+// Up to 128 tokens with many adapters in one launch, the base at streaming speed. The base as
+// lora_skinny_sm90.cu has it: a block multiplies 64 rows of W by all tokens, a cluster shares k.
+// Eight warps more of each block list the tokens by adapter and make a share of all u = A_i·x (A by
+// the copy engine, its ranks on the matrix unit's tall side), say so by a flag, ask for the rows of
+// B that the block wants where A lay, and expand when all of u is there. At the end the cluster's
+// sums meet in the order of k, share and bias are added in f32, and y is rounded and written once.
+//
+// Ladder (H100, K = N = 4096, bf16, 128 adapters of rank 16, one a token, W and bank rotating over
+// more than L2; us for 64 and 128 tokens; cuBLAS's base alone 14.4 and 15.0):
+//   two launches: a shrink, then W with B and u beside it        22.9, 33.1   1.59 and 2.21
+//   one launch on lora_skinny's structure, A by warps' reads     25.1, 32.6
+//   A by the copy engine and the matrix unit, B where A lay,
+//   two tiles of tokens expanded at once                         24.9, 29.6
+//   fewer stages of W, so that A, B and u wait less              22.2, 27.6   1.54 and 1.83
+// W and the adapters in use take 16.2 and 21.7 us of plain reads at 3.1 TB/s: 73 and 79% of it. The
+// same run: 16 tokens 19.7 (two launches 20.9); 8 adapters for 128 tokens 22.4; N = 14336, 64 tokens
+// 58.5 (60.4); but N = 1024, 64 tokens 18.1 (15.3): u takes 14 us there, W but 8.
+// Tried: 8 stages of W (A waits: u is there at 20 us, not 17); 32 KiB of room for A and B (28.2).
+// The next 10%: of 27 us at 128 tokens 2.3 pass from the end of the launch before until the indices
+// may be read, 2 until they are listed, 10 until A is read beside W, 3 until u is added up
+// everywhere and 4 until it is expanded: u in one piece from whoever made all of its k would save
+// two reads' latency.
 #include <algorithm>
-#include <cstdlib>
 
 #include "kernels/cuda/lora_multi_stream.cuh"
 #include "kernels/cuda/tensor_map.h"
@@ -13,6 +34,7 @@ namespace {
 namespace skinny = sm90::skinny;
 
 constexpr uint32_t kEarly = 4;  ///< steps of W that L2 is asked for ahead
+constexpr uint32_t kGate = 4;   ///< the step of W that waits till A is asked for
 
 /// Four outputs of a token: sum + bias + share, rounded once.
 template <typename T>
@@ -114,7 +136,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
       sm90::dependency_wait();
       // A read that stands behind the stream of W waits for microseconds: A's come first.
       const auto begin = [&](uint32_t step) {
-        if (step == args.gate) sm90::barrier_wait(e.asked, 0);
+        if (step == kGate) sm90::barrier_wait(e.asked, 0);
       };
       skinny::produce<kTokens>(ring, steps, args.w_map, tile0, args.x_map, args.x_map, 0, begin);
       // Not before: what the next kernel asks L2 for ahead would be gone when it is wanted.
@@ -138,11 +160,6 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
 
 // ---- host ----
 
-int env(const char* name, int otherwise) {
-  const char* v = std::getenv(name);
-  return v ? std::atoi(v) : otherwise;
-}
-
 constexpr uint32_t kSharedLimit = 227 * 1024;
 constexpr uint32_t kFlags = 2;  ///< words of the context's, the last
 
@@ -159,12 +176,13 @@ uint32_t share_out(StreamArgs& args) {
   constexpr uint32_t kStageBytes = (kRows + kTokens) * 128;
   const uint32_t slot_bytes = kRows / args.parts * args.b.max_rank * 2;
   const uint32_t unit_bytes = kBoxes * args.box_rows * 128;
-  args.room_bytes = 1024 * env("M_ROOM", kTokens == 128 ? 96 : 64);
+  args.room_bytes = 64 * 1024;
   args.buffers = std::min(kMaxBuffers, args.room_bytes / unit_bytes);
   args.slots = std::min({kMaxSlots, args.m, args.room_bytes / slot_bytes});
   args.stages = 0;
   const uint32_t fit = (kSharedLimit - Layout(args, kStageBytes).bytes) / kStageBytes;
-  args.stages = std::min<uint32_t>({fit, skinny::kMaxStages, (uint32_t)env("M_STAGES", 12)});
+  // As many as keep the memory busy: each more makes A, B and u wait longer.
+  args.stages = std::min(fit, kTokens == 128 ? 4u : 5u);
   return Layout(args, kStageBytes).bytes;
 }
 
@@ -219,12 +237,11 @@ void stream(const Context& context, const Stream& call) {
   StreamArgs args;
   args.parts = skinny::parts_of(tiles, static_cast<uint32_t>(context.multiprocessors));
   const uint32_t blocks = tiles * args.parts;
-  args.gate = env("M_GATE", 4);
   args.makers = std::min(blocks, static_cast<uint32_t>(context.multiprocessors));
-  args.patience_ns = env("M_PATIENCE", call.patience_ns);
+  args.patience_ns = call.patience_ns;
   args.w_map = make_tensor_map({call.w, call.dtype, call.n, call.k, call.k, kRows});
-  args.x_map = make_tensor_map(
-      {call.x, call.dtype, call.m, call.k, call.k, skinny::tokens_of(call.m)});
+  args.x_map =
+      make_tensor_map({call.x, call.dtype, call.m, call.k, call.k, skinny::tokens_of(call.m)});
   args.m = call.m;
   args.n = call.n;
   args.k = call.k;
@@ -238,8 +255,8 @@ void stream(const Context& context, const Stream& call) {
   args.a_map = make_tensor_map(
       {call.a.right, call.dtype, call.adapters * call.a.max_rank, call.k, call.k, args.box_rows});
   args.slices = ceil_div(call.k, kSlice);
-  args.u = static_cast<float*>(context.scratch->take(
-      size_t{args.slices} * call.m * call.a.max_rank * sizeof(float)));
+  args.u = static_cast<float*>(
+      context.scratch->take(size_t{args.slices} * call.m * call.a.max_rank * sizeof(float)));
   args.flags = context.counters + METAL_LORA_CUDA_COUNTERS - kFlags;
   call.dtype == DType::bf16 ? launch_tokens<bf16>(context, args, blocks)
                             : launch_tokens<f16>(context, args, blocks);

@@ -152,6 +152,10 @@ __device__ __forceinline__ void bulk_load(
       "r"(barrier)
       : "memory");
 }
+/// The same to L2 only.
+__device__ __forceinline__ void bulk_prefetch(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 /// A box of a matrix to the same place in each block of the cluster whose bit is set.
 __device__ __forceinline__ void tensor_load_multicast(
     uint32_t shared,

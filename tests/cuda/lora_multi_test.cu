@@ -412,6 +412,37 @@ TEST(CudaLoraMulti, TokensDoNotSeeTheirNeighbours) {
   }
 }
 
+/// What the streaming form takes; what it does not, the grouped form works out.
+TEST(CudaLoraMulti, StreamsWholeVectorsOfOneType) {
+  METAL_LORA_NEEDS_GPU();
+  TestDevice device;
+  const DType bf16 = DType::bf16;
+  const Case whole = {20, 101, 136, bf16, bf16, WeightFormat::bf16, {16, 5, 40}, 40, true};
+  std::vector<std::pair<Case, bool>> list = {{whole, true}};
+  const auto with = [&](bool streams, const auto& change) {
+    Case c = whole;
+    change(c);
+    list.push_back({c, streams});
+  };
+  with(true, [](Case& c) { c.m = 128; });
+  with(true, [](Case& c) { c.ranks = {64, 1, 9}, c.max_rank = 64; });
+  with(true, [](Case& c) { c.ranks = {8, 8}, c.max_rank = 8; });
+  with(false, [](Case& c) { c.m = 129; });
+  with(false, [](Case& c) { c.k = 137; });
+  with(false, [](Case& c) { c.max_rank = 41; });
+  with(false, [](Case& c) { c.ranks = {72}, c.max_rank = 72; });
+  with(false, [](Case& c) { c.adapter_dtype = DType::f32; });
+  with(false, [](Case& c) { c.adapter_dtype = DType::f16; });
+  for (const auto& [c, streams] : list) {
+    SCOPED_TRACE(trace(c) + " rank " + std::to_string(c.max_rank));
+    Multi multi(device, c, 6);
+    multi.forward();
+    multi.check_forward();
+    EXPECT_EQ(multi.stream(200'000), streams && device.context().capability == 90);
+    multi.check_forward();
+  }
+}
+
 /// Blocks that do not wait for what others make of u make it themselves, and leave the flags clear.
 TEST(CudaLoraMulti, ImpatientBlocksSayTheSame) {
   METAL_LORA_NEEDS_GPU();
