@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: MIT
 //
 // Many adapters on one base. Two forms:
-//   stream (Hopper, 16-bit, up to 128 tokens): shrink, then one kernel that streams W and works out
-//   the adapters' share beside it (lora_multi_stream_sm90.cu);
+//   stream (Hopper, W and the bank of x's 16-bit type, up to 128 tokens): one kernel that streams W
+//   and works out the adapters' share beside it (lora_multi_stream_sm90.cu);
 //   grouped (anything): shrink; the base's product in f32, by lora_gemv up to 16 tokens and by
 //   gemm() beyond, W dequantised first where it is not dense; then the share of each adapter's
 //   tokens is added to it, in f32, and rounded once.

@@ -143,6 +143,8 @@ __device__ __forceinline__ void load8(T (&to)[8], const T* p, uint32_t count) {
 /// Makes `order`, `key` and `within` in scratch.
 Grouping sort_tokens(const Context& context, const int32_t* index, uint32_t m, uint32_t adapters);
 
+inline constexpr uint32_t kStreamTokens = 128;
+
 /// What the streaming form is asked for.
 struct Stream {
   uint32_t m = 0, n = 0, k = 0;
@@ -154,30 +156,16 @@ struct Stream {
   uint32_t adapters = 0;
   const float* bias = nullptr;
   void* y = nullptr;
+  /// How long a block waits for other blocks' u before it works all of it out itself.
+  uint32_t patience_ns = 200'000;
 };
-/// What the shrink asks L2 for while the kernels before it end: `bytes` of each row, from the
-/// beginning of each of `parts` that share the row in whole kAheadAlign.
-struct Ahead {
-  const void* from = nullptr;
-  uint32_t rows = 0, row_bytes = 0, parts = 0, bytes = 0;
-};
-inline constexpr uint32_t kAheadAlign = 128;
-/// A_i·x[t] of every token with an adapter, x [m, bank.columns] of `dtype`. Launched as a
-/// programmatic dependent; lets its own dependents start when all before it is done: at once where
-/// there is something ahead, else once A is asked for.
+/// A_i·x[t] of every token with an adapter, x [m, bank.columns] of `dtype`.
 Partials shrink(
-    const Context& context,
-    const Grouping& g,
-    const Bank& a,
-    DType dtype,
-    const void* x,
-    const Ahead& ahead = {});
-
-inline constexpr uint32_t kStreamTokens = 128;
-/// Whether the streaming form takes it: compute capability 9.0, 16-bit x and W, up to
-/// kStreamTokens tokens, aligned operands.
+    const Context& context, const Grouping& g, const Bank& a, DType dtype, const void* x);
+/// Whether the streaming form takes it: compute capability 9.0, x, W and the bank of
+/// one 16-bit type, up to kStreamTokens tokens, whole aligned vectors, counters.
 bool can_stream(const Context& context, const Stream& call);
-/// y = W·x + bias + scales·B_i·(A_i·x): shrink() and one more dispatch, which overlap.
+/// y = W·x + bias + scales·B_i·(A_i·x): in one launch.
 void stream(const Context& context, const Stream& call);
 
 }  // namespace metal_lora::cuda::multi

@@ -20,7 +20,6 @@
 namespace metal_lora::cuda::multi {
 namespace {
 
-/// So few registers that a block of the streaming form for up to 64 tokens finds room beside one.
 constexpr uint32_t kShrinkThreads = 256, kShrinkBlocks = 3;
 constexpr uint32_t kWarps = kShrinkThreads / 32;
 constexpr uint32_t kRankTable = 256;
@@ -37,25 +36,7 @@ struct ShrinkArgs {
   Bank a;
   const void* x = nullptr;
   float* out = nullptr;  ///< [slices, m, max_rank]
-  Ahead ahead;
 };
-
-/// A hint: from and bytes are multiples of 16.
-__device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-#endif
-}
-/// The block's rows of its slice of A, asked for before the next kernel may start: once that
-/// streams W, a read waits for microseconds, but these stand in front of it.
-template <typename A>
-__device__ __forceinline__ void prefetch_a(const Bank& a, uint32_t key, uint32_t rank) {
-  const uint32_t k0 = blockIdx.y * kSlice, k = a.columns;
-  const A* rows = static_cast<const A*>(a.right) + size_t{key} * a.max_rank * k + k0;
-  for (uint32_t j = threadIdx.x; j < rank; j += kShrinkThreads) {
-    prefetch(rows + size_t{j} * k, min(k - k0, kSlice) * static_cast<uint32_t>(sizeof(A)));
-  }
-}
 
 /// One warp: kRows rows from j0 of an adapter's A by its tokens' slices of x, which stand in shared
 /// memory, to out [m, max_rank]. All that it reads of A is asked for at once.
@@ -122,28 +103,13 @@ __device__ __forceinline__ void stage_x(const ShrinkArgs& args, const Tile& tile
   }
 }
 
-/// All blocks together, those without a tile too.
-__device__ __forceinline__ void prefetch_ahead(const Ahead& ahead) {
-  const uint32_t block = blockIdx.y * gridDim.x + blockIdx.x;
-  const uint32_t steps = (ahead.row_bytes + kAheadAlign - 1) / kAheadAlign;
-  for (uint32_t i = block * kShrinkThreads + threadIdx.x; i < ahead.rows * ahead.parts;
-       i += gridDim.x * gridDim.y * kShrinkThreads) {
-    const uint32_t at = steps * (i / ahead.rows) / ahead.parts * kAheadAlign;
-    prefetch(
-        static_cast<const char*>(ahead.from) + size_t{i % ahead.rows} * ahead.row_bytes + at,
-        min(ahead.bytes, ahead.row_bytes - at));
-  }
-}
-
 template <typename X, typename A, bool kVector>
 __global__ void __launch_bounds__(kShrinkThreads, kShrinkBlocks)
     shrink_kernel(const ShrinkArgs args) {
   __shared__ TileSearch search;
   __shared__ uint32_t ranks[kRankTable];
   __shared__ alignas(16) X tokens[kTileTokens][kSlice];
-  if (args.ahead.from) prefetch_ahead(args.ahead);
   wait_for_previous();
-  if (args.ahead.from) allow_dependents();
   // A small bank's ranks are read beside the indices, not behind them.
   const uint32_t adapters = args.grouping.adapters;
   const bool table = adapters <= kRankTable;
@@ -154,7 +120,6 @@ __global__ void __launch_bounds__(kShrinkThreads, kShrinkBlocks)
   const Tile& tile = search.tile;
   if (tile.key >= adapters) return;
   const uint32_t rank = table ? ranks[tile.key] : rank_of(args.a, tile.key, adapters);
-  if constexpr (kVector) prefetch_a<A>(args.a, tile.key, rank);
   stage_x<X, kVector>(args, tile, tokens);
   allow_dependents();
   constexpr uint32_t kRows = sizeof(A) == 4 ? 1 : 2;
@@ -196,22 +161,6 @@ __global__ void __launch_bounds__(kThreads) sort_kernel(
   within[at] = before;
 }
 
-template <typename X, typename A>
-void launch_shrink(const Context& context, const ShrinkArgs& args, uint32_t slices) {
-  const bool vector = aligned(args.x) && aligned(args.a.right) && args.a.columns % 8 == 0;
-  const auto kernel = vector ? &shrink_kernel<X, A, true> : &shrink_kernel<X, A, false>;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(args.grouping.m, slices);
-  config.blockDim = dim3(kShrinkThreads);
-  config.stream = context.stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = context.capability >= 90 ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, args), "lora_multi_shrink");
-}
-
 }  // namespace
 
 Grouping sort_tokens(const Context& context, const int32_t* index, uint32_t m, uint32_t adapters) {
@@ -223,21 +172,20 @@ Grouping sort_tokens(const Context& context, const int32_t* index, uint32_t m, u
 }
 
 Partials shrink(
-    const Context& context,
-    const Grouping& g,
-    const Bank& a,
-    DType dtype,
-    const void* x,
-    const Ahead& ahead) {
+    const Context& context, const Grouping& g, const Bank& a, DType dtype, const void* x) {
   Partials out;
   out.slices = ceil_div(a.columns, kSlice);
   if (out.slices == 0 || g.m == 0) return out;
   out.data = static_cast<float*>(
       context.scratch->take(size_t{out.slices} * g.m * a.max_rank * sizeof(float)));
-  const ShrinkArgs args = {g, a, x, out.data, ahead};
+  const ShrinkArgs args = {g, a, x, out.data};
+  const bool vector = aligned(x) && aligned(a.right) && a.columns % 8 == 0;
   with_dtype(dtype, [&](auto x_type) {
     with_dtype(a.dtype, [&](auto a_type) {
-      launch_shrink<decltype(x_type), decltype(a_type)>(context, args, out.slices);
+      using X = decltype(x_type);
+      using A = decltype(a_type);
+      const auto kernel = vector ? &shrink_kernel<X, A, true> : &shrink_kernel<X, A, false>;
+      launch_pdl(kernel, dim3(g.m, out.slices), kShrinkThreads, 0, context.stream, args);
     });
   });
   return out;

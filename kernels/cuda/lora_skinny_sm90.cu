@@ -27,18 +27,17 @@
 #include <algorithm>
 
 #include "kernels/cuda/lora_skinny.h"
+#include "kernels/cuda/lora_skinny_tile.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/tensor_map.h"
-#include "kernels/cuda/wgmma.cuh"
 
 namespace metal_lora::cuda {
 namespace sm90 {
 namespace {
 
-constexpr uint32_t kRows = 64;  ///< of W, of a tile
-constexpr uint32_t kStepK = 64;
+using namespace skinny;
+
 constexpr uint32_t kMaxRank = 64;
-constexpr uint32_t kMaxStages = 12;
 constexpr uint32_t kConsumers = 8;  ///< warps: W's, then A's
 constexpr uint32_t kThreads = 32 * (kConsumers + 1);
 constexpr uint32_t kSharedBytes = 224 * 1024;
@@ -71,142 +70,38 @@ struct SkinnyArgs {
   uint32_t stages = 0, stage_bytes = 0;  ///< W, x, A
 };
 
-__device__ __forceinline__ float4 load_own(uint32_t shared) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(shared)
-               : "memory");
-  return v;
-}
-__device__ __forceinline__ float4 load_block(uint32_t shared, uint32_t block) {
-  float4 v;
-  asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(shared), "r"(block)
-      : "memory");
-  return v;
-}
-
 /// Where a block stands, and its share of the work.
 struct SkinnyPlace {
   uint32_t part, problem, n0;
-  uint32_t first, count;  ///< steps
-  __device__ __forceinline__ explicit SkinnyPlace(const SkinnyArgs& args) {
-    part = blockIdx.x % args.parts;
+  Steps steps;
+  __device__ __forceinline__ explicit SkinnyPlace(const SkinnyArgs& args)
+      : part(blockIdx.x % args.parts), steps(args.k, part, args.parts) {
     uint32_t tile = blockIdx.x / args.parts;
     problem = 0;
     while (tile >= args.problem[problem].tiles) tile -= args.problem[problem++].tiles;
     n0 = tile * kRows;
-    const uint32_t steps = (args.k + kStepK - 1) / kStepK;
-    first = part * steps / args.parts;
-    count = (part + 1) * steps / args.parts - first;
   }
 };
 
 /// One thread: every stage.
 template <uint32_t kTokens>
-__device__ __forceinline__ void produce(
-    const SkinnyArgs& args, const SkinnyPlace& place, uint32_t barriers, uint32_t stages) {
+__device__ __forceinline__ void produce_stages(
+    const SkinnyArgs& args, const SkinnyPlace& place, const Ring& ring) {
   const SkinnyProblem& problem = args.problem[place.problem];
-  for (uint32_t s = 0; s < min(kEarly, place.count); ++s) {
-    tensor_prefetch(&problem.w, (place.first + s) * kStepK, place.n0);
-  }
+  prefetch(problem.w, place.steps, place.n0, kEarly);
   dependency_wait();
-  const uint32_t bytes = (kRows + kTokens + problem.rank_columns) * 128;
-  uint32_t stage = 0, parity = 1;
-  for (uint32_t s = 0; s < place.count; ++s) {
-    const uint32_t full = barriers + 16 * stage, w = stages + stage * args.stage_bytes;
-    const uint32_t x = w + kRows * 128, k0 = (place.first + s) * kStepK;
-    barrier_wait(full + 8, parity);
-    barrier_expect(full, bytes);
-    tensor_load(w, &problem.w, full, k0, place.n0);
-    tensor_load(x, &args.x, full, k0, 0);
-    if (problem.rank > 0) tensor_load(x + kTokens * 128, &problem.a, full, k0, 0);
-    if (++stage == args.stages) stage = 0, parity ^= 1;
-  }
+  const auto nothing = [](uint32_t) {};
+  produce<kTokens>(
+      ring,
+      place.steps,
+      problem.w,
+      place.n0,
+      args.x,
+      problem.a,
+      problem.rank_columns,
+      nothing);
   // Not before: what the next kernel asks L2 for ahead would be gone when it is wanted.
   dependents_launch();
-}
-
-/// One warpgroup: 64 rows of W, or A's, by all tokens.
-template <typename T, uint32_t kTokens>
-__device__ __forceinline__ void consume(
-    const SkinnyArgs& args,
-    const SkinnyPlace& place,
-    uint32_t barriers,
-    uint32_t stages,
-    uint32_t left_offset,
-    float (&d)[kTokens / 2]) {
-  const bool releases = threadIdx.x % 32 == 0;
-  uint32_t stage = 0, parity = 0, reading = 0;
-#pragma unroll
-  for (uint32_t i = 0; i < kTokens / 2; ++i) d[i] = 0.0f;
-  for (uint32_t s = 0; s < place.count; ++s) {
-    const uint32_t full = barriers + 16 * stage, at = stages + stage * args.stage_bytes;
-    barrier_wait(full, parity);
-    const uint64_t left = wgmma_descriptor(at + left_offset, 16);
-    const uint64_t right = wgmma_descriptor(at + kRows * 128, 16);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) wgmma<T, 0>(d, left + 2 * i, right + 2 * i, 1);
-    wgmma_commit();
-    wgmma_wait<1>();
-    if (s > 0 && releases) barrier_arrive(barriers + 16 * reading + 8);
-    reading = stage;
-    if (++stage == args.stages) stage = 0, parity ^= 1;
-  }
-  wgmma_wait<0>();
-  wgmma_sums_fence(d);
-}
-
-/// A block's sums by the tokens: rows of `pitch` floats, 128 of y and then u.
-template <uint32_t kTokens>
-__device__ __forceinline__ void leave_sums(
-    float* sums,
-    uint32_t pitch,
-    uint32_t columns,
-    uint32_t column0,
-    const float (&d)[kTokens / 2]) {
-  const uint32_t warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-  if (column0 + warp * 16 >= columns) return;
-  float* to = sums + lane % 4 * 2 * pitch + column0 + warp * 16 + lane / 4;
-#pragma unroll
-  for (uint32_t j = 0; j < kTokens / 8; ++j) {
-    to[8 * j * pitch] = d[4 * j];
-    to[(8 * j + 1) * pitch] = d[4 * j + 1];
-    to[8 * j * pitch + 8] = d[4 * j + 2];
-    to[(8 * j + 1) * pitch + 8] = d[4 * j + 3];
-  }
-}
-
-/// The cluster's sum of four neighbours, four parts under way at a time.
-__device__ __forceinline__ float4
-sum_parts(const SkinnyArgs& args, const SkinnyPlace& place, uint32_t at) {
-  float4 sum = make_float4(0, 0, 0, 0);
-  for (uint32_t p0 = 0; p0 < args.parts; p0 += 4) {
-    float4 v[4];
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-      if (p0 + i == place.part) {
-        v[i] = load_own(at);
-      } else if (p0 + i < args.parts) {
-        v[i] = load_block(at, p0 + i);
-      }
-    }
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) {
-      if (p0 + i >= args.parts) break;
-      sum.x += v[i].x;
-      sum.y += v[i].y;
-      sum.z += v[i].z;
-      sum.w += v[i].w;
-    }
-  }
-  return sum;
 }
 
 /// This block's rows of B to shared memory, zeros beyond n and the rank. Rows of rank_columns and
@@ -296,6 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto* memory = raw + (stages - shared_address(raw));
   const SkinnyPlace place(args);
   const SkinnyProblem& problem = args.problem[place.problem];
+  const Ring ring = {barriers, stages, args.stages, args.stage_bytes};
   const uint32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const uint32_t warpgroup = warp / 4;
   const bool adapts = problem.rank > 0;
@@ -325,13 +221,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   float d[kTokens / 2];
   const bool consumes = warp != kConsumers && (warpgroup == 0 || adapts);
   if (warp == kConsumers) {
-    if (threadIdx.x % 32 == 0) produce<kTokens>(args, place, barriers, stages);
+    if (threadIdx.x % 32 == 0) produce_stages<kTokens>(args, place, ring);
     __syncwarp();
     dependency_wait();
   } else {
     dependency_wait();
     const uint32_t left = warpgroup == 0 ? 0 : (kRows + kTokens) * 128;
-    if (consumes) consume<T, kTokens>(args, place, barriers, stages, left, d);
+    if (consumes) consume<T, kTokens>(ring, place.steps, left, d);
   }
   __syncthreads();  // all stages are read
   if (adapts) load_b<T>(problem, place.n0, b_at);
@@ -351,14 +247,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (uint32_t h = 0; h < 2; ++h) {
       const uint32_t row = min(token_of(piece) + threadIdx.x % 32 / 4 + 8 * h, end - 1);
       const uint32_t column = column_of(piece) + threadIdx.x % 4 * 4;
-      sum[h] = sum_parts(args, place, from + (row * pitch + column) * 4);
+      sum[h] = sum_parts(args.parts, place.part, from + (row * pitch + column) * 4);
     }
   };
   if (warp < pieces) sum_piece(warp);  // while u is on its way
   const uint32_t quads = problem.rank_columns / 4;
   for (uint32_t i = threadIdx.x; i < (end - token0) * quads; i += kThreads) {
     const uint32_t row = token0 + i / quads, c = i % quads * 4;
-    const float4 u = sum_parts(args, place, from + (row * pitch + kRows + c) * 4);
+    const float4 u = sum_parts(args.parts, place.part, from + (row * pitch + kRows + c) * 4);
     const float v[4] = {u.x, u.y, u.z, u.w};
     const bool keeps = problem.plain && place.n0 == 0 && row < args.m;
     T* to = low + (row - token0) * (problem.rank_columns + kRankPad) + c;
@@ -382,10 +278,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
-}
-/// As few as hold all: each costs L2 and the matrix unit, used or not.
-uint32_t tokens_of(uint32_t m) {
-  return m <= 32 ? 32 : m <= 64 ? 64 : 128;
 }
 uint32_t tiles_of(const GemmGroup& group) {
   uint32_t tiles = 0;
@@ -475,11 +367,7 @@ void launch_tokens(
 }  // namespace
 
 uint32_t skinny_parts(const Context& context, const GemmGroup& group) {
-  const uint32_t tiles = tiles_of(group), room = context.multiprocessors;
-  // Larger clusters with a multiprocessor a block find room for far less than all.
-  if (tiles * 8 <= room * 6 / 10) return 8;
-  if (tiles * 4 <= room * 6 / 10) return 4;
-  return tiles * 2 <= room ? 2 : 1;
+  return parts_of(tiles_of(group), context.multiprocessors);
 }
 
 void skinny_with_parts(const Context& context, const GemmGroup& group, uint32_t parts) {

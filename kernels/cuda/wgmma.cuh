@@ -141,6 +141,21 @@ __device__ __forceinline__ void tensor_load_blocks(
       "r"(block)
       : "memory");
 }
+/// `bytes` (a multiple of 16) that lie in one piece, both addresses aligned to 16.
+__device__ __forceinline__ void bulk_load(
+    uint32_t shared, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared),
+      "l"(from),
+      "r"(bytes),
+      "r"(barrier)
+      : "memory");
+}
+/// The same to L2 only.
+__device__ __forceinline__ void bulk_prefetch(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 /// A box of a matrix to the same place in each block of the cluster whose bit is set.
 __device__ __forceinline__ void tensor_load_multicast(
     uint32_t shared,

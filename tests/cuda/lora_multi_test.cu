@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "kernels/cuda/lora_kernels.h"
+#include "kernels/cuda/lora_multi.cuh"
 #include "tests/cuda/support.h"
 #include "tests/kernels/linear_reference.h"
 
@@ -79,6 +80,29 @@ class Multi {
         out.get());
     device_.finish();
     y = out.download<unsigned char>();
+  }
+  /// The streaming form alone; false: it does not take the case.
+  bool stream(uint32_t patience_ns) {
+    using cuda::multi::Bank;
+    const Buffers buffers(*this);
+    DeviceBuffer out(size_t{c_.m} * c_.n * size());
+    const cuda::LoraBankView bank = buffers.bank(*this);
+    const auto side = [&](const void* right, uint32_t columns) {
+      return Bank{right, c_.adapter_dtype, columns, c_.max_rank, bank.ranks, bank.scales};
+    };
+    cuda::multi::Stream call;
+    call.m = c_.m, call.n = c_.n, call.k = c_.k, call.dtype = c_.dtype;
+    call.x = buffers.x.get(), call.w = buffers.w.get(), call.y = out.get();
+    call.index = buffers.index.get<int32_t>();
+    call.a = side(bank.a, c_.k), call.b = side(bank.b, c_.n);
+    call.adapters = bank.params.adapters;
+    call.bias = c_.bias ? buffers.bias.get<float>() : nullptr;
+    call.patience_ns = patience_ns;
+    if (weight_roundings() != 0 || !cuda::multi::can_stream(device_.context(), call)) return false;
+    cuda::multi::stream(device_.context(), call);
+    device_.finish();
+    y = out.download<unsigned char>();
+    return true;
   }
   void backward(bool want_dx = true, bool want_da = true, bool want_db = true) {
     const Buffers buffers(*this);
@@ -305,11 +329,15 @@ std::vector<Case> cases() {
     list.push_back({17, 17, 1701, d, D::f32, bf16, {4, 6}, 8, false});
     list.push_back({200, 65, 96, d, d, own, {100, 16, 2}, 100, true});
     list.push_back({1000, 40, 72, d, d, own, many, 40, true});
-    // Streamed again: many tokens of few adapters; more adapters than a block has room for in
-    // shared memory.
+    // Streamed again: tiles of W shared by four and by two blocks, and one to a block; many tokens
+    // of one and of few adapters; more adapters than a block has room for in shared memory.
+    list.push_back({20, 1200, 136, d, d, own, {16, 16, 5}, 16, true});
+    list.push_back({33, 2601, 72, d, d, own, std::vector<int32_t>(50, 16), 16, true});
+    list.push_back({40, 4300, 40, d, d, own, std::vector<int32_t>(40, 12), 64, false});
+    list.push_back({100, 200, 136, d, d, own, {16}, 16, true});
     list.push_back({128, 300, 520, d, d, own, std::vector<int32_t>(8, 16), 16, true});
-    list.push_back({64, 100, 136, d, D::f32, own, std::vector<int32_t>(60, 48), 64, true});
-    list.push_back({128, 140, 520, d, D::f32, own, std::vector<int32_t>(90, 50), 64, false});
+    list.push_back({64, 100, 136, d, d, own, std::vector<int32_t>(60, 48), 64, true});
+    list.push_back({128, 140, 520, d, d, own, std::vector<int32_t>(90, 50), 64, false});
   }
   return list;
 }
@@ -381,6 +409,53 @@ TEST(CudaLoraMulti, TokensDoNotSeeTheirNeighbours) {
           std::memcmp(moved.y.data() + t * y_bytes, multi.y.data() + from * y_bytes, y_bytes), 0)
           << "token " << t;
     }
+  }
+}
+
+/// What the streaming form takes; what it does not, the grouped form works out.
+TEST(CudaLoraMulti, StreamsWholeVectorsOfOneType) {
+  METAL_LORA_NEEDS_GPU();
+  TestDevice device;
+  const DType bf16 = DType::bf16;
+  const Case whole = {20, 101, 136, bf16, bf16, WeightFormat::bf16, {16, 5, 40}, 40, true};
+  std::vector<std::pair<Case, bool>> list = {{whole, true}};
+  const auto with = [&](bool streams, const auto& change) {
+    Case c = whole;
+    change(c);
+    list.push_back({c, streams});
+  };
+  with(true, [](Case& c) { c.m = 128; });
+  with(true, [](Case& c) { c.ranks = {64, 1, 9}, c.max_rank = 64; });
+  with(true, [](Case& c) { c.ranks = {8, 8}, c.max_rank = 8; });
+  with(false, [](Case& c) { c.m = 129; });
+  with(false, [](Case& c) { c.k = 137; });
+  with(false, [](Case& c) { c.max_rank = 41; });
+  with(false, [](Case& c) { c.ranks = {72}, c.max_rank = 72; });
+  with(false, [](Case& c) { c.adapter_dtype = DType::f32; });
+  with(false, [](Case& c) { c.adapter_dtype = DType::f16; });
+  for (const auto& [c, streams] : list) {
+    SCOPED_TRACE(trace(c) + " rank " + std::to_string(c.max_rank));
+    Multi multi(device, c, 6);
+    multi.forward();
+    multi.check_forward();
+    EXPECT_EQ(multi.stream(200'000), streams && device.context().capability == 90);
+    multi.check_forward();
+  }
+}
+
+/// Blocks that do not wait for what others make of u make it themselves, and leave the flags clear.
+TEST(CudaLoraMulti, ImpatientBlocksSayTheSame) {
+  METAL_LORA_NEEDS_GPU();
+  TestDevice device;
+  for (const Case& c : cases()) {
+    SCOPED_TRACE(trace(c));
+    Multi multi(device, c, 4);
+    multi.forward();
+    const auto y = multi.y;
+    if (!multi.stream(0)) continue;
+    EXPECT_EQ(multi.y, y);
+    multi.forward();
+    EXPECT_EQ(multi.y, y);
   }
 }
 
