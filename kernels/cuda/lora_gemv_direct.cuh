@@ -111,7 +111,7 @@ class Direct : TileEnd<typename Format::T, kParts> {
       open(tile + gridDim.x);
       End::end_tile(tile, buffer, sums, early);
     }
-    End::leave();
+    End::leave_together();
   }
 
  private:

@@ -87,7 +87,7 @@ class Stream : TileEnd<typename Format::Storage, kTokens / 8> {
       if (!kDense) early = End::load_early(tile);  // registers are short before
       End::end_tile(tile, buffer, sums, early);
     }
-    End::leave();
+    kDense ? End::leave() : End::leave_together();
   }
 
  private:

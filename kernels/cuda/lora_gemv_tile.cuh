@@ -115,6 +115,17 @@ class TileEnd {
     if (lane_ == 0) *call_.left = 0;
   }
 
+  /// The same by all threads: a barrier more, but none of the registers that forms for quantised
+  /// weights are short of (INT4, 8 tokens: 14.5 us in a build with it, 15.5 with leave()).
+  __device__ void leave_together() const {
+    if (call_.u_tiles == 0) return;
+    const bool last = threadIdx.x == 0 && atomicAdd(call_.left, 1) + 1 == gridDim.x;
+    if (!__syncthreads_or(last)) return;
+    const uint32_t count = call_.u_parts * call_.m * ranks();
+    for (uint32_t i = threadIdx.x; i < count; i += kThreads) call_.u[i] = 0;
+    if (threadIdx.x == 0) *call_.left = 0;
+  }
+
   /// inbox [buffer][warp][token][row]
   __device__ uint32_t inbox_at(uint32_t buffer, uint32_t warp) const {
     return inbox_ + (buffer * kWarps + warp) * (kTileRows * call_.m * 4);
