@@ -103,6 +103,11 @@ def gpu_layers(rows):
     return lines + [""]
 
 
+def rounded_down(ratio):
+    """Two decimals: 1.996 times as fast must not read as twice."""
+    return f"{int(ratio * 100) / 100:.2f}"
+
+
 def gpu_steps(rows, kind, about, ours_name):
     """Ours and the peers by tokens a second."""
     engines = [row for row in rows if row.get("kind") == kind]
@@ -114,7 +119,7 @@ def gpu_steps(rows, kind, about, ours_name):
     lines = [f"**{about}**", "", f"| | tokens/s | {heading} | memory |", "| --- | --- | --- | --- |"]
     for row in sorted(engines, key=lambda row: (not row["ours"], -row["tokens_per_s"])):
         name = f"**{ours_name(row)}**" if row["ours"] else row["engine"]
-        times = f"**{row['tokens_per_s'] / best_peer['tokens_per_s']:.2f}**" if best_peer and row["ours"] else "–"
+        times = f"**{rounded_down(row['tokens_per_s'] / best_peer['tokens_per_s'])}**" if best_peer and row["ours"] else "–"
         held = f"{row['memory_gb']:.1f} GB" if "memory_gb" in row else "–"
         lines.append(f"| {name} | {row['tokens_per_s']:,.0f} | {times} | {held} |")
     return lines + [""]
