@@ -39,18 +39,6 @@ struct Maps {
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/// `bytes` (a multiple of 16) that lie in one piece, both addresses aligned to 16.
-__device__ __forceinline__ void copy_bulk(
-    uint32_t to, const void* from, int bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to),
-      "l"(from),
-      "r"(bytes),
-      "r"(barrier)
-      : "memory");
-}
-
 /// Where things lie, and who this thread is.
 struct Block {
   uint8_t* memory;
@@ -120,8 +108,8 @@ __device__ __forceinline__ void keys_block(
     copy_tile<kDim>(to, &maps.q, barrier, head, row);
     copy_tile<kDim>(to + kTileBytes, &maps.dout, barrier, head, row);
     const size_t at = static_cast<size_t>(head) * padded_rows(a) + row;
-    copy_bulk(to + 2 * kTileBytes, a.row_info + at, kTileRows * 8, barrier);
-    copy_bulk(to + 2 * kTileBytes + kTileRows * 8, a.row_first + row, kTileRows * 4, barrier);
+    sm90::bulk_load(to + 2 * kTileBytes, a.row_info + at, kTileRows * 8, barrier);
+    sm90::bulk_load(to + 2 * kTileBytes + kTileRows * 8, a.row_first + row, kTileRows * 4, barrier);
   };
   if (threadIdx.x == 0) {
     sm90::barrier_expect(b.own_full, 4 * kTileBytes);

@@ -65,10 +65,6 @@ __device__ __forceinline__ uint32_t load_ahead(const void* from, bool wide, size
               : load_ahead(static_cast<const uint16_t*>(from) + at);
 }
 
-__device__ __forceinline__ void prefetch(const void* from, size_t at) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at) : "memory");
-}
-
 struct Int4 {
   float scale[2], bias[2];
   /// As stored, so that nothing waits for a load before all are under way.
@@ -76,8 +72,8 @@ struct Int4 {
     uint32_t scale, bias;
     static __device__ __forceinline__ void ask(const Args& args, uint32_t row, uint32_t group) {
       const size_t at = scale_at(args, row, group) * (args.scales_dtype == DType::f32 ? 4 : 2);
-      prefetch(args.scales, at);
-      prefetch(args.biases, at);
+      prefetch_line(static_cast<const char*>(args.scales) + at);
+      prefetch_line(static_cast<const char*>(args.biases) + at);
     }
     __device__ __forceinline__ void load(const Args& args, uint32_t row, uint32_t group) {
       const bool wide = args.scales_dtype == DType::f32;
@@ -118,7 +114,8 @@ struct Nf4 {
   struct Stored {
     float scale, second;
     static __device__ __forceinline__ void ask(const Args& args, uint32_t row, uint32_t group) {
-      prefetch(args.scales, scale_at(args, row, group) * (args.double_quant ? 1 : 4));
+      const size_t at = scale_at(args, row, group) * (args.double_quant ? 1 : 4);
+      prefetch_line(static_cast<const char*>(args.scales) + at);
     }
     __device__ __forceinline__ void load(const Args& args, uint32_t row, uint32_t group) {
       const size_t at = scale_at(args, row, group);

@@ -109,9 +109,6 @@ __device__ __forceinline__ void expanders_meet() {
   sm90::named_barrier(1, kExpandThreads);
 }
 
-__device__ __forceinline__ void prefetch_line(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
-}
 /// To L2, which is what all see: what list_tiles reads.
 __device__ __forceinline__ void prefetch_lists(const StreamArgs& args, uint32_t thread) {
   const uint32_t at = thread % 32 * 32;

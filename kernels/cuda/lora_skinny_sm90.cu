@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (adapts && threadIdx.x < kRows) {
     const uint32_t n = min(place.n0 + threadIdx.x, problem.n - 1);
     const auto* row = static_cast<const T*>(problem.b) + n * problem.b_stride;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(row));
+    prefetch_line(row);
   }
   const uint32_t columns = kRows + problem.rank_columns, pitch = columns + 4;
   auto* sums = reinterpret_cast<float*>(memory);

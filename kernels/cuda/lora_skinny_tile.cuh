@@ -41,17 +41,6 @@ __device__ __forceinline__ float4 load_own(uint32_t shared) {
                : "memory");
   return v;
 }
-__device__ __forceinline__ float4 load_block(uint32_t shared, uint32_t block) {
-  float4 v;
-  asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(shared), "r"(block)
-      : "memory");
-  return v;
-}
 
 /// L2 is asked for the first `ahead` steps of W.
 __device__ __forceinline__ void prefetch(
@@ -143,7 +132,7 @@ __device__ __forceinline__ float4 sum_parts(uint32_t parts, uint32_t part, uint3
       if (p0 + i == part) {
         v[i] = load_own(at);
       } else if (p0 + i < parts) {
-        v[i] = load_block(at, p0 + i);
+        v[i] = load_remote(at, p0 + i);
       }
     }
 #pragma unroll

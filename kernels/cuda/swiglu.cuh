@@ -10,9 +10,8 @@
 namespace metal_lora::cuda {
 
 __device__ __forceinline__ float sigmoid(float x) {
-  float e, s;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-1.44269504f * x));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0f + e));
+  float s;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.0f + exp2_fast(-1.44269504f * x)));
   return s;
 }
 __device__ __forceinline__ float swiglu(float gate, float up) {

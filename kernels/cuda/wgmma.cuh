@@ -79,11 +79,6 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/// Counts as having come to the barrier, without waiting there.
-__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // ---- clusters, registers, dependent launches ----
 
 /// All threads of the cluster. Orders what they wrote to each other's shared memory.
@@ -196,9 +191,6 @@ __device__ __forceinline__ void tensor_store(
 template <int kPending>
 __device__ __forceinline__ void tensor_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-__device__ __forceinline__ void tensor_store_wait() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 /// Between ordinary writes of shared memory and the copy engine's reads of them.
 __device__ __forceinline__ void async_proxy_fence() {
