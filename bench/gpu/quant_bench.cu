@@ -8,8 +8,10 @@
 //   quant_bench [forms|linear] [int4|nf4|double] [k] [n] [rank] [m]...    Link with -lcublas.
 #include <cublas_v2.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 #include "bench/gpu/bench.cuh"
 #include "kernels/cuda/gemm.h"
@@ -24,49 +26,6 @@ namespace {
 
 constexpr double kRotationBytes = 200e6;
 constexpr uint32_t kMostTokens = 4096;
-
-/// Median microseconds of each of several calls, whose graphs are replayed in turns: clocks that
-/// fall under load then fall for all of them.
-std::vector<float> compare_us(
-    bench::Device& device, const std::vector<std::function<void()>>& calls, int launches) {
-  const auto stream = device.context.stream;
-  std::vector<cudaGraphExec_t> graphs(calls.size());
-  for (size_t c = 0; c < calls.size(); ++c) {
-    device.memory.reset();
-    calls[c]();
-    mlc::check(cudaStreamSynchronize(stream), "first call");
-    cudaGraph_t graph;
-    mlc::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-    for (int i = 0; i < launches; ++i) {
-      device.memory.reset();
-      calls[c]();
-    }
-    mlc::check(cudaStreamEndCapture(stream, &graph), "capture");
-    mlc::check(cudaGraphInstantiate(&graphs[c], graph, 0), "cudaGraphInstantiate");
-    cudaGraphDestroy(graph);
-  }
-  cudaEvent_t begin, end;
-  cudaEventCreate(&begin);
-  cudaEventCreate(&end);
-  std::vector<std::vector<float>> us(calls.size());
-  for (int r = 0; r < 8; ++r) {
-    for (size_t c = 0; c < calls.size(); ++c) {
-      cudaEventRecord(begin, stream);
-      mlc::check(cudaGraphLaunch(graphs[c], stream), "cudaGraphLaunch");
-      cudaEventRecord(end, stream);
-      mlc::check(cudaEventSynchronize(end), "replay");
-      float ms = 0.0f;
-      cudaEventElapsedTime(&ms, begin, end);
-      if (r >= 1) us[c].push_back(ms * 1e3f / static_cast<float>(launches));
-    }
-  }
-  std::vector<float> medians;
-  for (auto& list : us) medians.push_back(bench::median(list));
-  for (auto graph : graphs) cudaGraphExecDestroy(graph);
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
-  return medians;
-}
 
 class Case {
  public:
@@ -91,7 +50,8 @@ class Case {
   ~Case() { cublasDestroy(cublas_); }
 
   void forms(uint32_t m) {
-    std::vector<std::function<void()>> calls = {[&] { base(m); }, [&] { copy(m, next(), y_); }};
+    std::vector<std::function<void(int)>> calls = {
+        [&](int) { base(m); }, [&](int) { copy(m, next(), y_); }};
     std::vector<mlc::quant::Form> list;
     for (uint32_t tokens : {32u, 64u, 128u, 256u}) {
       if (tokens > 32 && m <= tokens / 2) continue;
@@ -103,9 +63,9 @@ class Case {
         if (!mlc::quant::form_fits(product(m, weights_[0], y_), list.back())) list.pop_back();
       }
     }
-    for (const auto& form : list) calls.push_back([&, form] { direct(m, next(), y_, &form); });
+    for (const auto& form : list) calls.push_back([&, form](int) { direct(m, next(), y_, &form); });
     for (const auto& form : list) check(m, form);
-    const auto us = compare_us(device_, calls, m > 1024 ? 8 : 16);
+    const auto us = bench::turns_us(device_, calls);
     const auto chosen = mlc::quant::chosen_form(device_.context, product(m, weights_[0], y_));
     std::printf(
         "k %u n %u rank %u m %u: cublas bf16 %.2f us, copy route %.2f (%.3f); chosen %s;",
@@ -132,10 +92,11 @@ class Case {
   }
 
   void linear(uint32_t m) {
-    const auto us = compare_us(
+    const auto us = bench::turns_us(
         device_,
-        {[&] { base(m); }, [&] { copy(m, next(), y_); }, [&] { linear(m, next()); }},
-        m > 1024 ? 8 : 16);
+        {[&](int) { base(m); },
+         [&](int) { copy(m, next(), y_); },
+         [&](int) { linear(m, next()); }});
     std::printf(
         "k %u n %u rank %u m %u: cublas bf16 %.2f us, copy route %.2f (%.3f), linear %.2f (%.3f)\n",
         k_,
@@ -244,7 +205,7 @@ class Case {
     mlc::quant::gemm_with_form(device_.context, p, *form);
   }
 
-  /// The greatest difference from the copy route, in roundings of the greatest value.
+  /// Throws where the form is far from the copy route, or does not repeat its bits.
   void check(uint32_t m, const mlc::quant::Form& form) {
     device_.memory.reset();
     const auto& w = weights_[0];
@@ -270,13 +231,10 @@ class Case {
     const bool same = std::memcmp(got.data(), again.data(), bytes) == 0;
     const bool close = most <= size / 128;  // one rounding of the greatest value and some
     if (same && close) return;
-    std::printf(
-        "WRONG m %u form %s: off by %g of %g%s\n",
-        m,
-        name(form).c_str(),
-        most,
-        size,
-        same ? "" : ", differs from run to run");
+    throw std::runtime_error(
+        "m " + std::to_string(m) + " form " + name(form) + " is wrong: off by " +
+        std::to_string(most) + " of " + std::to_string(size) +
+        (same ? "" : ", differs from run to run"));
   }
 
   bench::Device device_;
@@ -295,11 +253,17 @@ int main(int argc, char** argv) {
     return i < argc ? static_cast<uint32_t>(std::atoi(argv[i])) : otherwise;
   };
   const bool forms = argc > 1 && std::strcmp(argv[1], "forms") == 0;
-  Case c(argc > 2 ? argv[2] : "int4", number(3, 4096), number(4, 4096), number(5, 16));
-  std::vector<uint32_t> tokens = {17, 32, 64, 128, 256, 512, 1024, 4096};
-  if (argc > 6) tokens.clear();
-  for (int i = 6; i < argc; ++i) tokens.push_back(number(i, 0));
-  for (uint32_t m : tokens) {
-    forms ? c.forms(m) : c.linear(m);
+  try {
+    Case c(argc > 2 ? argv[2] : "int4", number(3, 4096), number(4, 4096), number(5, 16));
+    std::vector<uint32_t> tokens = {17, 32, 64, 128, 256, 512, 1024, 4096};
+    if (argc > 6) tokens.clear();
+    for (int i = 6; i < argc; ++i) tokens.push_back(number(i, 0));
+    for (uint32_t m : tokens) {
+      forms ? c.forms(m) : c.linear(m);
+    }
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "quant_bench: %s\n", e.what());
+    return 1;
   }
+  return 0;
 }
