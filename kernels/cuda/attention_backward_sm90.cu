@@ -208,7 +208,7 @@ __device__ __forceinline__ void keys_block(
       if (kEarly) begin_dp(step + 1);
     }
     sm90::wgmma_wait<kEarly ? 2 : 1>();  // after the last step nobody waits for the stage
-    if (b.lane == 0) barrier_arrive(b.empty + 8 * stage);
+    sm90::barrier_arrive(b.empty + 8 * stage);  // every lane has read infos
   }
   sm90::wgmma_wait<0>();
   sums_fence(dv);
@@ -324,7 +324,7 @@ __device__ __forceinline__ void queries_block(
     sm90::wgmma_commit();
     if (step + 1 < steps) begin_step(step + 1);
     sm90::wgmma_wait<2>();
-    if (b.lane == 0) barrier_arrive(b.empty + 8 * stage);
+    if (b.lane == 0) sm90::barrier_arrive(b.empty + 8 * stage);
   }
   sm90::wgmma_wait<0>();
   sums_fence(dq);
@@ -358,19 +358,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   b.group = threadIdx.x / 128;
   b.warp = threadIdx.x / 32 % 4;
   b.lane = threadIdx.x % 32;
+  const int kv_heads = a.p.kv_heads, block = blockIdx.x;
+  const int for_keys = (a.p.kv_tokens + 2 * kTileRows - 1) / (2 * kTileRows) * kv_heads;
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       sm90::barrier_init(b.full + 8 * s, 1);
-      sm90::barrier_init(b.empty + 8 * s, kThreads / 32);
+      sm90::barrier_init(b.empty + 8 * s, block < for_keys ? kThreads : kThreads / 32);
     }
     sm90::barrier_init(b.own_full, 1);
     sm90::barrier_init_fence();
   }
   __syncthreads();
   begin_dependent();
-  const int kv_heads = a.p.kv_heads;
-  const int for_keys = (a.p.kv_tokens + 2 * kTileRows - 1) / (2 * kTileRows) * kv_heads;
-  const int block = blockIdx.x;
   if (block < for_keys) {
     keys_block<T, kDim>(maps, a, b, block / kv_heads * 2 * kTileRows, block % kv_heads);
   } else {

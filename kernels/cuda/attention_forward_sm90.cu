@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, kDim == 64 ? 2 : 1)
       sm90::wgmma_wait<0>();
     }
     sums_fence(o[0]);
-    if (lane == 0) barrier_arrive(empty + 8 * (t % kStages));
+    if (lane == 0) sm90::barrier_arrive(empty + 8 * (t % kStages));
   }
   sm90::named_barrier(1 + group, 128);  // its queries are read no more
   float inverse[2];

@@ -166,6 +166,17 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+/// out[t] = table[ids[t]], rows of `vectors` times 16 bytes.
+__global__ void __launch_bounds__(kThreads) copy_rows_kernel(
+    uint32_t tokens, uint32_t vectors, const int32_t* ids, const uint4* table, uint4* out) {
+  const size_t count = size_t{tokens} * vectors;
+  for (size_t i = blockIdx.x * size_t{kThreads} + threadIdx.x; i < count;
+       i += size_t{gridDim.x} * kThreads) {
+    const auto t = static_cast<uint32_t>(i / vectors), v = static_cast<uint32_t>(i % vectors);
+    out[i] = table[size_t{static_cast<uint32_t>(ids[t])} * vectors + v];
+  }
+}
+
 __global__ void zero_kernel(float* to, size_t count) {
   for (size_t i = blockIdx.x * size_t{kThreads} + threadIdx.x; i < count;
        i += size_t{gridDim.x} * kThreads) {
@@ -307,6 +318,16 @@ void lora_embedding_forward(
   }
   const uint32_t dims = table.params.k;
   if (tokens == 0 || dims == 0) return;
+  const size_t row_bytes = size_t{dims} * (dtype == DType::f32 ? 4 : 2);
+  const auto bits = reinterpret_cast<uintptr_t>(table.data) | reinterpret_cast<uintptr_t>(out);
+  if (lora.params.rank == 0 && table.params.format <= WeightFormat::bf16 &&
+      static_cast<DType>(table.params.format) == dtype && (bits | row_bytes) % 16 == 0) {
+    const auto vectors = static_cast<uint32_t>(row_bytes / 16);
+    copy_rows_kernel<<<blocks_for(size_t{tokens} * vectors), kThreads, 0, context.stream>>>(
+        tokens, vectors, ids, static_cast<const uint4*>(table.data), static_cast<uint4*>(out));
+    check_launch("lora_embedding_forward");
+    return;
+  }
   ForwardArgs args;
   args.tokens = tokens;
   args.dtype = dtype;
@@ -320,7 +341,7 @@ void lora_embedding_forward(
   for (uint32_t first = 0; first < tokens; first += kMost) {
     args.ids = ids + first;
     args.tokens = std::min(tokens - first, kMost);
-    args.out = static_cast<char*>(out) + size_t{first} * dims * (dtype == DType::f32 ? 4 : 2);
+    args.out = static_cast<char*>(out) + first * row_bytes;
     const dim3 grid((dims + kDims - 1) / kDims, (args.tokens + kTokens - 1) / kTokens);
     forward_kernel<<<grid, kThreads, 0, context.stream>>>(args);
     check_launch("lora_embedding_forward");

@@ -103,8 +103,10 @@ TEST(CudaLoraEmbedding, ForwardFromEveryFormat) {
       if (HasFatalFailure()) return;
     }
   }
-  for (uint32_t dims : {1u, 33u, 257u})
+  for (uint32_t dims : {1u, 33u, 257u}) {
     check_forward({WeightFormat::f32}, dims, DType::bf16, 3, DType::f32);
+    check_forward({WeightFormat::bf16}, dims, DType::bf16, 0, DType::f32);
+  }
 }
 
 void check_backward(
