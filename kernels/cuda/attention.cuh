@@ -13,7 +13,6 @@
 
 namespace metal_lora::cuda::attention {
 
-inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr int kInfoRows = 64;  ///< queries of a block of the backward pass
 
 struct Arguments {

@@ -200,26 +200,102 @@ __global__ void __launch_bounds__(kBlock) twice_kernel(const Rows a, T* apart) {
       [&](uint32_t i) { return row[i]; });
 }
 
-/// Rows of exp(z − largest) by tiles, of a product that ended with GemmEnd::softmax.
+/// Rows of a product that ended with GemmEnd::softmax or exponential.
 struct TiledRows {
-  void* rows;  ///< [count, vocab]; null: no gradient
-  const float2* tiles;
-  const float* target_logits;
-  uint32_t vocab;
+  void* rows;  ///< [count, vocab] exponentials; null: no gradient
+  uint32_t count, vocab;
+  float* tiles;
+  float* target_logits;
   const int32_t* targets;
   const float* weights;
-  float* losses;  ///< unweighted; 0 where the weight is
+  float* losses;            ///< unweighted; 0 where the weight is
+  const float* references;  ///< exponential: [count]
+  float* factors;           ///< exponential: [count], of the rows in the product back
+  uint32_t* overflows;      ///< exponential: whether some row's sum is no number to go on with
 };
 
-/// A row a block: its loss, and weight·(softmax − onehot) in place.
+/// A warp a token: x·W_target, so that exp(z − reference) of the target is about 1 and a row's sum
+/// no less; +∞ where the weight is 0.
+__global__ void __launch_bounds__(kBlock) reference_kernel(
+    LinearCrossEntropyParams p,
+    const bf16* x,
+    const bf16* head,
+    const int32_t* targets,
+    const float* weights,
+    float* references,
+    uint32_t* overflows,
+    uint32_t blocks) {
+  constexpr uint32_t kEach = Vec16<bf16>::kCount;
+  allow_dependents();
+  wait_for_previous();
+  const uint32_t token = blockIdx.x * (kBlock / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (blockIdx.x == 0) {
+    for (uint32_t i = threadIdx.x; i < blocks; i += kBlock) overflows[i] = 0;
+  }
+  if (token >= p.tokens) return;
+  const bool counts = weights[token] != 0.0f;
+  const auto target = static_cast<uint32_t>(targets[token]);
+  float sum = 0.0f;
+  if (counts && target < p.vocab) {
+    const bf16* left = x + size_t{token} * p.dims;
+    const bf16* right = head + size_t{target} * p.dims;
+#pragma unroll 4
+    for (uint32_t i = lane * kEach; i < p.dims; i += 32 * kEach) {
+      const Vec16<bf16> a = load16(left + i), b = load16(right + i);
+#pragma unroll
+      for (uint32_t j = 0; j < kEach; ++j) sum = fmaf(to_float(a.v[j]), to_float(b.v[j]), sum);
+    }
+    sum = warp_sum(sum);
+  }
+  if (lane == 0) references[token] = counts ? sum : INFINITY;
+}
+
+/// A larger sum, or none, is made again by tiles: the product back adds up to it times W.
+constexpr float kMostSum = 1e30f;
+
+/// A warp a row: its loss, what the product back multiplies it by, and −onehot, in the units of the
+/// row's exponentials.
+__global__ void __launch_bounds__(kBlock) exponential_kernel(const TiledRows a) {
+  allow_dependents();
+  wait_for_previous();
+  const uint32_t row = blockIdx.x * (kBlock / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (row >= a.count) return;
+  const uint32_t tiles = (a.vocab + kGemmSoftmaxColumns - 1) / kGemmSoftmaxColumns;
+  float sum = 0.0f;
+  for (uint32_t t = lane; t < tiles; t += 32) sum += a.tiles[size_t{row} * tiles + t];
+  sum = warp_sum(sum);
+  if (lane != 0) return;
+  if (a.weights[row] == 0.0f) {
+    a.losses[row] = a.factors[row] = 0.0f;
+    return;
+  }
+  if (!(sum <= kMostSum)) {
+    *a.overflows = 1;
+    return;
+  }
+  const float above = a.target_logits[row] - a.references[row];
+  a.losses[row] = logf(sum) - above;
+  a.factors[row] = a.weights[row] / sum;
+  const auto target = static_cast<uint32_t>(a.targets[row]);
+  if (a.rows != nullptr && target < a.vocab) {
+    // The exponential as the product's end made it: what is left where it is nearly all of the sum
+    // is the others' part.
+    static_cast<bf16*>(a.rows)[size_t{row} * a.vocab + target] =
+        from_float<bf16>(exp2_fast(kLog2e * above) - sum);
+  }
+}
+
+/// A row a block, of exp(z − largest in the tile): its loss, and weight·(softmax − onehot) in
+/// place.
 template <typename T>
 __global__ void __launch_bounds__(kBlock, 3) tiled_kernel(const TiledRows a) {
   constexpr uint32_t kColumns = kGemmSoftmaxColumns, kEach = Vec16<T>::kCount;
   extern __shared__ float factors[];  // [tiles]
   allow_dependents();
   wait_for_previous();
+  if (a.overflows != nullptr && *a.overflows == 0) return;
   const uint32_t tiles = (a.vocab + kColumns - 1) / kColumns, token = blockIdx.x;
-  const float2* of_row = a.tiles + size_t{token} * tiles;
+  const float2* of_row = reinterpret_cast<const float2*>(a.tiles) + size_t{token} * tiles;
   const float weight = a.weights[token];
   Softmax own = {-INFINITY, 0.0f};
   for (uint32_t t = threadIdx.x; t < tiles; t += kBlock) {
@@ -230,6 +306,7 @@ __global__ void __launch_bounds__(kBlock, 3) tiled_kernel(const TiledRows a) {
   const float logsumexp = all.largest + logf(all.sum);
   if (threadIdx.x == 0) {
     a.losses[token] = weight == 0.0f ? 0.0f : logsumexp - a.target_logits[token];
+    if (a.factors != nullptr) a.factors[token] = 1.0f;
   }
   if (a.rows == nullptr) return;
   for (uint32_t t = threadIdx.x; t < tiles; t += kBlock) {
@@ -408,11 +485,13 @@ class Loss {
     g.problem[0].out_stride = p_.vocab;
     return g;
   }
-  void backward(Block block, const void* gradient, size_t stride) const {
+  void backward(
+      Block block, const void* gradient, size_t stride, const float* row_factors = nullptr) const {
     GemmGroup g = product(block.count, p_.dims, p_.dtype, p_.dtype, true);
     g.problem[0].pair[0] = {gradient, stride, head_, p_.dims, p_.vocab};
     g.problem[0].out = static_cast<char*>(dx_) + size_t{block.first} * p_.dims * element_;
     g.problem[0].out_stride = p_.dims;
+    g.problem[0].row_factors = row_factors;
     gemm(context_, g);
   }
 
@@ -424,39 +503,65 @@ class Loss {
     return can_gemm_sm90(context_, g) && (dx_ == nullptr || p_.dims % 8 == 0);
   }
 
+  /// One reference a row where the exponentials' type holds what f32 does: they stay as the
+  /// product's end made them. Otherwise the tile's largest, and one more read and write of them.
   void by_tiles() const {
+    const bool by_reference = p_.dtype == DType::bf16;
     const uint32_t tiles = (p_.vocab + kGemmSoftmaxColumns - 1) / kGemmSoftmaxColumns;
     const uint32_t rows = rows_of_block(p_.vocab * element_);
-    void* exponentials = dx_ == nullptr ? nullptr : take(size_t{rows} * p_.vocab * element_);
-    auto* of_tiles = take<float2>(size_t{rows} * tiles * sizeof(float2));
-    auto* target_logits = take<float>(rows * sizeof(float));
+    TiledRows all = {};
+    all.vocab = p_.vocab;
+    all.rows = dx_ == nullptr ? nullptr : take(size_t{rows} * p_.vocab * element_);
+    all.tiles = take<float>(size_t{rows} * tiles * 2 * sizeof(float));
+    all.target_logits = take<float>(rows * sizeof(float));
+    if (by_reference) make_references(rows, all);
     for_each_block(rows, [&](Block block) {
-      GemmGroup g = forward(block, p_.dtype, exponentials);
-      g.end = GemmEnd::softmax;
-      g.softmax = {&of_tiles->x, targets_ + block.first, target_logits};
-      gemm(context_, g);
-      const TiledRows a{
-          exponentials,
-          of_tiles,
-          target_logits,
-          p_.vocab,
-          targets_ + block.first,
-          weights_ + block.first,
-          losses_ + block.first};
-      with_dtype(p_.dtype, [&](auto t) {
-        using T = decltype(t);
-        if constexpr (sizeof(T) == 2) {
-          launch_pdl(
-              tiled_kernel<T>,
-              dim3(block.count),
-              dim3(kBlock),
-              tiles * sizeof(float),
-              context_.stream,
-              a);
-        }
-      });
-      if (dx_ != nullptr) backward(block, exponentials, p_.vocab);
+      TiledRows a = all;
+      a.count = block.count;
+      a.targets = targets_ + block.first;
+      a.weights = weights_ + block.first;
+      a.losses = losses_ + block.first;
+      if (by_reference) {
+        a.references += block.first;
+        a.overflows += block.first / rows;
+        forward_with(GemmEnd::exponential, block, a);
+        const uint32_t blocks = (a.count + kBlock / 32 - 1) / (kBlock / 32);
+        launch_pdl(exponential_kernel, dim3(blocks), dim3(kBlock), 0, context_.stream, a);
+      }
+      forward_with(GemmEnd::softmax, block, a);
+      const auto kernel = by_reference ? tiled_kernel<bf16> : tiled_kernel<f16>;
+      const size_t shared = tiles * sizeof(float);
+      launch_pdl(kernel, dim3(a.count), dim3(kBlock), shared, context_.stream, a);
+      if (dx_ != nullptr) backward(block, a.rows, p_.vocab, a.factors);
     });
+  }
+  void make_references(uint32_t rows, TiledRows& a) const {
+    const uint32_t blocks = (p_.tokens + rows - 1) / rows;
+    auto* references = take<float>(p_.tokens * sizeof(float));
+    a.references = references;
+    a.factors = take<float>(rows * sizeof(float));
+    a.overflows = take<uint32_t>(blocks * sizeof(uint32_t));
+    launch_pdl(
+        reference_kernel,
+        dim3((p_.tokens + kBlock / 32 - 1) / (kBlock / 32)),
+        dim3(kBlock),
+        0,
+        context_.stream,
+        p_,
+        static_cast<const bf16*>(x_),
+        static_cast<const bf16*>(head_),
+        targets_,
+        weights_,
+        references,
+        a.overflows,
+        blocks);
+  }
+  void forward_with(GemmEnd end, Block block, const TiledRows& a) const {
+    GemmGroup g = forward(block, p_.dtype, a.rows);
+    g.end = end;
+    g.softmax = {a.tiles, a.targets, a.target_logits, a.references};
+    if (end == GemmEnd::softmax) g.softmax.only_if = a.overflows;
+    gemm(context_, g);
   }
 
   void by_logits() const {

@@ -92,6 +92,7 @@ __device__ __forceinline__ void prefetch_line(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory");
 }
 
+inline constexpr float kLog2e = 1.4426950408889634f;
 /// 2^x, off by 2 ulp; subnormals are zeros.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -36,6 +36,8 @@ struct GemmProblem {
   /// before they are rounded; or null. n is a multiple of head_dim, 64 or 128.
   const float* rope = nullptr;
   uint32_t head_dim = 0;
+  /// gemm_sm90 only, GemmEnd::plain: f32 [m], by which a row's sums are multiplied; or null.
+  const float* row_factors = nullptr;
 };
 
 /// gemm_sm90 only, 16-bit: what the next kernel would do to a product, at the end of its tiles.
@@ -51,13 +53,21 @@ enum class GemmEnd : uint8_t {
   /// One problem, whose sums z are logits: out (or null) = exp(z − largest), largest of the row in
   /// the tile's kGemmSoftmaxColumns columns. right_is_kn = false.
   softmax,
+  /// The same with one reference for a whole row, whose exponentials need no other factor: out (or
+  /// null) = exp(z − reference), infinite where that is more than f32 holds. bf16.
+  exponential,
 };
 constexpr uint32_t kGemmSoftmaxColumns = 256;
 struct GemmSoftmax {
-  /// f32 [m, ⌈n / kGemmSoftmaxColumns⌉, 2]: largest and Σ exp(z − largest) of unrounded terms.
+  /// f32 [m, ⌈n / kGemmSoftmaxColumns⌉, 2]: largest and Σ exp(z − largest) of unrounded terms;
+  /// exponential: [m, ⌈n / kGemmSoftmaxColumns⌉], the sums.
   float* tiles = nullptr;
   const int32_t* targets = nullptr;  ///< [m]; what is not in [0, n) is nobody's
   float* target_logits = nullptr;    ///< f32 [m]
+  /// exponential: f32 [m]; +∞: the row's are 0, whatever its logits.
+  const float* references = nullptr;
+  /// softmax: a word that tells, when the kernel begins, to write nothing (0); or null.
+  const uint32_t* only_if = nullptr;
 };
 struct GemmSwiglu {
   void* gate = nullptr;  ///< swiglu: with up, out or null (both); swiglu_backward: in and out
@@ -120,7 +130,7 @@ constexpr size_t gemm_flag_count(uint32_t m) {
 /// Whether gemm_sm90 takes the group: compute capability 9.0, 16-bit storage, every pointer
 /// aligned to 16 bytes and every stride (and n of a rotated head, SwiGLU or softmax) a multiple of
 /// 8 elements, at most 16 pairs and 36 operands. Otherwise gemm_generic does, but no shrinks,
-/// rotation, SwiGLU or softmax.
+/// rotation, factors, SwiGLU or softmax.
 bool can_gemm_sm90(const Context& context, const GemmGroup& group);
 /// Whether the group's shrinks cost less inside the launch than before it: there are tiles enough
 /// (two waves of 256 columns) and blocks with a tile fewer than others.

@@ -17,6 +17,7 @@
 //   rows of odd length, 4095 cubed: 58 TFLOP/s; by way of gemm_stage.cu 537, 4.0 of cuBLAS
 // A100, for which it is meant, is not measured. On H100 mma.sync cannot reach wgmma's rate; the
 // next tenth would take knowing what its warps wait for (not profiled).
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -416,6 +417,14 @@ bool is_empty(const GemmGroup& group) {
   return true;
 }
 
+/// What only gemm_sm90 does to a tile.
+bool ends_otherwise(const GemmGroup& group) {
+  return group.end != GemmEnd::plain ||
+         std::any_of(group.problem, group.problem + group.problems, [](const GemmProblem& p) {
+           return p.rope != nullptr || p.row_factors != nullptr;
+         });
+}
+
 }  // namespace
 
 void gemm_generic(const Context& context, const GemmGroup& group) {
@@ -435,7 +444,7 @@ void gemm(const Context& context, const GemmGroup& group) {
   check_group(group);
   if (is_empty(group)) return;
   if (can_gemm_sm90(context, group)) return gemm_sm90(context, group);
-  if (group.end != GemmEnd::plain || group.shrinks > 0) {
+  if (ends_otherwise(group) || group.shrinks > 0) {
     throw std::invalid_argument("[gemm] end and shrinks must be what can_gemm_sm90 takes");
   }
   const StagePlan plan = plan_staging(context, group);

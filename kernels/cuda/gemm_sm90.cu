@@ -83,10 +83,14 @@ uint32_t tiles_of(const GemmGroup& group, const Form& form) {
   return columns * ceil_div(group.m, kTileM * form.cluster_m);
 }
 
+constexpr bool is_softmax(GemmEnd end) {
+  return end == GemmEnd::softmax || end == GemmEnd::exponential;
+}
+
 /// The tile width of a product that ends otherwise: the softmax's, all of gate and up beside each
 /// other, or room for both in shared memory.
 constexpr int end_width(GemmEnd end) {
-  if (end == GemmEnd::softmax) return kGemmSoftmaxColumns;
+  if (is_softmax(end)) return kGemmSoftmaxColumns;
   return end == GemmEnd::swiglu ? 2 * kGateColumns : 128;
 }
 
@@ -98,7 +102,9 @@ GemmEnd end_of(const GemmGroup& group, const Form& form) {
   }
   for (int i = 0; i < group.problems; ++i) {
     const GemmProblem& problem = group.problem[i];
-    if (!problem.residual || problem.rope || problem.n % 8 != 0) return GemmEnd::plain;
+    if (!problem.residual || problem.rope || problem.row_factors || problem.n % 8 != 0) {
+      return GemmEnd::plain;
+    }
   }
   return GemmEnd::residual;
 }
@@ -272,6 +278,7 @@ void fill_problems(
     to.residual_stride = from.residual_stride;
     to.rope = from.rope;
     to.head_dim = from.head_dim;
+    to.row_factors = from.row_factors;
     if (group.end == GemmEnd::swiglu_backward) {
       const GemmSwiglu& s = args.swiglu = group.swiglu;
       args.gate_map = maps.add(s.gate, group.m, from.n, s.stride, 16);
@@ -384,6 +391,12 @@ void launch_width(const Context& context, int tile_n, GemmEnd end, const Args& a
   if constexpr (!kRightIsKn) {
     constexpr GemmEnd kSoftmax = GemmEnd::softmax;
     if (end == kSoftmax) return launch<T, end_width(kSoftmax), false, kSoftmax>(context, args);
+    if constexpr (std::is_same_v<T, bf16>) {
+      constexpr GemmEnd kExponential = GemmEnd::exponential;
+      if (end == kExponential) {
+        return launch<T, end_width(kExponential), false, kExponential>(context, args);
+      }
+    }
   }
   switch (tile_n) {
     case 256:
@@ -485,6 +498,10 @@ bool can_swiglu(const GemmGroup& group) {
 }
 bool can_softmax(const GemmGroup& group) {
   const GemmProblem& p = group.problem[0];
+  if (group.end == GemmEnd::exponential &&
+      (group.dtype != DType::bf16 || !group.softmax.references)) {
+    return false;
+  }
   return group.out_dtype == group.dtype && !group.right_is_kn && group.problems == 1 &&
          p.pairs > 0 && p.pair[0].k > 0 && p.n % 8 == 0 && !p.bias && !p.residual && !p.rope &&
          group.softmax.tiles && group.softmax.targets && group.softmax.target_logits;
@@ -494,6 +511,7 @@ bool can_end(const GemmGroup& group) {
     case GemmEnd::plain:
       return true;
     case GemmEnd::softmax:
+    case GemmEnd::exponential:
       return can_softmax(group);
     default:
       return can_swiglu(group);
@@ -516,6 +534,7 @@ bool can_gemm_sm90(const Context& context, const GemmGroup& group) {
   for (int i = 0; i < group.problems; ++i) {
     const GemmProblem& problem = group.problem[i];
     if (!can_rotate(group, problem)) return false;
+    if (problem.row_factors && group.end != GemmEnd::plain) return false;
     if (!aligned(problem.out) || !aligned(problem.bias) || !aligned(problem.residual) ||
         problem.out_stride % 8 != 0 || problem.residual_stride % 8 != 0) {
       return false;

@@ -413,8 +413,8 @@ __device__ __forceinline__ void consume(
       finish_tile<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
     } else if constexpr (kEnd == GemmEnd::residual) {
       finish_residual<T, kTileN>(d, args, problem, warp_row, n0, boxes);
-    } else if constexpr (kEnd == GemmEnd::softmax) {
-      finish_softmax<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
+    } else if constexpr (kEnd == GemmEnd::softmax || kEnd == GemmEnd::exponential) {
+      finish_softmax<T, kTileN, kEnd>(d, args, problem, warp_row, n0, boxes, in_ring);
     } else if constexpr (kEnd == GemmEnd::swiglu) {
       finish_swiglu<T>(d, args, problem, warp_row, n0, boxes, in_ring);
     } else {
@@ -429,6 +429,12 @@ template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd>
 __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ Args args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<kTileN, kEnd>;
+  if constexpr (kEnd == GemmEnd::softmax) {
+    if (args.softmax.only_if != nullptr) {
+      dependency_wait();
+      if (*args.softmax.only_if == 0) return;
+    }
+  }
   extern __shared__ uint8_t raw[];
   const uint32_t shared = (shared_address(raw) + 1023) & ~1023u;
   const uint32_t full = shared + L::kBarrierOffset;

@@ -43,6 +43,7 @@ struct ProblemArgs {
   const float* up_bias = nullptr;  ///< GemmEnd::swiglu
   const float* rope = nullptr;
   uint32_t head_dim = 0;
+  const float* row_factors = nullptr;
   /// What the tile's end reads, on its way to the second-level cache meanwhile.
   uint16_t residual_map = 0;
   bool reads_ahead = false;

@@ -111,7 +111,16 @@ __device__ __forceinline__ void rotate_tile(
   }
 }
 
-/// Bias, residual or rotation.
+template <int kTileN>
+__device__ __forceinline__ void scale_rows(
+    float (&d)[kTileN / 2], const float* factors, uint32_t m, uint32_t row) {
+  const float low = row < m ? __ldg(factors + row) : 0.0f;
+  const float high = row + 8 < m ? __ldg(factors + row + 8) : 0.0f;
+#pragma unroll
+  for (int i = 0; i < kTileN / 2; ++i) d[i] *= i % 4 < 2 ? low : high;
+}
+
+/// Factors, bias, residual or rotation.
 template <typename T, int kTileN>
 __device__ __forceinline__ void add_terms(
     float (&d)[kTileN / 2],
@@ -121,6 +130,7 @@ __device__ __forceinline__ void add_terms(
     uint32_t n0) {
   const uint32_t row = warp_row + threadIdx.x % 32 / 4, column = n0 + threadIdx.x % 4 * 2;
   const bool wide = !args.out_f32 && problem.n % 8 == 0;
+  if (problem.row_factors != nullptr) scale_rows<kTileN>(d, problem.row_factors, args.m, row);
 #pragma unroll
   for (int b = 0; b < kTileN / 64; ++b) {
     add_bias(&d[32 * b], problem.bias, problem.n, column + 64 * b);
@@ -247,46 +257,66 @@ __device__ __forceinline__ void finish_swiglu(
   __syncwarp();
 }
 
+/// The logit of the row's target, if it is one of this thread's.
+template <int kTileN>
+__device__ __forceinline__ void keep_target_logit(
+    const float (&d)[kTileN / 2], int half, const Args& args, uint32_t row, uint32_t n0) {
+  const GemmSoftmax& s = args.softmax;
+  const uint32_t first = threadIdx.x % 4 * 2;
+  const uint32_t wanted = row < args.m ? static_cast<uint32_t>(__ldg(s.targets + row)) : kBeyond;
+  const uint32_t target = wanted < args.problem[0].n ? wanted - n0 : kTileN;
+  if (target >= kTileN || target % 8 / 2 != threadIdx.x % 4) return;
+#pragma unroll
+  for (int j = 0; j < kTileN / 8; ++j) {
+    if (8 * j + first == target) s.target_logits[row] = d[4 * j + 2 * half];
+    if (8 * j + first + 1 == target) s.target_logits[row] = d[4 * j + 2 * half + 1];
+  }
+}
+/// exp(z − zero) of one of a thread's two rows in place, all 0 where the row is dead. Their sum
+/// over the tile.
+template <int kTileN, bool kMayBeDead>
+__device__ __forceinline__ float exponentials(
+    float (&d)[kTileN / 2], int half, float zero, bool dead = false) {
+  const float most = dead ? -INFINITY : INFINITY;  // no branch: wgmma would wait for it
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kTileN / 8; ++j) {
+#pragma unroll
+    for (int i = 2 * half; i < 2 * half + 2; ++i) {
+      const float power = kLog2e * (d[4 * j + i] - zero);
+      d[4 * j + i] = exp2_fast(kMayBeDead ? fminf(power, most) : power);
+      sum += d[4 * j + i];
+    }
+  }
+  return quad_sum(sum);
+}
 /// One of a thread's two rows of logits: what the loss wants of it, and exp(z − largest) in place.
 template <int kTileN>
 __device__ __forceinline__ void softmax_row(
     float (&d)[kTileN / 2], int half, const Args& args, uint32_t row, uint32_t n0) {
-  const GemmSoftmax& s = args.softmax;
-  const uint32_t first = threadIdx.x % 4 * 2;
-  const bool there = row < args.m;
-  const uint32_t wanted = there ? static_cast<uint32_t>(__ldg(s.targets + row)) : kBeyond;
-  const uint32_t target = wanted < args.problem[0].n ? wanted - n0 : kTileN;
-  if (target < kTileN && target % 8 / 2 == threadIdx.x % 4) {
-#pragma unroll
-    for (int j = 0; j < kTileN / 8; ++j) {
-      if (8 * j + first == target) s.target_logits[row] = d[4 * j + 2 * half];
-      if (8 * j + first + 1 == target) s.target_logits[row] = d[4 * j + 2 * half + 1];
-    }
-  }
   float largest = -INFINITY;
 #pragma unroll
   for (int j = 0; j < kTileN / 8; ++j) {
     largest = fmaxf(largest, fmaxf(d[4 * j + 2 * half], d[4 * j + 2 * half + 1]));
   }
   largest = quad_max(largest);
-  const float zero = largest == -INFINITY ? 0.0f : largest;
-  float sum = 0.0f;
-#pragma unroll
-  for (int j = 0; j < kTileN / 8; ++j) {
-#pragma unroll
-    for (int i = 2 * half; i < 2 * half + 2; ++i) {
-      d[4 * j + i] = exp2_fast(1.44269504f * (d[4 * j + i] - zero));
-      sum += d[4 * j + i];
-    }
-  }
-  sum = quad_sum(sum);
-  if (!there || threadIdx.x % 4 != 0) return;
-  const uint32_t tiles = args.problem[0].tiles_n;
-  reinterpret_cast<float2*>(s.tiles)[size_t{row} * tiles + n0 / kTileN] = make_float2(largest, sum);
+  const float sum = exponentials<kTileN, false>(d, half, largest == -INFINITY ? 0.0f : largest);
+  if (row >= args.m || threadIdx.x % 4 != 0) return;
+  const size_t tile = size_t{row} * args.problem[0].tiles_n + n0 / kTileN;
+  reinterpret_cast<float2*>(args.softmax.tiles)[tile] = make_float2(largest, sum);
+}
+/// The same with exp(z − reference). What is not a number makes an infinite sum.
+template <int kTileN>
+__device__ __forceinline__ void exponential_row(
+    float (&d)[kTileN / 2], int half, const Args& args, uint32_t row, uint32_t n0) {
+  const float reference = row < args.m ? __ldg(args.softmax.references + row) : INFINITY;
+  const float sum = exponentials<kTileN, true>(d, half, reference, reference == INFINITY);
+  if (row >= args.m || threadIdx.x % 4 != 0) return;
+  args.softmax.tiles[size_t{row} * args.problem[0].tiles_n + n0 / kTileN] = sum;
 }
 
 /// Logits never go to memory.
-template <typename T, int kTileN>
+template <typename T, int kTileN, GemmEnd kEnd>
 __device__ __forceinline__ void finish_softmax(
     float (&d)[kTileN / 2],
     const Args& args,
@@ -305,8 +335,15 @@ __device__ __forceinline__ void finish_softmax(
       if (column >= problem.n) d[i] = -INFINITY;
     }
   }
-  softmax_row<kTileN>(d, 0, args, row, n0);
-  softmax_row<kTileN>(d, 1, args, row + 8, n0);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    keep_target_logit<kTileN>(d, half, args, row + 8 * half, n0);
+    if constexpr (kEnd == GemmEnd::softmax) {
+      softmax_row<kTileN>(d, half, args, row + 8 * half, n0);
+    } else {
+      exponential_row<kTileN>(d, half, args, row + 8 * half, n0);
+    }
+  }
   if (problem.out == nullptr) return;
   store_tile<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
 }
