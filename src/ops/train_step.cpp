@@ -103,6 +103,10 @@ TrainPlan::TrainPlan(
   impl_->budget_bytes = memory_budget_bytes;
 }
 
+size_t TrainPlan::least_bytes(int64_t tokens) const {
+  return cuda::TrainStep(impl_->model, static_cast<uint32_t>(tokens), {}).workspace_bytes();
+}
+
 bool has_train_step() {
   return active_backend() == Backend::cuda;
 }
@@ -121,6 +125,10 @@ TrainPlan::TrainPlan(
     size_t,
     size_t) {
   throw Error(ErrorCode::unsupported, "[train_step] this build has no fused training step");
+}
+
+size_t TrainPlan::least_bytes(int64_t) const {
+  return 0;
 }
 
 bool has_train_step() {

@@ -48,6 +48,9 @@ class TrainPlan {
   TrainPlan(const TrainPlan&) = delete;
   TrainPlan& operator=(const TrainPlan&) = delete;
 
+  /// What a stream of `tokens` takes where every layer is worked out again in the backward pass.
+  size_t least_bytes(int64_t tokens) const;
+
  private:
   friend std::pair<mlx::core::array, mlx::core::array> train_step(
       const std::shared_ptr<TrainPlan>&,

@@ -158,6 +158,13 @@ void Trainer::Impl::check_memory() {
       train_set_.nbytes() + valid_set_.nbytes());
   const uint64_t limit = config.max_memory > 0 ? config.max_memory : memory_limit_bytes();
   if (limit == 0 || estimate.total() <= limit) return;
+  choose_step(with_dropout(adapter(), 0));
+  if (train_plan_ && train_plan_->least_bytes(tokens) <= activation_budget()) {
+    // The fused step keeps what there is room for, and its loss works in the same room.
+    estimate.activations = activation_budget();
+    estimate.loss = 0;
+    return;
+  }
   throw Error(
       ErrorCode::does_not_fit,
       fmt::format(

@@ -182,6 +182,25 @@ TEST_F(CudaTraining, TheFusedStepsGradientIsTheGraphs) {
   EXPECT_NEAR(all_kept[0], truth[0], 2e-3 * truth[0]);
 }
 
+/// What the trainer takes when all that it would rather keep does not fit.
+TEST_F(CudaTraining, TheFusedStepFitsWhereTheGraphsActivationsDoNot) {
+  auto config = make_config("run");
+  config.dtype = "bfloat16";
+  BackendScope scope(Backend::cuda);
+  const DefaultDeviceScope device(Backend::cuda);
+  auto model = Model::load(config.model, config.load_options());
+  const auto plan = model->make_train_plan(random_adapter(*model, config), 0);
+  constexpr int64_t kTokens = 1 << 20;
+  EXPECT_LT(plan->least_bytes(kTokens), estimate_memory(*model, config, kTokens, 0).activations);
+  // Scratch of a fixed size, and rows.
+  const size_t fixed = plan->least_bytes(1);
+  EXPECT_LT(fixed, size_t{512} << 20);
+  EXPECT_NEAR(
+      static_cast<double>(plan->least_bytes(kTokens) - fixed),
+      2.0 * static_cast<double>(plan->least_bytes(kTokens / 2) - fixed),
+      static_cast<double>(fixed));
+}
+
 TEST_F(CudaTraining, GeneratesTheCpusTokens) {
   const auto config = make_config("run");
   const auto generate = [&](Backend backend) {
