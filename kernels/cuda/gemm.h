@@ -75,7 +75,15 @@ struct GemmSwiglu {
   size_t stride = 0;    ///< of gate and up
   void* act = nullptr;  ///< [m, n] out; swiglu_backward: made again, or null
   size_t act_stride = 0;
+  /// swiglu: act·shrinkᵀ of the rounded act, the low-rank half of the linear that reads act, in
+  /// gemm_act_parts parts that add_act_parts adds up; or null, and nothing of it.
+  float* parts = nullptr;        ///< f32 [parts][m, shrink_rank], room for kGemmActColumns' parts
+  const void* shrink = nullptr;  ///< [shrink_rank, n] of the group's dtype
+  size_t shrink_stride = 0;
+  uint32_t shrink_rank = 0;  ///< a multiple of 8, at most 64
 };
+/// There are at most ⌈n / kGemmActColumns⌉ parts.
+constexpr uint32_t kGemmActColumns = 128;
 
 /// gemm_sm90 only: u = factor · left·rightᵀ inside the launch whose low-rank pairs read it, as a
 /// few more, narrow tiles; a tile's first pair runs meanwhile. left and right as in a pair. Parts
@@ -130,11 +138,24 @@ constexpr size_t gemm_flag_count(uint32_t m) {
 /// Whether gemm_sm90 takes the group: compute capability 9.0, 16-bit storage, every pointer
 /// aligned to 16 bytes and every stride (and n of a rotated head, SwiGLU or softmax) a multiple of
 /// 8 elements, at most 16 pairs and 36 operands. Otherwise gemm_generic does, but no shrinks,
-/// rotation, factors, SwiGLU or softmax.
+/// rotation, factors, SwiGLU (nor act·shrinkᵀ) or softmax.
 bool can_gemm_sm90(const Context& context, const GemmGroup& group);
 /// Whether the group's shrinks cost less inside the launch than before it: there are tiles enough
 /// (two waves of 256 columns) and blocks with a tile fewer than others.
 bool gemm_hides_shrinks(const Context& context, const GemmGroup& group);
+/// How many parts of act·shrinkᵀ gemm_sm90 writes for a group of GemmEnd::swiglu.
+uint32_t gemm_act_parts(const Context& context, const GemmGroup& group);
+struct ActParts {
+  const float* parts = nullptr;  ///< f32 [count][m, rank]
+  uint32_t count = 0;
+  uint32_t m = 0, rank = 0;  ///< a multiple of 4
+  float factor = 1.0f;
+  DType dtype = DType::bf16;  ///< of out, 16 bits
+  void* out = nullptr;        ///< aligned to 8 bytes
+  size_t out_stride = 0;      ///< a multiple of 4
+};
+/// out [m, rank] = factor · Σ parts, in order.
+void add_act_parts(const Context& context, const ActParts& parts);
 /// TMA + wgmma, warp-specialised, persistent over the tiles of all problems. m, n, k of any size.
 void gemm_sm90(const Context& context, const GemmGroup& group);
 /// mma.sync over any shape, stride and alignment (bf16, f16); f32 dtype by FFMA.

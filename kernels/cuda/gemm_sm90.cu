@@ -127,18 +127,34 @@ bool fits(const Context& context, const GemmGroup& group, const Form& form) {
 uint32_t slots_of(const Context& context, const Form& form) {
   return context.multiprocessors / (form.cluster_m * form.cluster_n * form.cluster_k);
 }
-/// Clusters that have a tile fewer than the others, or none.
-uint32_t spare_clusters(const Context& context, const GemmGroup& group, const Form& form) {
-  const uint32_t slots = slots_of(context, form);
-  return slots - tiles_of(group, form) % slots;
-}
 uint32_t narrow_tiles(const GemmGroup& group, const Form& form) {
   return group.shrinks * ceil_div(group.m, kTileM * form.cluster_m);
 }
+/// Clusters that have a run of tiles fewer than the others, or none.
+uint32_t spare_clusters(
+    const Context& context, const GemmGroup& group, const Form& form, uint32_t run_log2) {
+  const uint32_t slots = slots_of(context, form);
+  return slots - (tiles_of(group, form) >> run_log2) % slots;
+}
 /// Whether the spare clusters make u within the time of a tile, when the first of them ask for it.
-bool shrinks_hide(const Context& context, const GemmGroup& group, const Form& form) {
-  const uint32_t each = ceil_div(narrow_tiles(group, form), spare_clusters(context, group, form));
-  return kNarrowStepNs * each <= form.step_ns;
+bool shrinks_hide(
+    const Context& context, const GemmGroup& group, const Form& form, uint32_t run_log2) {
+  const uint32_t spare = spare_clusters(context, group, form, run_log2);
+  return kNarrowStepNs * ceil_div(narrow_tiles(group, form), spare) <= form.step_ns;
+}
+/// Tiles side by side that a cluster takes one after another, so that their shares of act·shrinkᵀ
+/// are one part: as many as cost no wave and leave the clusters that make u.
+uint32_t run_log2_of(const Context& context, const GemmGroup& group, const Form& form) {
+  if (group.end != GemmEnd::swiglu || group.swiglu.parts == nullptr) return 0;
+  const uint32_t slots = slots_of(context, form), tiles = tiles_of(group, form);
+  const uint32_t columns = ceil_div(group.problem[0].n, kGateColumns);
+  uint32_t best = 0;
+  for (uint32_t log2 = 1; columns % (1u << log2) == 0; ++log2) {
+    if (ceil_div(tiles >> log2, slots) << log2 > ceil_div(tiles, slots)) break;
+    if (shrinks_hide(context, group, form, 0) && !shrinks_hide(context, group, form, log2)) break;
+    best = log2;
+  }
+  return best;
 }
 
 struct Choice {
@@ -162,7 +178,8 @@ Choice choose_form(const Context& context, const GemmGroup& group) {
   Choice best;
   for (const Form& form : kForms) {
     if (!fits(context, group, form)) continue;
-    if (group.shrinks > 0 && !shrinks_hide(context, group, form)) continue;
+    const uint32_t run_log2 = run_log2_of(context, group, form);
+    if (group.shrinks > 0 && !shrinks_hide(context, group, form, run_log2)) continue;
     const float waves = ceil_div(tiles_of(group, form), slots_of(context, form));
     float tile_ns = form.tile_ns;
     if (residual && end_of(group, form) == GemmEnd::plain) tile_ns += kResidualNs * form.tile_n;
@@ -238,6 +255,8 @@ void fill_gate_up(Args& args, Maps& maps, const GemmGroup& group, uint32_t left_
   const GemmSwiglu& s = args.swiglu;
   if (s.gate) args.gate_map = maps.add(s.gate, group.m, gate.n, s.stride, 16);
   args.act_map = maps.add(s.act, group.m, gate.n, s.act_stride, 16);
+  if (!s.parts) return;
+  args.shrink_map = maps.add(s.shrink, s.shrink_rank, gate.n, s.shrink_stride, s.shrink_rank);
 }
 
 void fill_problems(
@@ -311,7 +330,8 @@ void fill_args(
   } else {
     fill_problems(args, maps, group, form, left_box);
   }
-  args.clusters = std::min(slots_of(context, form), args.tiles_m * args.tiles_n);
+  args.run_log2 = run_log2_of(context, group, form);
+  args.clusters = std::min(slots_of(context, form), args.tiles_m * args.tiles_n >> args.run_log2);
   // About as many rows as columns of tiles are in flight: each operand is read from memory once.
   args.band = std::min(args.tiles_m, 8u);
 }
@@ -351,8 +371,9 @@ void fill_shrinks(
     check(cudaMemsetAsync(args.flags, 0, bytes, context.stream), "gemm_sm90 flags");
   }
   const uint32_t slots = slots_of(context, form), narrow = narrow_tiles(group, form);
-  const bool hide = shrinks_hide(context, group, form);
-  args.shrink_clusters = std::min(hide ? spare_clusters(context, group, form) : slots, narrow);
+  const bool hide = shrinks_hide(context, group, form, args.run_log2);
+  const uint32_t spare = spare_clusters(context, group, form, args.run_log2);
+  args.shrink_clusters = std::min(hide ? spare : slots, narrow);
   args.clusters = std::min(slots, args.clusters + args.shrink_clusters);
 }
 
@@ -432,6 +453,10 @@ bool form_fits(const Context& context, const GemmGroup& group, int form) {
 int chosen_form(const Context& context, const GemmGroup& group) {
   return static_cast<int>(&some_form(context, group) - kForms);
 }
+uint32_t act_parts_with_form(const Context& context, const GemmGroup& group, int form_index) {
+  const Form& form = form_index < 0 ? some_form(context, group) : kForms[form_index];
+  return ceil_div(group.problem[0].n, kGateColumns) >> run_log2_of(context, group, form);
+}
 void gemm_with_form(const Context& context, const GemmGroup& group, int form_index) {
   if (is_empty(group)) return;
   const Form& form = form_index < 0 ? some_form(context, group) : kForms[form_index];
@@ -472,7 +497,7 @@ bool can_shrink(const GemmGroup& group, const GemmShrink& shrink) {
 
 /// For the pairs and for a tensor map of each operand.
 bool has_room(const GemmGroup& group) {
-  int pairs = 0, others = 2 * group.problems + group.shrinks;
+  int pairs = 0, others = 2 * group.problems + group.shrinks + (group.swiglu.parts != nullptr);
   for (int i = 0; i < group.problems; ++i) pairs += std::max(group.problem[i].pairs, 1);
   for (int i = 0; i < group.shrinks; ++i) others += group.shrink[i].parts;
   return pairs <= sm90::kMaxPairs && 2 * pairs + others <= sm90::kMaxMaps;
@@ -491,6 +516,11 @@ bool can_swiglu(const GemmGroup& group) {
            !first.residual;
   }
   const GemmProblem& second = group.problem[1];
+  if (s.parts &&
+      (!s.shrink || !aligned(s.shrink) || !aligned(s.parts) || s.shrink_stride % 8 != 0 ||
+       s.shrink_rank == 0 || s.shrink_rank % 8 != 0 || s.shrink_rank > 64)) {
+    return false;
+  }
   return !group.right_is_kn && group.problems == 2 && s.act && !s.gate == !s.up &&
          first.n == second.n && first.pairs > 0 && second.pairs > 0 &&
          first.pair[0].left == second.pair[0].left && first.pair[0].k == second.pair[0].k &&
@@ -548,6 +578,10 @@ bool can_gemm_sm90(const Context& context, const GemmGroup& group) {
     }
   }
   return true;
+}
+
+uint32_t gemm_act_parts(const Context& context, const GemmGroup& group) {
+  return sm90::act_parts_with_form(context, group, -1);
 }
 
 bool gemm_hides_shrinks(const Context& context, const GemmGroup& group) {

@@ -67,6 +67,33 @@ class SeenShrinks {
 template <int kTileN, GemmEnd kEnd>
 constexpr uint32_t kColumns = kEnd == GemmEnd::swiglu ? kTileN / 2 : kTileN;
 
+/// A stage more for a tile that is shrunk at its end: its columns of the [rank, n] operand.
+template <int kTileN>
+__device__ __forceinline__ void produce_shrink(
+    const Args& args,
+    const Cluster& cluster,
+    uint32_t shared,
+    uint32_t full,
+    uint32_t empty,
+    Ring<Layout<kTileN, GemmEnd::swiglu>::kStages>& ring,
+    uint32_t n0) {
+  using L = Layout<kTileN, GemmEnd::swiglu>;
+  barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
+  const uint32_t barrier = full + 8 * ring.stage;
+  barrier_expect(barrier, 2 * 128 * args.swiglu.shrink_rank);
+  for (uint32_t half = 0; half < 2; ++half) {
+    if (args.cluster_m == 2 && half != cluster.rank_m) continue;
+    load_box(
+        shared + ring.stage * L::kStageBytes + L::kLeftBytes + half * kBoxBytes,
+        &args.maps[args.shrink_map],
+        barrier,
+        n0 + 64 * half,
+        0,
+        cluster.column_mask);
+  }
+  ring.advance();
+}
+
 /// One thread: every stage of every tile of this block. Blocks of a cluster that share an operand
 /// load a part each and send it to all.
 template <int kTileN, bool kRightIsKn, GemmEnd kEnd>
@@ -102,7 +129,8 @@ __device__ __forceinline__ void produce(
   });
   SeenShrinks seen(args);
   const uint32_t tiles = args.tiles_m * args.tiles_n;
-  for (uint32_t index = cluster.index(); index < tiles; index += cluster.count()) {
+  for (uint32_t index = cluster.first_tile(args); index < tiles;
+       index = cluster.next_tile(args, index)) {
     const Tile tile = find_tile(args, index);
     const ProblemArgs& problem = args.problem[tile.problem];
     const uint32_t m0 =
@@ -160,6 +188,11 @@ __device__ __forceinline__ void produce(
           load_box(right + part * 128, right_map, barrier, k0, n0 + part, cluster.column_mask);
         }
         ring.advance();
+      }
+    }
+    if constexpr (kEnd == GemmEnd::swiglu) {
+      if (args.swiglu.parts) {
+        produce_shrink<kTileN>(args, cluster, shared, full, empty, ring, n0);
       }
     }
     if (args.shrinks > 0) seen.count_tile(m0 / kTileM);
@@ -321,7 +354,10 @@ __device__ __forceinline__ void consume(
         args, cluster, ring, shared, full, empty, warp, releases);
   }
   const uint32_t tiles = args.tiles_m * args.tiles_n;
-  uint32_t index = cluster.index();
+  [[maybe_unused]] ActShrink shrink(args);
+  bool shrinks_act = false;
+  if constexpr (kEnd == GemmEnd::swiglu) shrinks_act = args.swiglu.parts != nullptr;
+  uint32_t index = cluster.first_tile(args);
   Tile tile = index < tiles ? find_tile(args, index) : Tile{};
   while (index < tiles) {
     const ProblemArgs& problem = args.problem[tile.problem];
@@ -384,7 +420,8 @@ __device__ __forceinline__ void consume(
       wgmma_commit();
       release_previous();
     }
-    index += cluster.count();
+    if (shrinks_act) shrink.begin_tile(tile.n, warp_row);
+    index = cluster.next_tile(args, index);
     if (index < tiles) tile = find_tile(args, index);  // while the last products run
     wgmma_wait<0>();
     wgmma_sums_fence(d);
@@ -403,7 +440,14 @@ __device__ __forceinline__ void consume(
       }
       if (!add_parts<kTileN>(d, cluster, shared, warpgroup)) continue;
     }
-    if (L::kStoreInRing) named_barrier(1 + warpgroup, 128);  // the warpgroup has read its rows
+    if (shrinks_act) {  // one more stage, whose left half nobody reads
+      release_last();
+      barrier_wait(full + 8 * ring.stage, ring.parity);
+      reading = ring.stage;
+      ring.advance();
+    } else if (L::kStoreInRing) {
+      named_barrier(1 + warpgroup, 128);  // the warpgroup has read its rows
+    }
     const uint32_t in_ring = shared + reading * L::kStageBytes + warp * kWarpBoxBytes;
     if constexpr (L::kEndBoxes > 0) {
       barrier_wait(boxes_full, boxes_parity);
@@ -416,7 +460,8 @@ __device__ __forceinline__ void consume(
     } else if constexpr (kEnd == GemmEnd::softmax || kEnd == GemmEnd::exponential) {
       finish_softmax<T, kTileN, kEnd>(d, args, problem, warp_row, n0, boxes, in_ring);
     } else if constexpr (kEnd == GemmEnd::swiglu) {
-      finish_swiglu<T>(d, args, problem, warp_row, n0, boxes, in_ring);
+      const uint32_t right = shared + reading * L::kStageBytes + L::kLeftBytes;
+      finish_swiglu<T>(d, args, problem, warp_row, n0, boxes, in_ring, shrink, right);
     } else {
       finish_swiglu_backward<T, kTileN>(d, args, problem, warp_row, n0, boxes);
     }

@@ -20,8 +20,8 @@ constexpr int kMaxPairs = 16;
 constexpr int kMaxShrinks = GemmGroup::kMaxShrinks;
 constexpr int kMaxParts = GemmShrink::kMaxParts;
 constexpr int kMaxMaps = 36;
-constexpr uint32_t kGateColumns = 128;  ///< of gate, and of up, in a tile of both
-constexpr uint32_t kBeyond = 1u << 30;  ///< a row of no matrix: zeros
+constexpr uint32_t kGateColumns = kGemmActColumns;  ///< of gate, and of up, in a tile of both
+constexpr uint32_t kBeyond = 1u << 30;              ///< a row of no matrix: zeros
 
 struct PairArgs {
   uint32_t begin = 0, k = 0;  ///< columns of left; begin > 0: beyond the maps, so all zeros
@@ -63,16 +63,17 @@ struct Args {
   PairArgs pair[kMaxPairs];
   ProblemArgs problem[GemmGroup::kMaxProblems];
   uint32_t m = 0;
-  uint32_t tile_rows = kTileM;            ///< that are loaded: zeros beyond m cost as much as rows
-  uint32_t tiles_m = 0, tiles_n = 0;      ///< in tiles of a cluster; n of all problems
-  uint32_t band = 1;                      ///< rows of tiles that are swept together along n
+  uint32_t tile_rows = kTileM;        ///< that are loaded: zeros beyond m cost as much as rows
+  uint32_t tiles_m = 0, tiles_n = 0;  ///< in tiles of a cluster; n of all problems
+  uint32_t band = 1;                  ///< rows of tiles that are swept together along n
+  uint32_t run_log2 = 0;              ///< tiles side by side that a cluster takes one after another
   uint32_t cluster_m = 1, cluster_n = 1;  ///< blocks of a cluster that share columns, rows
   uint32_t cluster_k = 1;                 ///< or parts of the sums; then one tile a cluster
   uint32_t clusters = 0;
   uint32_t map_count = 0;
   GemmSwiglu swiglu;
   GemmSoftmax softmax;
-  uint32_t gate_map = 0, up_map = 0, act_map = 0;
+  uint32_t gate_map = 0, up_map = 0, act_map = 0, shrink_map = 0;
   ShrinkArgs shrink[kMaxShrinks];
   uint32_t shrinks = 0;
   uint32_t shrink_clusters = 0;  ///< the last clusters, which have fewest tiles or none, make u
@@ -122,13 +123,15 @@ struct Tile {
   uint32_t problem, m, n;  ///< the tile's first row and column in units of cluster tiles
 };
 __device__ __forceinline__ Tile find_tile(const Args& args, uint32_t index) {
-  const uint32_t band_tiles = args.band * args.tiles_n;
-  const uint32_t band = index / band_tiles;
-  const uint32_t rest = index - band * band_tiles;
+  const uint32_t run = index >> args.run_log2;
+  const uint32_t band_runs = args.band * (args.tiles_n >> args.run_log2);
+  const uint32_t band = run / band_runs;
+  const uint32_t rest = run - band * band_runs;
   const uint32_t height = min(args.band, args.tiles_m - band * args.band);
+  const uint32_t column = rest / height;
   Tile tile;
-  tile.n = rest / height;
-  tile.m = band * args.band + rest - tile.n * height;
+  tile.n = (column << args.run_log2) + (index & ((1u << args.run_log2) - 1));
+  tile.m = band * args.band + rest - column * height;
   tile.problem = 0;
   while (tile.n >= args.problem[tile.problem].tiles_n) {
     tile.n -= args.problem[tile.problem].tiles_n;
@@ -182,6 +185,14 @@ struct Cluster {
   }
   __device__ __forceinline__ uint32_t count() const {
     return blocks == 1 ? gridDim.x : gridDim.x / blocks;
+  }
+  /// This cluster's tiles: runs in turn with the other clusters.
+  __device__ __forceinline__ uint32_t first_tile(const Args& args) const {
+    return index() << args.run_log2;
+  }
+  __device__ __forceinline__ uint32_t next_tile(const Args& args, uint32_t tile) const {
+    const uint32_t run = 1u << args.run_log2;
+    return ++tile % run != 0 ? tile : tile + (count() - 1) * run;
   }
 };
 

@@ -11,7 +11,10 @@
 //   residual, k 2048: read at the end 85, ahead into the second-level cache 72, through boxes 59;
 //   without one 52 to 55
 //   rotation of q and k: 85 to 92, 90 + 33
-//   act of gate and up: 412 to 417, 369 + 65
+//   act of gate and up: 412 to 417, 369 + 65; and act·shrinkᵀ 422 + 5 (422 without it on that
+//   card), where a kernel that reads act takes 28: 23 saved. Sums of a run through memory instead
+//   of registers: 423, 17 MB more traffic; products behind the stores instead of between: 426;
+//   a reciprocal for each sigmoid instead of for two: 3 µs more
 //   gradients of gate and up: from device memory at the end 325; through boxes 284 of a card whose
 //   products take 5 % longer; 193 + 109. Tiles of 256 columns, three stages, half of gate and up
 //   from the second-level cache: 311 beside 282
@@ -23,6 +26,7 @@
 #pragma once
 
 #include "kernels/cuda/gemm_sm90_store.cuh"
+#include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/swiglu.cuh"
 
 namespace metal_lora::cuda::sm90 {
@@ -203,6 +207,105 @@ __device__ __forceinline__ void finish_residual(
   }
 }
 
+/// A warp's 16 rows of act times the tile's columns of the [rank, n] operand in shared memory,
+/// added up over the tiles of a run. The first 16 ranks stay in registers for it, since sums in
+/// memory are evicted before the next tile wants them.
+class ActShrink {
+ public:
+  __device__ __forceinline__ explicit ActShrink(const Args& args) : args_(args) {}
+  __device__ __forceinline__ void begin_tile(uint32_t column, uint32_t warp_row) {
+    const uint32_t in_run = column & ((1u << args_.run_log2) - 1);
+    part_ = column >> args_.run_log2;
+    warp_row_ = warp_row;
+    run_ends_ = in_run + 1 == 1u << args_.run_log2;
+    run_begins_ = in_run == 0;
+    if (!run_begins_) return;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) first_[i / 4][i % 4] = 0.0f;
+  }
+  /// Slice k of 16 columns of the first 16 ranks. act: its fragment (mma.cuh's a). right: two boxes
+  /// of 64 columns, swizzled.
+  template <typename T>
+  __device__ __forceinline__ void multiply_first(int k, const uint32_t (&act)[4], uint32_t right) {
+    multiply<T>(k, act, right, 0, first_);
+  }
+  /// The other ranks, which the same thread adds up in memory.
+  template <typename T>
+  __device__ __forceinline__ void end_tile(const uint32_t (&act)[8][4], uint32_t right) const {
+    if (run_ends_) store(0, first_);
+    for (uint32_t c = 16; c < args_.swiglu.shrink_rank; c += 16) {
+      float sums[2][4] = {};
+      if (!run_begins_) {
+        for_each_pair(c, [&](int block, int i, const float2* from) {
+          const float2 before = *from;
+          sums[block][i] = before.x;
+          sums[block][i + 1] = before.y;
+        });
+      }
+#pragma unroll
+      for (int k = 0; k < 8; ++k) multiply<T>(k, act[k], right, c, sums);
+      store(c, sums);
+    }
+  }
+
+ private:
+  template <typename F>
+  __device__ __forceinline__ void for_each_pair(uint32_t c, F&& f) const {
+    const uint32_t rank = args_.swiglu.shrink_rank, row = warp_row_ + threadIdx.x % 32 / 4;
+    float* to = args_.swiglu.parts + (size_t{part_} * args_.m + row) * rank + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (row + i % 2 * 8 >= args_.m || c + i / 2 * 8 >= rank) continue;
+      f(i / 2, i % 2 * 2, reinterpret_cast<float2*>(to + i % 2 * 8 * rank + c + i / 2 * 8));
+    }
+  }
+  __device__ __forceinline__ void store(uint32_t c, const float (&sums)[2][4]) const {
+    for_each_pair(c, [&](int block, int i, float2* to) {
+      *to = make_float2(sums[block][i], sums[block][i + 1]);
+    });
+  }
+  template <typename T>
+  __device__ __forceinline__ static void multiply(
+      int k, const uint32_t (&act)[4], uint32_t right, uint32_t c, float (&sums)[2][4]) {
+    // ldmatrix: this lane's row of the operand and, in units of 16 bytes, its half of the slice.
+    const uint32_t lane = threadIdx.x % 32, n = lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
+    const uint32_t chunk = (k % 4 * 2 + half) ^ (n % 8);
+    uint32_t b[4];
+    mma::load_x4(b, right + k / 4 * kBoxBytes + (c + n) * 128 + chunk * 16);
+    mma::multiply<T>(sums[0], act, b[0], b[1]);
+    mma::multiply<T>(sums[1], act, b[2], b[3]);
+  }
+
+  const Args& args_;
+  uint32_t part_ = 0, warp_row_ = 0;
+  bool run_begins_ = false, run_ends_ = false;
+  float first_[2][4] = {};
+};
+
+/// act of the rounded sums to its boxes. The matrix unit takes a slice while the next is made.
+template <typename T, bool kShrinks>
+__device__ __forceinline__ void make_act(
+    const float (&d)[128],
+    uint32_t (&act)[8][4],
+    uint32_t boxes,
+    ActShrink& shrink,
+    uint32_t shrink_right) {
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* gate = &d[8 * k + 2 * i];
+      const float* up = gate + 64;
+      const float g0 = rounded<T>(gate[0]), g1 = rounded<T>(gate[1]);
+      const float2 e = sigmoid2(g0, g1);
+      act[k][i] = pack2<T>(g0 * e.x * rounded<T>(up[0]), g1 * e.y * rounded<T>(up[1]));
+    }
+    const uint32_t to = boxes + k / 4 * kWarpBoxBytes + box_place(k % 4 * 2);
+    store_matrix_x4(to, act[k][0], act[k][1], act[k][2], act[k][3]);
+    if constexpr (kShrinks) shrink.multiply_first<T>(k, act[k], shrink_right);
+  }
+}
+
 /// 128 columns of gate and, in the upper half of the sums, of up: both to memory if wanted, and act
 /// of what was rounded.
 template <typename T>
@@ -213,7 +316,9 @@ __device__ __forceinline__ void finish_swiglu(
     uint32_t warp_row,
     uint32_t n0,
     uint32_t boxes,
-    uint32_t in_ring) {
+    uint32_t in_ring,
+    ActShrink& shrink,
+    uint32_t shrink_right) {
   if (warp_row >= args.m) return;
   const uint32_t lane = threadIdx.x % 32;
 #pragma unroll
@@ -226,14 +331,11 @@ __device__ __forceinline__ void finish_swiglu(
   if (lane == 0) tensor_store_wait_read<0>();  // the tile before
   __syncwarp();
   if (writes_both) put_box<T>(d, in_ring);
-#pragma unroll
-  for (int b = 0; b < 2; ++b) {
-    float act[32];
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      act[i] = swiglu(rounded<T>(d[32 * b + i]), rounded<T>(d[32 * b + 64 + i]));
-    }
-    put_box<T>(act, boxes + b * kWarpBoxBytes);
+  uint32_t act[8][4];
+  if (s.parts) {
+    make_act<T, true>(d, act, boxes, shrink, shrink_right);
+  } else {
+    make_act<T, false>(d, act, boxes, shrink, shrink_right);
   }
   async_proxy_fence();
   __syncwarp();
@@ -243,6 +345,7 @@ __device__ __forceinline__ void finish_swiglu(
     tensor_store(&args.maps[args.act_map], boxes, n0, warp_row);
     if (second) tensor_store(&args.maps[args.act_map], boxes + kWarpBoxBytes, n0 + 64, warp_row);
   }
+  if (s.parts) shrink.end_tile<T>(act, shrink_right);
   if (!writes_both) return;
   store_sectors<T>(&d[32], s.gate, s.stride, args.m, problem.n, warp_row, n0 + 64);
   store_sectors<T>(&d[64], s.up, s.stride, args.m, problem.n, warp_row, n0);

@@ -115,7 +115,9 @@ TrainLayout make_train_layout(const TrainModel& m, uint32_t max_tokens, const Re
     if (!layer.keeps_norms) layer.x2 = x2;
     if (!layer.keeps_act) layer.act = act;
   }
-  l.d_act = backward.take(t * m.ffn * kTrainElement);
+  // With ffn rounded up also as much as the parts of rank 64.
+  const size_t columns = (m.ffn + kGemmActColumns - 1) / kGemmActColumns * kGemmActColumns;
+  l.d_act = l.act_parts = backward.take(t * columns * kTrainElement);
   l.d_attended = backward.take(t * q_width * kTrainElement);
   l.d_qkv = backward.take(t * qkv_width * kTrainElement);
   l.d_x = backward.take(t * m.dims * kTrainElement);

@@ -46,6 +46,7 @@ struct TrainLayout {
   std::vector<Layer> layers;
   // One at a time.
   size_t loss_scratch = 0;
+  size_t act_parts = 0;  ///< where d_act lies, which the backward pass alone has
   size_t d_act = 0, d_attended = 0, d_qkv = 0, d_x = 0;
   std::array<size_t, 2> d_h{};
   std::array<size_t, kTrainSlots> v{};

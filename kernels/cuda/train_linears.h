@@ -305,6 +305,17 @@ class TrainLinears {
     if (!can_gemm_sm90(context_, g)) g.end = GemmEnd::plain;
   }
 
+  /// down's u in parts at the end of the product that makes act, where that is possible.
+  void shrink_act(GemmGroup& g, const PackedAdapter& down) const {
+    if (g.end != GemmEnd::swiglu || down.rank == 0) return;
+    GemmGroup with = g;
+    with.swiglu.parts = static_cast<float*>(at(layout_.act_parts));
+    with.swiglu.shrink = packed(down.to_a);
+    with.swiglu.shrink_stride = down.in;
+    with.swiglu.shrink_rank = down.padded_rank;
+    if (can_gemm_sm90(context_, with)) g = with;
+  }
+
   const TrainModel& model_;
   const TrainLayout layout_;
   char* base_;

@@ -15,7 +15,9 @@
 //   v and dB of q, k, v, o, gate and up in one read of dy                    37.8
 //   the head's product ends with the softmax of its tiles; blocks of 2048 rows   36.7, 37.2, 37.7
 //   on three cards (108,700 to 112,000 tokens/s); the last one took 39.1 before this and v with dB
-// An NF4 base in 4 GB: 48.4, 44.3 (what layers share lies where the loss works), 42.2 to 43.1: 0.87
+//   u of down at the end of the product that makes act: 37.26 where it took 37.48 (four of each in
+//   turns; of the kernels' own 23 µs a layer, 0.37 ms, the power limit leaves 0.22)
+// An NF4 base in 4 GB: 48.4, 44.3 (what layers share lies where the loss works), 42.3 to 43.1: 0.87
 // of bf16's speed. By kernels, each for itself at full clock, µs a layer, forward 870 and backward
 // 1140: products 757 and 760, attention 54 and 178, shrinks 39 and, with dB, 105, norms 23 and 42,
 // dA 53. The loss takes 2.5 ms. In the whole step the card draws its 690 W at 1.58 to 1.65 GHz
@@ -27,8 +29,11 @@
 // multiplies (gate and up 412 -> 481 µs, SwiGLU's gradient 324 -> 448: the producer took 450 ns to
 // feed a stage, before it elected its lane, and read gate and up for the end straight from memory).
 // Gate's and up's low-rank steps as one (u side by side, up's B shifted) won nothing either.
-// The next 10 %: u of down from the end of the product that makes act (28 µs a layer, 67 MB less to
-// read); attention's row sums at the end of o's product back (15 µs).
+// Clusters of four blocks for the 256-wide products, a quarter less from the second-level cache:
+// + 7 to 18 % of a step each, since fewer than 32 of them fit at once.
+// The next 10 %: dA of down at the end of SwiGLU's gradient, which makes act anyway (67 MB less to
+// read, 28 µs a layer; act in a stage of the ring, vᵀ from the low-rank pair's); attention's row
+// sums at the end of o's product back (15 µs).
 #include <algorithm>
 #include <span>
 
@@ -152,7 +157,9 @@ class TrainStep::Run : private TrainLinears {
     });
   }
 
-  void gate_up_forward(size_t index, bool writes_gate_up, bool writes_act) {
+  /// The parts of u that down's product wants: 0 where it is to be made otherwise, or not at all.
+  uint32_t gate_up_forward(
+      size_t index, bool writes_gate_up, bool writes_act, bool shrinks_act = false) {
     const Layer& kept = layout_.layers[index];
     const size_t stride = 2 * size_t{model_.ffn};
     void* gate = at(kept.gate_up);
@@ -163,12 +170,15 @@ class TrainStep::Run : private TrainLinears {
       g.swiglu = {nullptr, nullptr, stride, at(kept.act), model_.ffn};
       if (writes_gate_up) g.swiglu.gate = gate, g.swiglu.up = up;
       end_inside(g, GemmEnd::swiglu);
+      if (shrinks_act) shrink_act(g, layout_.adapters[index][kDown]);
     }
     run_forward(index, kGate, g);
-    if (!writes_act || g.end != GemmEnd::plain) return;
+    if (g.swiglu.parts) return gemm_act_parts(context_, g);
+    if (!writes_act || g.end != GemmEnd::plain) return 0;
     call([&](const Context& c) {
       swiglu_pair_forward(c, tokens_, model_.ffn, model_.dtype, gate, at(kept.act));
     });
+    return 0;
   }
 
   /// q and k rotated.
@@ -232,10 +242,28 @@ class TrainStep::Run : private TrainLinears {
     run_forward(index, kO, o);
 
     norm_forward(at(kept.h2), layer.post_norm, at(kept.x2));
-    gate_up_forward(index, kept.keeps_gate_up, true);
+    const uint32_t parts = gate_up_forward(index, kept.keeps_gate_up, true, true);
     const Rows next[] = {{at(last ? layout_.final_h : layout_.layers[index + 1].h), model_.dims}};
     GemmGroup down = forward_group(index, kDown, next, at(kept.act), at(kept.h2));
-    run_forward(index, kDown, down);
+    if (parts == 0) return run_forward(index, kDown, down);
+    add_parts(index, parts);
+    down.pair0_ready = true;
+    call([&](const Context& c) { gemm(c, down); });
+  }
+
+  /// u of down, of what the product that made act left of it.
+  void add_parts(size_t index, uint32_t count) {
+    const Layer& kept = layout_.layers[index];
+    ActParts p;
+    p.parts = static_cast<const float*>(at(layout_.act_parts));
+    p.count = count;
+    p.m = tokens_;
+    p.rank = layout_.adapters[index][kDown].padded_rank;
+    p.factor = model_.layers[index].down.scale;
+    p.dtype = model_.dtype;
+    p.out = at(kept.u[kDown]);
+    p.out_stride = kept.u_stride[kDown];
+    call([&](const Context& c) { add_act_parts(c, p); });
   }
 
   void head(float* loss) {

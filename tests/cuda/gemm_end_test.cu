@@ -17,6 +17,7 @@ namespace metal_lora::test {
 namespace {
 
 using cuda::bf16;
+using cuda::f16;
 using cuda::GemmEnd;
 using cuda::GemmGroup;
 using cuda::GemmPair;
@@ -24,17 +25,22 @@ using cuda::GemmPair;
 struct Shape {
   uint32_t m, n, k, rank;
   bool bias = false, shrinks = false;
+  uint32_t act_rank = 0;
 };
 
-std::vector<bf16> normal(std::mt19937& random, size_t count, float scale = 1.0f) {
+template <typename T = bf16>
+std::vector<T> normal(std::mt19937& random, size_t count, float scale = 1.0f) {
   std::normal_distribution<float> distribution(0.0f, scale);
-  std::vector<bf16> v(count);
-  for (bf16& x : v) x = bf16(distribution(random));
+  std::vector<T> v(count);
+  for (T& x : v) x = T(distribution(random));
   return v;
 }
-/// One rounding to bf16 of a value that f32 arithmetic leaves 2^-20 off at its terms' size.
+template <typename T>
+constexpr double kRounding = std::is_same_v<T, bf16> ? 0x1p-8 : 0x1p-11;
+/// One rounding to T of a value that f32 arithmetic leaves 2^-20 off at its terms' size.
+template <typename T = bf16>
 double bound(double value, double terms) {
-  return std::abs(value) * 0x1p-8 + terms * 0x1p-20 + 1e-6;
+  return std::abs(value) * kRounding<T> + terms * 0x1p-20 + 1e-6;
 }
 double sigmoid(double x) {
   return 1.0 / (1.0 + std::exp(-x));
@@ -48,7 +54,8 @@ class GemmEndTest : public testing::Test {
     if (device_->context().capability != 90) GTEST_SKIP() << "needs compute capability 9.0";
   }
 
-  void* keep(const std::vector<bf16>& host) {
+  template <typename T>
+  void* keep(const std::vector<T>& host) {
     buffers_.push_back(std::make_unique<DeviceBuffer>(host));
     return buffers_.back()->get();
   }
@@ -65,22 +72,23 @@ class GemmEndTest : public testing::Test {
   }
 
   /// Problems that share x, each {x, W} and {u, B}.
+  template <typename T = bf16>
   GemmGroup group(std::mt19937& random, const Shape& s, int problems, bool right_is_kn) {
     GemmGroup g;
     g.m = s.m;
-    g.dtype = g.out_dtype = DType::bf16;
+    g.dtype = g.out_dtype = std::is_same_v<T, bf16> ? DType::bf16 : DType::f16;
     g.right_is_kn = right_is_kn;
     g.problems = problems;
     const float scale = 1.0f / std::sqrt(static_cast<float>(s.k));
-    const void* x = keep(normal(random, size_t{s.m} * s.k));
+    const void* x = keep(normal<T>(random, size_t{s.m} * s.k));
     for (int i = 0; i < problems; ++i) {
       auto& p = g.problem[i];
       p.n = s.n;
-      const void* w = keep(normal(random, size_t{s.n} * s.k, scale));
+      const void* w = keep(normal<T>(random, size_t{s.n} * s.k, scale));
       p.pair[p.pairs++] = {x, s.k, w, right_is_kn ? s.n : s.k, s.k};
       if (s.rank > 0) {
-        const void* u = keep(normal(random, size_t{s.m} * s.rank, 0.5f));
-        const void* b = keep(normal(random, size_t{s.n} * s.rank, 0.5f));
+        const void* u = keep(normal<T>(random, size_t{s.m} * s.rank, 0.5f));
+        const void* b = keep(normal<T>(random, size_t{s.n} * s.rank, 0.5f));
         p.pair[p.pairs++] = {u, s.rank, b, right_is_kn ? s.n : s.rank, s.rank};
       }
       if (s.bias) {
@@ -95,7 +103,7 @@ class GemmEndTest : public testing::Test {
       shrink.left = x;
       shrink.left_stride = shrink.k = s.k;
       for (int i = 0; i < problems; ++i) {
-        const void* a = keep(normal(random, size_t{s.rank} * s.k, scale));
+        const void* a = keep(normal<T>(random, size_t{s.rank} * s.k, scale));
         shrink.part[shrink.parts++] = {
             a, s.k, s.rank, 1.0f, const_cast<void*>(g.problem[i].pair[1].left), s.rank, nullptr};
       }
@@ -135,23 +143,74 @@ class GemmEndTest : public testing::Test {
     ASSERT_GT(taken, 0);
   }
 
+  /// What the form left of act·aᵀ, added up, of the act that it wrote; and again: the same bits.
+  template <typename T>
+  void check_parts(
+      const GemmGroup& g, int form, const std::vector<T>& act, const std::vector<T>& a) {
+    const uint32_t n = g.problem[0].n, rank = g.swiglu.shrink_rank;
+    cuda::ActParts p;
+    p.parts = g.swiglu.parts;
+    p.count = cuda::sm90::act_parts_with_form(device_->context(), g, form);
+    p.m = g.m;
+    p.rank = rank;
+    p.factor = 0.75f;
+    p.dtype = g.dtype;
+    p.out_stride = rank + 8;
+    const size_t count = g.m * p.out_stride;
+    p.out = room(count * 2);
+    cuda::add_act_parts(device_->context(), p);
+    const auto u = read<T>(p.out, count);
+    cuda::sm90::gemm_with_form(device_->context(), g, form);
+    cuda::add_act_parts(device_->context(), p);
+    const auto again = read<T>(p.out, count);
+    ASSERT_EQ(std::memcmp(u.data(), again.data(), count * 2), 0);
+    for (uint32_t r = 0; r<g.m; r += g.m> 400 ? 37 : 1) {
+      for (uint32_t c = 0; c < p.out_stride; ++c) {
+        const double got = float(u[r * p.out_stride + c]);
+        if (c >= rank) {
+          ASSERT_TRUE(std::isnan(got)) << r << " " << c;
+          continue;
+        }
+        double want = 0, terms = 0;
+        for (uint32_t k = 0; k < n; ++k) {
+          const double term = 0.75 * float(act[size_t{r} * n + k]) * float(a[size_t{c} * n + k]);
+          want += term;
+          terms += std::abs(term);
+        }
+        ASSERT_NEAR(got, want, bound<T>(want, terms)) << r << " " << c << " of " << p.count;
+      }
+    }
+  }
+
+  template <typename T = bf16>
   void check_swiglu(const Shape& s, bool writes_both) {
     SCOPED_TRACE(testing::Message() << s.m << " x " << s.n << " x " << s.k << " rank " << s.rank);
     std::mt19937 random(s.m + s.n);
-    GemmGroup g = group(random, s, 2, false);
+    GemmGroup g = group<T>(random, s, 2, false);
     const size_t stride = 2 * size_t{s.n} + 16, count = s.m * stride;
-    auto* both = static_cast<bf16*>(room(count * 2));
-    auto* act = static_cast<bf16*>(room(size_t{s.m} * s.n * 2));
+    auto* both = static_cast<T*>(room(count * 2));
+    auto* act = static_cast<T*>(room(size_t{s.m} * s.n * 2));
     g.end = GemmEnd::swiglu;
     g.swiglu = {nullptr, nullptr, stride, act, s.n};
     if (writes_both) g.swiglu.gate = both, g.swiglu.up = both + s.n;
+    std::vector<T> a;
+    const size_t parts_count = (s.n + 127) / 128 * size_t{s.m} * s.act_rank;
+    if (s.act_rank > 0) {
+      a = normal<T>(random, size_t{s.act_rank} * s.n, 1.0f / std::sqrt(static_cast<float>(s.n)));
+      g.swiglu.parts = static_cast<float*>(room(parts_count * 4));
+      g.swiglu.shrink = keep(a);
+      g.swiglu.shrink_stride = s.n;
+      g.swiglu.shrink_rank = s.act_rank;
+    }
     for_each_form(g, [&](int form) {
       cuda::sm90::gemm_with_form(device_->context(), g, form);
-      const auto y = read<bf16>(act, size_t{s.m} * s.n);
-      const auto first = read<bf16>(both, count);
+      const auto y = read<T>(act, size_t{s.m} * s.n);
+      const auto first = read<T>(both, count);
       cuda::sm90::gemm_with_form(device_->context(), g, form);
-      const auto again = read<bf16>(act, size_t{s.m} * s.n);
+      const auto again = read<T>(act, size_t{s.m} * s.n);
       ASSERT_EQ(std::memcmp(y.data(), again.data(), y.size() * 2), 0);
+      if (s.act_rank > 0) check_parts<T>(g, form, y, a);
+      if (HasFatalFailure()) return;
       const auto gate = sums(g, 0), up = sums(g, 1);
       for (uint32_t r = 0; r < s.m; ++r) {
         for (uint32_t c = 0; c < stride; ++c) {
@@ -162,19 +221,19 @@ class GemmEndTest : public testing::Test {
             continue;
           }
           const double want = c < s.n ? gate[r * s.n + c] : up[r * s.n + c - s.n];
-          ASSERT_NEAR(got, want, bound(want, 16)) << r << " " << c;
+          ASSERT_NEAR(got, want, bound<T>(want, 16)) << r << " " << c;
         }
         for (uint32_t c = 0; c < s.n; ++c) {
-          const double g = float(bf16(gate[r * s.n + c])), u = float(bf16(up[r * s.n + c]));
+          const double g = float(T(gate[r * s.n + c])), u = float(T(up[r * s.n + c]));
           const double want = g * sigmoid(g) * u;
-          // A sum on the edge between two bf16 may round otherwise here.
-          const double edge = (std::abs(g) + 1) * (std::abs(u) + 1) * 0x1p-6;
+          // A sum on the edge between two values of T may round otherwise here.
+          const double edge = (std::abs(g) + 1) * (std::abs(u) + 1) * 4 * kRounding<T>;
           ASSERT_NEAR(float(y[r * s.n + c]), want, edge) << r << " " << c;
           if (!writes_both) continue;
           const double kept_g = float(first[r * stride + c]);
           const double kept_u = float(first[r * stride + s.n + c]);
           const double exact = kept_g * sigmoid(kept_g) * kept_u;
-          ASSERT_NEAR(float(y[r * s.n + c]), exact, bound(exact, 1)) << r << " " << c;
+          ASSERT_NEAR(float(y[r * s.n + c]), exact, bound<T>(exact, 1)) << r << " " << c;
         }
       }
     });
@@ -334,6 +393,41 @@ TEST_F(GemmEndTest, MakesActOfGateAndUp) {
 }
 TEST_F(GemmEndTest, MakesActAndTheLowRankOperandInOneLaunch) {
   check_swiglu({300, 520, 256, 16, false, true}, true);
+  check_swiglu({300, 520, 256, 16, false, true, 16}, true);
+}
+TEST_F(GemmEndTest, ShrinksTheActItMakes) {
+  for (const Shape& s :
+       {Shape{128, 128, 64, 16, false, false, 16},
+        Shape{201, 136, 72, 8, true, false, 8},
+        Shape{1, 8, 8, 0, false, false, 24},
+        Shape{333, 264, 200, 24, true, false, 64},
+        Shape{77, 520, 64, 16, false, false, 40},
+        Shape{1300, 3072, 64, 8, false, false, 16},
+        Shape{1301, 3072, 64, 8, false, true, 64}}) {
+    for (bool writes_both : {true, false}) {
+      check_swiglu(s, writes_both);
+      if (HasFatalFailure()) return;
+      check_swiglu<f16>(s, writes_both);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+TEST_F(GemmEndTest, ShrinksRunsOfTilesIntoFewerParts) {
+  std::mt19937 random(2);
+  GemmGroup g = group(random, {11 * 128, 24 * 128, 64, 0}, 2, false);
+  void* act = room(size_t{g.m} * 24 * 128 * 2);
+  g.end = GemmEnd::swiglu;
+  g.swiglu = {nullptr, nullptr, 0, act, 24 * 128};
+  g.swiglu.parts = static_cast<float*>(act);
+  g.swiglu.shrink = act;
+  g.swiglu.shrink_stride = 24 * 128;
+  g.swiglu.shrink_rank = 16;
+  ASSERT_TRUE(cuda::can_gemm_sm90(device_->context(), g));
+  const uint32_t parts = cuda::gemm_act_parts(device_->context(), g);
+  EXPECT_EQ(24 % parts, 0u);
+  if (device_->context().multiprocessors == 132) EXPECT_EQ(parts, 12u);
+  g.problem[0].n = g.problem[1].n = 23 * 128;
+  EXPECT_EQ(cuda::gemm_act_parts(device_->context(), g), 23u);
 }
 TEST_F(GemmEndTest, MakesTheSoftmaxOfItsTiles) {
   for (const Shape& s :
@@ -374,6 +468,14 @@ TEST_F(GemmEndTest, RefusesWhatItsTilesDoNotHold) {
   g.problem[1].n = 16;
   EXPECT_FALSE(cuda::can_gemm_sm90(device_->context(), g));
   g.problem[1].n = 24;
+  g.swiglu.parts = static_cast<float*>(act);
+  g.swiglu.shrink = act;
+  g.swiglu.shrink_stride = 24;
+  for (uint32_t rank : {0u, 8u, 12u, 64u, 72u}) {
+    g.swiglu.shrink_rank = rank;
+    EXPECT_EQ(cuda::can_gemm_sm90(device_->context(), g), rank == 8 || rank == 64) << rank;
+  }
+  g.swiglu.parts = nullptr;
   g.swiglu.act = nullptr;
   EXPECT_FALSE(cuda::can_gemm_sm90(device_->context(), g));
   g.end = GemmEnd::plain;
