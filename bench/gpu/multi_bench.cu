@@ -20,7 +20,7 @@ constexpr uint32_t kN = 4096, kK = 4096, kRank = 16;
 
 struct Call {
   uint32_t m, adapters;
-  uint32_t segment;  ///< neighbouring tokens of one adapter: a prompt's
+  uint32_t segment;  ///< neighbouring tokens of one adapter: a prompt's; 0: no two tokens share one
 };
 
 /// Sums what it reads, so that nothing is optimised away.
@@ -73,6 +73,10 @@ struct Bench {
     }
     uint64_t state = 12345;
     for (uint32_t t = 0; t < c.m; ++t) {
+      if (c.segment == 0) {
+        ids[t] = static_cast<int32_t>(t % c.adapters);
+        continue;
+      }
       if (c.segment > 1 && t % c.segment != 0) {
         ids[t] = ids[t - 1];
         continue;
@@ -197,6 +201,7 @@ int main(int argc, char** argv) {
     for (int i = 1; i < argc; ++i) {
       const auto m = static_cast<uint32_t>(std::atoi(argv[i]));
       if (m <= 512) run({m, 128, 1}, bandwidth);
+      if (m <= 128) run({m, 128, 0}, bandwidth);
       run({m, 8, 1}, bandwidth);
       run({m, 128, 16}, bandwidth);
     }

@@ -329,13 +329,18 @@ std::vector<Case> cases() {
     list.push_back({17, 17, 1701, d, D::f32, bf16, {4, 6}, 8, false});
     list.push_back({200, 65, 96, d, d, own, {100, 16, 2}, 100, true});
     list.push_back({1000, 40, 72, d, d, own, many, 40, true});
-    // Streamed again: tiles of W shared by four and by two blocks, and one to a block; many tokens
+    // Streamed again: tiles of W shared by blocks, and one to a block; many tokens
     // of one and of few adapters; more adapters than a block has room for in shared memory.
     list.push_back({20, 1200, 136, d, d, own, {16, 16, 5}, 16, true});
     list.push_back({33, 2601, 72, d, d, own, std::vector<int32_t>(50, 16), 16, true});
     list.push_back({40, 4300, 40, d, d, own, std::vector<int32_t>(40, 12), 64, false});
     list.push_back({100, 200, 136, d, d, own, {16}, 16, true});
     list.push_back({128, 300, 520, d, d, own, std::vector<int32_t>(8, 16), 16, true});
+    // Parts of k: of as many blocks as k has steps, of two; one, with 64 rows of W.
+    list.push_back({72, 130, 1096, d, d, own, many, 40, true});
+    list.push_back({90, 700, 328, d, d, own, std::vector<int32_t>(90, 16), 16, false});
+    list.push_back({9, 5700, 136, d, d, own, {16, 5, 0, 16}, 16, true});
+    list.push_back({128, 300, 40, d, d, own, std::vector<int32_t>(100, 16), 16, true});
     list.push_back({64, 100, 136, d, d, own, std::vector<int32_t>(60, 48), 64, true});
     list.push_back({128, 140, 520, d, d, own, std::vector<int32_t>(90, 50), 64, false});
   }
