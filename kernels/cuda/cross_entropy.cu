@@ -4,18 +4,25 @@
 // Head and loss by blocks of tokens whose rows fit the scratch: a product, one kernel that turns
 // each row into its loss and, in place, into its gradient, and the product back. Logits are never
 // rounded: to bf16 they would be off by up to 2^-9 of their size, 0.03 for a logit of 16, a few
-// percent of that token's gradient. On Hopper the product's tiles end with exp(z − largest of the
-// row in the tile) in 16 bits, at most 2^-9 off, and the f32 sums that the loss is made of; the
-// second kernel scales each tile's columns. Elsewhere logits are f32.
+// percent of that token's gradient. Elsewhere than on Hopper they are f32. There the product's
+// tiles end with exponentials in 16 bits, at most 2^-9 off, and the f32 sums that the loss is made
+// of.
+//
+// bf16: exp(z − reference) with one reference a row, its target's logit, so that the row's sum is
+// at least the target's 1. What a row of probabilities has in common, weight / sum, the product
+// back multiplies its sums by; between the products only −onehot is put in. bf16 has f32's
+// exponents, so this holds until a target's logit is some 69 below the largest (a sum of 1e30):
+// then, decided on the device, the block is made again in the other way. f16, and then: exp(z −
+// largest of the row in the tile); the second kernel scales each tile's columns, a read and a write
+// of all rows.
 //
 // Ladder (4096 rows of 49,152, dims 2048, H100, µs: product, rows, product back):
 //   f32 logits, a row read twice                                    1270, 850, 1160
 //   a row held in one block's shared memory, phases in turn               756
 //   of a cluster of four blocks                                     1295, 625, 1170
 //   tiles end with their softmax; blocks of 2048 rows, not of 1024  1140, 287, 1010
-// The rows are 402 MB each way, 270 µs at the speed of a copy; the products are at 720 and 815
-// TFLOP/s. The next 10 % would be the rows' read and write, 8 % of the whole, by scaling in the
-// product back, whose left operand would then come through registers.
+//   one reference a row                                             1129, 27, 1004; and 16 for them
+// The products are at 730 and 821 TFLOP/s. The next 10 %: theirs.
 #include <cooperative_groups.h>
 
 #include <algorithm>

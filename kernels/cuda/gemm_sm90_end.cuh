@@ -18,7 +18,8 @@
 //   gradients of gate and up: from device memory at the end 325; through boxes 284 of a card whose
 //   products take 5 % longer; 193 + 109. Tiles of 256 columns, three stages, half of gate and up
 //   from the second-level cache: 311 beside 282
-//   softmax of the head's tiles (2048 rows, vocabulary 49152): 575; f32 logits instead 646
+//   softmax of the head's tiles (2048 rows, vocabulary 49152): 575; with one reference a row 565;
+//   f32 logits instead 646
 // The next 10 %: an end costs 3 to 6 µs a tile, all of it arithmetic that both warpgroups do at
 // once while the matrix unit waits. One of them one to three steps behind the other: nothing won in
 // a whole step (37.1 to 37.4 ms), whose clock the power limits; a ring of four stages lets them

@@ -15,12 +15,13 @@
 //   v and dB of q, k, v, o, gate and up in one read of dy                    37.8
 //   the head's product ends with the softmax of its tiles; blocks of 2048 rows   36.7, 37.2, 37.7
 //   on three cards (108,700 to 112,000 tokens/s); the last one took 39.1 before this and v with dB
+//   one reference a row in the loss, rows of the embedding by 16 bytes: 36.95 where it took 37.16
 //   u of down at the end of the product that makes act: 37.26 where it took 37.48 (four of each in
 //   turns; of the kernels' own 23 µs a layer, 0.37 ms, the power limit leaves 0.22)
 // An NF4 base in 4 GB: 48.4, 44.3 (what layers share lies where the loss works), 42.3 to 43.1: 0.87
 // of bf16's speed. By kernels, each for itself at full clock, µs a layer, forward 870 and backward
 // 1140: products 757 and 760, attention 54 and 178, shrinks 39 and, with dB, 105, norms 23 and 42,
-// dA 53. The loss takes 2.5 ms. In the whole step the card draws its 690 W at 1.58 to 1.65 GHz
+// dA 53. The loss takes 2.2 ms. In the whole step the card draws its 690 W at 1.58 to 1.65 GHz
 // instead of 1.98: 35 ms of kernels take 37. What saves no energy saves little time. Without
 // an end of the products (SwiGLU, its gradient or the rotation) the kernels measured one by one add
 // up to 0.3 to 0.5 ms more, but the step as a whole takes what it took (± 0.2 ms). Bands of 4 rows
