@@ -45,7 +45,7 @@ attention::Arguments arguments_of(
 }
 
 bool aligned(const void* p, size_t stride) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride % 8 == 0;
+  return is_aligned(p) && stride % 8 == 0;
 }
 bool fits_tiles(const attention::Arguments& a) {
   const AttentionParams& p = a.p;

@@ -467,7 +467,7 @@ void decode_attention(
         static_cast<const void*>(k_cache),
         static_cast<const void*>(v_cache),
         static_cast<const void*>(out)}) {
-    tiled = tiled && reinterpret_cast<uintptr_t>(each) % 16 == 0;
+    tiled = tiled && is_aligned(each);
   }
   if (!tiled) {
     decode_rope_cache(context, p, positions, cos_sin, q_norm, k_norm, q, k, v, k_cache, v_cache);

@@ -9,12 +9,18 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
 #include "kernels/params.h"
 
 namespace metal_lora::cuda {
+
+/// 16 bytes are what one copy instruction moves.
+inline bool is_aligned(const void* p, size_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
 
 /// Where an entry takes temporary device memory from: 256-byte aligned, uninitialised, valid for
 /// the work that the entry enqueues.

@@ -139,7 +139,7 @@ void decode_norm(
        {static_cast<const void*>(x),
         static_cast<const void*>(weight),
         static_cast<const void*>(y)}) {
-    wide = wide && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+    wide = wide && is_aligned(p);
   }
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);

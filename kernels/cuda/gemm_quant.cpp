@@ -38,9 +38,6 @@ constexpr uint32_t kMaxSplits = 8;
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
 }
-bool aligned(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
 
 TensorMapRequest map_of(
     const void* data, DType dtype, uint32_t rows, uint32_t columns, size_t stride, uint32_t box) {
@@ -129,9 +126,9 @@ bool can_gemm_quantized(const Context& context, const QuantizedProduct& p) {
   const bool nf4 = w.format == WeightFormat::nf4 && w.group_size == 64;
   return context.capability == 90 && p.dtype != DType::f32 && (int4 || nf4) &&
          w.layout == WeightLayout::row_major && w.k > 0 && w.k % w.group_size == 0 &&
-         w.n % 8 == 0 && quant::aligned(p.w.data) && quant::aligned(p.x) && quant::aligned(p.y) &&
-         (p.rank == 0 || (quant::aligned(p.u) && quant::aligned(p.b) && p.u_stride % 8 == 0 &&
-                          p.b_stride % 8 == 0));
+         w.n % 8 == 0 && is_aligned(p.w.data) && is_aligned(p.x) && is_aligned(p.y) &&
+         (p.rank == 0 ||
+          (is_aligned(p.u) && is_aligned(p.b) && p.u_stride % 8 == 0 && p.b_stride % 8 == 0));
 }
 
 bool prefers_gemm_quantized(const Context& context, const QuantizedProduct& p) {

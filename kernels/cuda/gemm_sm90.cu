@@ -476,17 +476,14 @@ void gemm_with_form(const Context& context, const GemmGroup& group, int form_ind
 }  // namespace sm90
 
 namespace {
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
 
 bool can_shrink(const GemmGroup& group, const GemmShrink& shrink) {
   uint32_t columns = 0;
-  if (shrink.k == 0 || !aligned(shrink.left) || shrink.left_stride % 8 != 0) return false;
+  if (shrink.k == 0 || !is_aligned(shrink.left) || shrink.left_stride % 8 != 0) return false;
   if (group.right_is_kn && shrink.parts > 1) return false;
   for (int p = 0; p < shrink.parts; ++p) {
     const GemmShrink::Part& part = shrink.part[p];
-    if (!aligned(part.right) || part.right_stride % 8 != 0 || !aligned(part.out) ||
+    if (!is_aligned(part.right) || part.right_stride % 8 != 0 || !is_aligned(part.out) ||
         part.out_stride % 8 != 0) {
       return false;
     }
@@ -508,7 +505,7 @@ bool can_swiglu(const GemmGroup& group) {
   const GemmProblem& first = group.problem[0];
   if (group.end == GemmEnd::residual) return false;
   if (group.out_dtype != group.dtype || first.n % 8 != 0 || s.stride % 8 != 0 ||
-      s.act_stride % 8 != 0 || !aligned(s.gate) || !aligned(s.up) || !aligned(s.act)) {
+      s.act_stride % 8 != 0 || !is_aligned(s.gate) || !is_aligned(s.up) || !is_aligned(s.act)) {
     return false;
   }
   if (group.end == GemmEnd::swiglu_backward) {
@@ -517,7 +514,7 @@ bool can_swiglu(const GemmGroup& group) {
   }
   const GemmProblem& second = group.problem[1];
   if (s.parts &&
-      (!s.shrink || !aligned(s.shrink) || !aligned(s.parts) || s.shrink_stride % 8 != 0 ||
+      (!s.shrink || !is_aligned(s.shrink) || !is_aligned(s.parts) || s.shrink_stride % 8 != 0 ||
        s.shrink_rank == 0 || s.shrink_rank % 8 != 0 || s.shrink_rank > 64)) {
     return false;
   }
@@ -549,8 +546,9 @@ bool can_end(const GemmGroup& group) {
 }
 bool can_rotate(const GemmGroup& group, const GemmProblem& problem) {
   if (!problem.rope) return true;
-  return group.end == GemmEnd::plain && group.out_dtype == group.dtype && aligned(problem.rope) &&
-         (problem.head_dim == 64 || problem.head_dim == 128) && problem.n % problem.head_dim == 0;
+  return group.end == GemmEnd::plain && group.out_dtype == group.dtype &&
+         is_aligned(problem.rope) && (problem.head_dim == 64 || problem.head_dim == 128) &&
+         problem.n % problem.head_dim == 0;
 }
 }  // namespace
 
@@ -565,13 +563,13 @@ bool can_gemm_sm90(const Context& context, const GemmGroup& group) {
     const GemmProblem& problem = group.problem[i];
     if (!can_rotate(group, problem)) return false;
     if (problem.row_factors && group.end != GemmEnd::plain) return false;
-    if (!aligned(problem.out) || !aligned(problem.bias) || !aligned(problem.residual) ||
+    if (!is_aligned(problem.out) || !is_aligned(problem.bias) || !is_aligned(problem.residual) ||
         problem.out_stride % 8 != 0 || problem.residual_stride % 8 != 0) {
       return false;
     }
     for (int p = 0; p < problem.pairs; ++p) {
       const GemmPair& pair = problem.pair[p];
-      if (!aligned(pair.left) || !aligned(pair.right) || pair.left_stride % 8 != 0 ||
+      if (!is_aligned(pair.left) || !is_aligned(pair.right) || pair.left_stride % 8 != 0 ||
           pair.right_stride % 8 != 0) {
         return false;
       }

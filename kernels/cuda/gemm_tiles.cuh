@@ -74,9 +74,6 @@ inline TiledGroup tile_group(const GemmGroup& group, uint32_t tile) {
   return tiled;
 }
 
-inline bool is_aligned(const void* p, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-}
 /// The most elements (a power of two up to `most`) that one copy of a row-major matrix may move
 /// from any multiple of as many columns.
 inline uint32_t copy_unit(const void* p, size_t stride, size_t element_bytes, uint32_t most) {

@@ -319,9 +319,9 @@ void lora_embedding_forward(
   const uint32_t dims = table.params.k;
   if (tokens == 0 || dims == 0) return;
   const size_t row_bytes = size_t{dims} * (dtype == DType::f32 ? 4 : 2);
-  const auto bits = reinterpret_cast<uintptr_t>(table.data) | reinterpret_cast<uintptr_t>(out);
   if (lora.params.rank == 0 && table.params.format <= WeightFormat::bf16 &&
-      static_cast<DType>(table.params.format) == dtype && (bits | row_bytes) % 16 == 0) {
+      static_cast<DType>(table.params.format) == dtype && is_aligned(table.data) &&
+      is_aligned(out) && row_bytes % 16 == 0) {
     const auto vectors = static_cast<uint32_t>(row_bytes / 16);
     copy_rows_kernel<<<blocks_for(size_t{tokens} * vectors), kThreads, 0, context.stream>>>(
         tokens, vectors, ids, static_cast<const uint4*>(table.data), static_cast<uint4*>(out));

@@ -42,10 +42,6 @@ namespace {
 
 using gemv::Call;
 
-bool aligned(const void* p, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-}
-
 void check_call(
     uint32_t m, uint32_t k, DType dtype, const LoraBranch* branches, size_t count, DType y_dtype) {
   const auto fail = [](const std::string& what) {
@@ -102,7 +98,7 @@ constexpr size_t kWords = (METAL_LORA_CUDA_COUNTERS / 4 * 3 - 2) / 2;
 /// Whether the streaming form can work out this branch's u itself.
 bool can_fuse_shrink(DType dtype, const LoraBranch& b) {
   const LoraParams& lora = b.lora.params;
-  return lora.rank == 0 || (lora.dtype == dtype && lora.dropout <= 0.0f && aligned(b.lora.a, 16));
+  return lora.rank == 0 || (lora.dtype == dtype && lora.dropout <= 0.0f && is_aligned(b.lora.a));
 }
 
 Call make_call(
@@ -151,7 +147,7 @@ Call make_call(
     b.scale = lora.scale;
     call.adapter_dtype = lora.dtype;
     if (!can_fuse_shrink(dtype, from)) call.u_given = true;
-    if (lora.dtype != dtype || !aligned(b.b, 16) || b.rank % 8 != 0) call.wide_b = false;
+    if (lora.dtype != dtype || !is_aligned(b.b) || b.rank % 8 != 0) call.wide_b = false;
   }
   // A part is over before the tiles of W are: half as many bytes, or a quarter of k's chunks. More
   // than there are places for at once would cost a round.
@@ -194,11 +190,11 @@ bool can_stream(
     const Context& context, uint32_t k, DType dtype, const void* x, const LoraBranch& branch) {
   const WeightParams& w = branch.weight.params;
   if (context.capability < 80 || dtype == DType::f32) return false;
-  if (k == 0 || k % gemv::kChunk != 0 || !aligned(x, 16) || !aligned(branch.weight.data, 16)) {
+  if (k == 0 || k % gemv::kChunk != 0 || !is_aligned(x) || !is_aligned(branch.weight.data)) {
     return false;
   }
   if (w.format <= WeightFormat::bf16 && w.format != static_cast<WeightFormat>(dtype)) return false;
-  if (!aligned(branch.weight.scales, 4) || !aligned(branch.weight.biases, 4)) return false;
+  if (!is_aligned(branch.weight.scales, 4) || !is_aligned(branch.weight.biases, 4)) return false;
   return unit_chunks(w) > 0;
 }
 

@@ -36,9 +36,6 @@ constexpr size_t kMaxBaseBytes = size_t{64} << 20;
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
 }
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
 size_t size_of(DType dtype) {
   return dtype == DType::f32 ? 4 : 2;
 }
@@ -256,7 +253,7 @@ template <bool kAcross>
 void launch_expand(const Context& context, const ExpandArgs& args, DType out_dtype) {
   const Bank& bank = args.bank;
   const bool vector =
-      !kAcross && aligned(bank.right) && bank.max_rank * size_of(bank.dtype) % 16 == 0;
+      !kAcross && is_aligned(bank.right) && bank.max_rank * size_of(bank.dtype) % 16 == 0;
   const dim3 grid(args.grouping.m, ceil_div(bank.columns, kThreads * kExpandColumns));
   const size_t shared = size_t{kTileTokens} * bank.max_rank * sizeof(float);
   with_dtype(out_dtype, [&](auto out) {

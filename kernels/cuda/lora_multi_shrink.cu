@@ -27,9 +27,6 @@ constexpr uint32_t kRankTable = 256;
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
 }
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
 
 struct ShrinkArgs {
   Grouping grouping;
@@ -179,7 +176,7 @@ Partials shrink(
   out.data = static_cast<float*>(
       context.scratch->take(size_t{out.slices} * g.m * a.max_rank * sizeof(float)));
   const ShrinkArgs args = {g, a, x, out.data};
-  const bool vector = aligned(x) && aligned(a.right) && a.columns % 8 == 0;
+  const bool vector = is_aligned(x) && is_aligned(a.right) && a.columns % 8 == 0;
   with_dtype(dtype, [&](auto x_type) {
     with_dtype(a.dtype, [&](auto a_type) {
       using X = decltype(x_type);

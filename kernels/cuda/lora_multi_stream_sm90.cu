@@ -352,9 +352,6 @@ constexpr uint32_t kFlags =
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
 }
-bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
 
 /// Room for the rings; all bytes.
 template <uint32_t kTokens, uint32_t kGroups>
@@ -411,10 +408,10 @@ void launch_tokens(const Context& context, StreamArgs& args, uint32_t blocks) {
 bool can_stream(const Context& context, const Stream& call) {
   return context.capability == 90 && call.dtype != DType::f32 && call.m > 0 &&
          call.m <= kStreamTokens && call.n > 0 && call.k > 0 && call.k % 8 == 0 &&
-         aligned(call.x) && aligned(call.w) && aligned(call.y) && aligned(call.a.right) &&
-         aligned(call.b.right) && context.counters && call.a.dtype == call.dtype &&
-         call.b.dtype == call.dtype && call.b.max_rank <= kMaxStreamRank &&
-         call.b.max_rank % 8 == 0;
+         is_aligned(call.x) && is_aligned(call.w) && is_aligned(call.y) &&
+         is_aligned(call.a.right) && is_aligned(call.b.right) && context.counters &&
+         call.a.dtype == call.dtype && call.b.dtype == call.dtype &&
+         call.b.max_rank <= kMaxStreamRank && call.b.max_rank % 8 == 0;
 }
 
 void stream(const Context& context, const Stream& call) {

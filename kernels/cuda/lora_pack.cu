@@ -158,8 +158,7 @@ void pack_matrices(const Context& context, const PackCall& call, DType dtype) {
 void add_masked(const Context& context, const MaskedCall& call) {
   if (call.m == 0 || call.columns == 0) return;
   const unsigned tiles = ((call.m + kTile - 1) / kTile) * ((call.columns + kTile - 1) / kTile);
-  const bool vectors = call.columns % 4 == 0 && reinterpret_cast<uintptr_t>(call.dx) % 16 == 0 &&
-                       reinterpret_cast<uintptr_t>(call.base) % 16 == 0;
+  const bool vectors = call.columns % 4 == 0 && is_aligned(call.dx) && is_aligned(call.base);
   with_dtype(call.dtype, [&](auto zero) {
     using T = decltype(zero);
     launch_pdl(masked_kernel<T>, tiles, kThreads, 0, context.stream, call, vectors);

@@ -27,22 +27,18 @@
 namespace metal_lora::cuda {
 namespace {
 
-bool is_aligned16(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
-
 /// Rows that one copy instruction takes 16 bytes of.
 bool has_vector_rows(DType dtype, const LoraBranch& b) {
   const WeightParams& w = b.weight.params;
-  return dtype != DType::f32 && w.k % 8 == 0 && w.n % 8 == 0 && is_aligned16(b.y) &&
-         is_aligned16(b.residual) && is_aligned16(b.bias) &&
-         (needs_dense_copy(dtype, b.weight) || is_aligned16(b.weight.data));
+  return dtype != DType::f32 && w.k % 8 == 0 && w.n % 8 == 0 && is_aligned(b.y) &&
+         is_aligned(b.residual) && is_aligned(b.bias) &&
+         (needs_dense_copy(dtype, b.weight) || is_aligned(b.weight.data));
 }
 
 /// lora_gemv reads W in 32 columns at a time; what it cannot takes it two dispatches.
 bool streams(DType dtype, const WeightView& w) {
   const WeightParams& p = w.params;
-  if (dtype == DType::f32 || p.k == 0 || p.k % 32 != 0 || !is_aligned16(w.data)) return false;
+  if (dtype == DType::f32 || p.k == 0 || p.k % 32 != 0 || !is_aligned(w.data)) return false;
   if (p.format <= WeightFormat::bf16) return p.format == static_cast<WeightFormat>(dtype);
   if (p.format == WeightFormat::nf4) return !p.double_quant || p.k % 256 == 0;
   return p.scales_dtype == DType::f32 || p.k % (2 * p.group_size) == 0;
@@ -116,13 +112,13 @@ bool drops(const LoraView& lora) {
 bool needs_packed_b(DType dtype, const LoraView& lora) {
   if (lora.params.rank == 0) return false;
   if (lora.params.dtype != dtype) return true;
-  return dtype != DType::f32 && (lora.params.rank % 8 != 0 || !is_aligned16(lora.b));
+  return dtype != DType::f32 && (lora.params.rank % 8 != 0 || !is_aligned(lora.b));
 }
 
 bool needs_packed_a(DType dtype, const LoraView& lora, uint32_t k) {
   if (lora.params.rank == 0) return false;
   if (lora.params.dtype != dtype) return true;
-  return dtype != DType::f32 && k % 8 == 0 && !is_aligned16(lora.a);
+  return dtype != DType::f32 && k % 8 == 0 && !is_aligned(lora.a);
 }
 
 bool reads_codes(

@@ -331,10 +331,6 @@ unsigned blocks_for(size_t steps, size_t per_block) {
   return static_cast<unsigned>((steps + per_block - 1) / per_block);
 }
 
-bool aligned(const void* p, size_t bytes) {
-  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
-}
-
 uint32_t log2_of(uint32_t v) {
   return static_cast<uint32_t>(std::countr_zero(v));
 }
@@ -351,7 +347,7 @@ void check_groups(const char* op, const WeightParams& p) {
 }
 
 void check_aligned(const char* op, const char* name, const void* p, size_t bytes) {
-  if (aligned(p, bytes)) return;
+  if (is_aligned(p, bytes)) return;
   throw std::invalid_argument(
       std::string("[") + op + "] " + name + " must be aligned to " + std::to_string(bytes) +
       " bytes");
@@ -359,7 +355,7 @@ void check_aligned(const char* op, const char* name, const void* p, size_t bytes
 
 template <typename From>
 void convert(const Context& context, size_t count, const void* from, DType dtype, void* to) {
-  const bool vectors = aligned(from, 16) && aligned(to, 16);
+  const bool vectors = is_aligned(from) && is_aligned(to);
   with_dtype(dtype, [&](auto zero) {
     using To = decltype(zero);
     convert_kernel<<<blocks_for(count, kThreads * kValues), kThreads, 0, context.stream>>>(
@@ -453,7 +449,7 @@ void quantize_affine(
   check_aligned("quantize_affine", "data", data, bytes ? 8 : 4);
   const Quantized out = quantized_of(p, data, scales, biases);
   if (out.steps == 0) return;
-  const bool vectors = aligned(w, 16);
+  const bool vectors = is_aligned(w);
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = bytes ? quantize_affine_kernel<T, true> : quantize_affine_kernel<T, false>;
@@ -476,7 +472,7 @@ void quantize_nf4(
   check_groups("quantize_nf4", p);
   const Quantized out = quantized_of(p, data, absmax, nullptr);
   if (out.steps == 0) return;
-  const bool vectors = aligned(w, 16);
+  const bool vectors = is_aligned(w);
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     quantize_nf4_kernel<T><<<blocks_for(out.steps, kThreads), kThreads, 0, context.stream>>>(

@@ -503,7 +503,7 @@ Args make_args(const ShrinkCall& call, bool drop) {
   args.right_is_kn = call.right_is_kn;
   args.out = call.out;
   args.out_stride = call.out_stride;
-  args.x_vectors = aligned16(call.x) && call.x_stride % 8 == 0;
+  args.x_vectors = is_aligned(call.x) && call.x_stride % 8 == 0;
   args.right_vectors = call.right_dtype == call.dtype;
   for (int i = 0; i < call.parts; ++i) {
     const ShrinkPart& from = call.part[i];
@@ -523,7 +523,7 @@ Args make_args(const ShrinkCall& call, bool drop) {
     args.columns += ceil_div(from.rank, drop ? kColumns : 8) * (drop ? kColumns : 8);
     args.out_columns += from.rank;
     const uint32_t row = call.right_is_kn ? from.rank : call.k;
-    args.right_vectors = args.right_vectors && aligned16(from.right) && row % 8 == 0;
+    args.right_vectors = args.right_vectors && is_aligned(from.right) && row % 8 == 0;
   }
   return args;
 }

@@ -109,9 +109,6 @@ __device__ __forceinline__ Place place_of(const Args& args, uint32_t chunk_colum
   return {blockIdx.x % args.splits, tile % args.chunks * chunk_columns, tile / args.chunks * rows};
 }
 
-inline bool aligned16(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
 constexpr uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
 }

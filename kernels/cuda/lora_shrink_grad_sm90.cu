@@ -341,9 +341,6 @@ __global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant_
 constexpr uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
 }
-bool aligned16(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
 
 uint32_t padded_ranks(std::span<const ShrinkGrad> linears) {
   uint32_t most = 0;
@@ -429,8 +426,8 @@ bool can_shrink_grad(
   const bool takes = std::all_of(linears.begin(), linears.end(), [](const ShrinkGrad& l) {
     return l.n > 0 && l.n % 64 == 0 && l.dy_stride % 8 == 0 && l.u_stride % 8 == 0 && l.rank > 0 &&
            l.padded_rank >= l.rank && l.padded_rank % 8 == 0 && l.padded_rank <= kMaxRank &&
-           aligned16(l.dy) && aligned16(l.b) && aligned16(l.u) && aligned16(l.v) &&
-           aligned16(l.grad_b);
+           is_aligned(l.dy) && is_aligned(l.b) && is_aligned(l.u) && is_aligned(l.v) &&
+           is_aligned(l.grad_b);
   });
   return takes && sum_bytes(context, m, linears) <= kMaxSumBytes;
 }

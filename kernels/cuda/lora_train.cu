@@ -361,9 +361,6 @@ __global__ void __launch_bounds__(kThreads, 2) grad_kernel(const __grid_constant
 static_assert(sizeof(Args) <= 4096, "kernel parameters");
 static_assert(kRanks == kExactTile);
 
-bool aligned16(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
 constexpr uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
 }
@@ -406,7 +403,7 @@ void add(Args& args, const AdapterGrad& grad) {
     group->large = grad.large;
     group->large_stride = grad.large_stride;
     group->columns = grad.columns;
-    group->large_vectors = aligned16(grad.large) && grad.large_stride % 8 == 0;
+    group->large_vectors = is_aligned(grad.large) && grad.large_stride % 8 == 0;
     group->small_vectors = true;
     group->small_dtype = grad.small_dtype;
     group->drop = grad.dropout > 0.0f;
@@ -421,7 +418,7 @@ void add(Args& args, const AdapterGrad& grad) {
   part.grad = grad.grad;
   part.transposed = grad.transposed;
   group->ranks += padded(grad.rank);
-  group->small_vectors = group->small_vectors && aligned16(grad.small) &&
+  group->small_vectors = group->small_vectors && is_aligned(grad.small) &&
                          grad.small_stride * size_of(grad.small_dtype) % 16 == 0;
 }
 

@@ -261,10 +261,6 @@ __global__ void __launch_bounds__(kBlock)
 
 // ---- host ----
 
-bool aligned(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
-
 constexpr int kMaxChunks = 8;
 
 /// Vectors of 16 bytes that a thread holds: 1, 2, 4 or 8; 0 where rows cannot be held.
@@ -273,7 +269,7 @@ int chunks_of(uint32_t dims, std::initializer_list<const void*> pointers) {
   constexpr uint32_t kV = Vec16<T>::kCount;
   if (dims % kV != 0 || dims > kBlock * kMaxChunks * kV) return 0;
   for (const void* p : pointers) {
-    if (!aligned(p)) return 0;
+    if (!is_aligned(p)) return 0;
   }
   int chunks = 1;
   while (dims > static_cast<uint32_t>(chunks) * kBlock * kV) chunks *= 2;

@@ -86,8 +86,7 @@ void rotate(const Context& context, const Heads<T>& a) {
   bool wide = a.half % kWide == 0;
   for (int i = 0; i < 2; ++i) {
     if (a.heads[i] == 0) continue;
-    wide = wide && a.stride[i] % kWide == 0 && reinterpret_cast<uintptr_t>(a.from[i]) % 16 == 0 &&
-           reinterpret_cast<uintptr_t>(a.to[i]) % 16 == 0;
+    wide = wide && a.stride[i] % kWide == 0 && is_aligned(a.from[i]) && is_aligned(a.to[i]);
   }
   launch_pdl(
       wide ? rotate_kernel<T, kWide> : rotate_kernel<T, 1>,

@@ -78,7 +78,7 @@ void run(const Context& context, const Swiglu<T>& a) {
         static_cast<const void*>(a.y),
         static_cast<const void*>(a.dgate),
         static_cast<const void*>(a.dup)}) {
-    wide = wide && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+    wide = wide && is_aligned(p);
   }
   const size_t threads = a.rows * (a.columns / (wide ? kWide : 1));
   launch_pdl(
