@@ -20,9 +20,11 @@
 //   finish tokens, not rows; sums through L2                     23.0, 27.4
 //   sums added up beside B, no flood of reads ahead of B         20.8, 25.7
 //   fragments as they are, a sector a flag, naps between looks   20.4, 25.1   1.41 and 1.67
-// Memory gives these bytes in 15.3 and 17.9 us at 3.0 TB/s: 75 and 71% of it. Other N, over
-// cuBLAS's base of the same run, the form before and this: N = 1024 2.22 and 2.87, now 1.47
-// and 1.92 (12.1 and 16.2 us); N = 11008 1.61 and 1.88, now 1.27 and 1.83 (43.2 and 67.1 us).
+// Memory gives these bytes in 15.3 and 17.9 us at 3.0 TB/s: 75 and 71% of it. Where no two tokens
+// share an adapter (51.4 and 69.2 MB, 16.6 and 22.3 us of plain reads): 21.3 and 27.9, 1.45 and
+// 1.83. Other N, over cuBLAS's base of the same run, the form before and this: N = 1024 2.22 and
+// 2.87, now 1.47 and 1.92 (12.1 and 16.2 us); N = 11008 1.61 and 1.88, now 1.27 and 1.83 (43.2 and
+// 67.1 us).
 //
 // 128 tokens, median us from the end of the launch before: indices 0.8, listed 2.8, a block's share
 // of u 11.8, all of u seen 14.8, W read 16.6 (14.6 to 18.9), u added up 17.9, expanded 22.0, end
@@ -346,8 +348,7 @@ __global__ void __launch_bounds__(threads_of(kGroups), 1)
 
 constexpr uint32_t kSharedLimit = 227 * 1024;
 constexpr uint32_t kMaxParts = 16;
-constexpr uint32_t kFlags =
-    1024;  ///< words of the context's, the last: of 126 tiles, two blocks each
+constexpr uint32_t kFlags = 1024;  ///< the context's last words: for 126 tiles
 
 uint32_t ceil_div(uint32_t a, uint32_t b) {
   return (a + b - 1) / b;
