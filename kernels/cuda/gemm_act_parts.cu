@@ -6,16 +6,12 @@
 #include "kernels/cuda/device.cuh"
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/mma.cuh"
 
 namespace metal_lora::cuda {
 namespace {
 
 constexpr uint32_t kThreads = 128;
-
-template <typename T>
-struct alignas(4 * sizeof(T)) Four {
-  T v[4];
-};
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) add_act_parts_kernel(const ActParts p) {
@@ -29,18 +25,11 @@ __global__ void __launch_bounds__(kThreads) add_act_parts_kernel(const ActParts 
   float4 sum = {};
 #pragma unroll 8
   for (uint32_t part = 0; part < p.count; ++part) {
-    const float4 v = __ldcs(reinterpret_cast<const float4*>(from + part * stride));
-    sum.x += v.x;
-    sum.y += v.y;
-    sum.z += v.z;
-    sum.w += v.w;
+    add_to(sum, __ldcs(reinterpret_cast<const float4*>(from + part * stride)));
   }
-  const Four<T> u = {
-      {from_float<T>(p.factor * sum.x),
-       from_float<T>(p.factor * sum.y),
-       from_float<T>(p.factor * sum.z),
-       from_float<T>(p.factor * sum.w)}};
-  *reinterpret_cast<Four<T>*>(static_cast<T*>(p.out) + row * p.out_stride + column) = u;
+  const float f = p.factor;
+  *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + row * p.out_stride + column) =
+      make_uint2(mma::pack2<T>(f * sum.x, f * sum.y), mma::pack2<T>(f * sum.z, f * sum.w));
 }
 
 }  // namespace

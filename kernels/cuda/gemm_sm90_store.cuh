@@ -7,19 +7,11 @@
 #include <type_traits>
 
 #include "kernels/cuda/gemm_sm90_args.cuh"
+#include "kernels/cuda/mma.cuh"
 
 namespace metal_lora::cuda::sm90 {
 
-template <typename T>
-__device__ __forceinline__ uint32_t pack2(float low, float high) {
-  if constexpr (std::is_same_v<T, bf16>) {
-    const __nv_bfloat162 v = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&v);
-  } else {
-    const __half2 v = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&v);
-  }
-}
+using mma::pack2;
 
 template <typename T>
 __device__ __forceinline__ float rounded(float v) {

@@ -459,8 +459,7 @@ __device__ __forceinline__ void sum_u(const StreamArgs& args, const Expansion& e
     float4 sum = {};
 #pragma unroll 8
     for (uint32_t s = 0; s < args.slices; ++s) {
-      const float4 v = __ldcg(from + s * stride + at);
-      sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+      add_to(sum, __ldcg(from + s * stride + at));
     }
     const uint32_t t = e.own.first + at / row, j = at % row * 4, rank = e.tokens->rank[t];
     const float f = e.tokens->scale[t];

@@ -222,8 +222,7 @@ __device__ __forceinline__ void gather_sums(
 #pragma unroll
         for (uint32_t q = 0; q < kParts; ++q) {
           if (p0 + q >= args.parts) break;
-          sum[i].x += v[i][q].x, sum[i].y += v[i][q].y;
-          sum[i].z += v[i][q].z, sum[i].w += v[i][q].w;
+          add_to(sum[i], v[i][q]);
         }
       }
     }

@@ -25,8 +25,6 @@
 namespace metal_lora::cuda {
 namespace {
 
-using skinny::add_to;
-
 constexpr uint32_t kMaxLinears = 4;
 constexpr uint32_t kTokens = 32;  ///< of a stage
 constexpr uint32_t kWarps = 8;

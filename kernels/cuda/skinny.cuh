@@ -80,10 +80,6 @@ __device__ __forceinline__ float4 load_of_block(uint32_t address, uint32_t block
 
 // ---- the end of a tile ----
 
-__device__ __forceinline__ void add_to(float4& sum, const float4& v) {
-  sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-}
-
 template <uint32_t kBlocks>
 __device__ __forceinline__ float4 sum_of_blocks(const float* p, uint32_t first, uint32_t step) {
   const uint32_t address = shared_address(p);

@@ -15,13 +15,13 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 __device__ __forceinline__ float sigmoid(float x) {
-  return reciprocal_fast(1.0f + exp2_fast(-1.44269504f * x));
+  return reciprocal_fast(1.0f + exp2_fast(-kLog2e * x));
 }
 /// Of two values by one reciprocal: three instructions of that unit instead of four. What is less
 /// than 2⁻⁶³ becomes that, so that the reciprocal's argument is finite.
 __device__ __forceinline__ float2 sigmoid2(float x, float y) {
-  const float of_x = 1.0f + exp2_fast(fminf(-1.44269504f * x, 63.0f));
-  const float of_y = 1.0f + exp2_fast(fminf(-1.44269504f * y, 63.0f));
+  const float of_x = 1.0f + exp2_fast(fminf(-kLog2e * x, 63.0f));
+  const float of_y = 1.0f + exp2_fast(fminf(-kLog2e * y, 63.0f));
   const float r = reciprocal_fast(of_x * of_y);
   return {r * of_y, r * of_x};
 }

@@ -159,9 +159,10 @@ void Trainer::Impl::check_memory() {
   const uint64_t limit = config.max_memory > 0 ? config.max_memory : memory_limit_bytes();
   if (limit == 0 || estimate.total() <= limit) return;
   choose_step(with_dropout(adapter(), 0));
-  if (train_plan_ && train_plan_->least_bytes(tokens) <= activation_budget()) {
+  const size_t least = train_plan_ ? train_plan_->least_bytes(tokens) : 0;
+  if (train_plan_ && least <= activation_budget()) {
     // The fused step keeps what there is room for, and its loss works in the same room.
-    estimate.activations = activation_budget();
+    estimate.activations = config.grad_checkpoint ? least : activation_budget();
     estimate.loss = 0;
     return;
   }

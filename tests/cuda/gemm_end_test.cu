@@ -164,7 +164,8 @@ class GemmEndTest : public testing::Test {
     cuda::add_act_parts(device_->context(), p);
     const auto again = read<T>(p.out, count);
     ASSERT_EQ(std::memcmp(u.data(), again.data(), count * 2), 0);
-    for (uint32_t r = 0; r<g.m; r += g.m> 400 ? 37 : 1) {
+    const uint32_t step = g.m > 400 ? 37 : 1;
+    for (uint32_t r = 0; r < g.m; r += step) {
       for (uint32_t c = 0; c < p.out_stride; ++c) {
         const double got = float(u[r * p.out_stride + c]);
         if (c >= rank) {
