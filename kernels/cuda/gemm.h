@@ -44,7 +44,11 @@ struct GemmProblem {
 /// SwiGLU's do not write the problem's own `out`.
 enum class GemmEnd : uint8_t {
   plain,
-  residual,  ///< plain, every problem with a residual: gemm_sm90 itself chooses it
+  // What is plain and of 16 bits, n a multiple of 8, in fewer instructions: gemm_sm90 itself
+  // chooses them.
+  store,     ///< no other terms
+  terms,     ///< row factors, biases and rotations
+  residual,  ///< biases, and every problem with a residual
   /// Two problems of one n, whose sums are gate and up; their first pairs share left and k. act =
   /// silu(gate)·up of the rounded ones. right_is_kn = false.
   swiglu,
@@ -119,6 +123,9 @@ struct GemmGroup {
   /// programmatic dependent, or lets its dependents start only after its own griddepcontrol.wait,
   /// or the kernel before it does and the operands are older than that one, too.
   bool pair0_ready = false;
+  /// lora_skinny only: no kernel that may still run writes the first pairs' right (W), so that a
+  /// block may fill its stages with it before it waits for the kernels ahead.
+  bool right0_ready = false;
   int problems = 0;
   GemmProblem problem[kMaxProblems];
   GemmEnd end = GemmEnd::plain;

@@ -30,11 +30,10 @@
 // products run at the clock that the power allows (1.1 to 1.4 GHz seen under load, 1.98 without).
 // The next 10 % at M = 512: fixed cost (1 to 2 µs a launch over cuBLASLt), and waves that fit (k in
 // more parts); narrow tiles are at the limit of shared memory (128x64: 56 KB a step of 256 cycles).
-#include "kernels/cuda/gemm_sm90.cuh"
-
 #include <algorithm>
 #include <array>
 
+#include "kernels/cuda/gemm_sm90_launch.h"
 #include "kernels/cuda/tensor_map.h"
 
 namespace metal_lora::cuda {
@@ -83,30 +82,24 @@ uint32_t tiles_of(const GemmGroup& group, const Form& form) {
   return columns * ceil_div(group.m, kTileM * form.cluster_m);
 }
 
-constexpr bool is_softmax(GemmEnd end) {
-  return end == GemmEnd::softmax || end == GemmEnd::exponential;
-}
-
-/// The tile width of a product that ends otherwise: the softmax's, all of gate and up beside each
-/// other, or room for both in shared memory.
-constexpr int end_width(GemmEnd end) {
-  if (is_softmax(end)) return kGemmSoftmaxColumns;
-  return end == GemmEnd::swiglu ? 2 * kGateColumns : 128;
-}
-
-/// Residuals come through shared memory where there is room.
+/// The end of the same results in the fewest instructions. A residual comes through shared memory
+/// where there is room.
 GemmEnd end_of(const GemmGroup& group, const Form& form) {
-  if (group.end != GemmEnd::plain || form.tile_n != 128 || form.cluster_k > 1 ||
-      group.out_dtype == DType::f32) {
+  if (group.end != GemmEnd::plain || form.cluster_k > 1 || group.out_dtype == DType::f32) {
     return group.end;
   }
+  bool terms = false;
+  int residuals = 0, others = 0;
   for (int i = 0; i < group.problems; ++i) {
     const GemmProblem& problem = group.problem[i];
-    if (!problem.residual || problem.rope || problem.row_factors || problem.n % 8 != 0) {
-      return GemmEnd::plain;
-    }
+    if (problem.n % 8 != 0) return GemmEnd::plain;
+    terms = terms || problem.bias || problem.rope || problem.row_factors;
+    residuals += problem.residual != nullptr;
+    others += problem.rope || problem.row_factors;
   }
-  return GemmEnd::residual;
+  if (residuals == 0) return terms ? GemmEnd::terms : GemmEnd::store;
+  const bool fits = form.tile_n == 128 && residuals == group.problems && others == 0;
+  return fits ? GemmEnd::residual : GemmEnd::plain;
 }
 
 /// Blocks that split k have one tile each; shrinks want rows of their own.
@@ -377,60 +370,6 @@ void fill_shrinks(
   args.clusters = std::min(slots, args.clusters + args.shrink_clusters);
 }
 
-template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd = GemmEnd::plain>
-void launch(const Context& context, const Args& args) {
-  const auto kernel = gemm_kernel<T, kTileN, kRightIsKn, kEnd>;
-  constexpr int kBytes = Layout<kTileN, kEnd>::kBytes;
-  check(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-      "gemm_sm90");
-  const uint32_t blocks = args.cluster_m * args.cluster_n * args.cluster_k;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = args.clusters * blocks;
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = kBytes;
-  config.stream = context.stream;
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = blocks;
-  attributes[1].val.clusterDim.y = 1;
-  attributes[1].val.clusterDim.z = 1;
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  check(cudaLaunchKernelEx(&config, kernel, args), "gemm_sm90");
-  check_launch("gemm_sm90");
-}
-
-template <typename T, bool kRightIsKn>
-void launch_width(const Context& context, int tile_n, GemmEnd end, const Args& args) {
-  constexpr GemmEnd kSwiglu = kRightIsKn ? GemmEnd::swiglu_backward : GemmEnd::swiglu;
-  constexpr GemmEnd kResidual = GemmEnd::residual;
-  if (end == kSwiglu) return launch<T, end_width(kSwiglu), kRightIsKn, kSwiglu>(context, args);
-  if (end == kResidual) return launch<T, 128, kRightIsKn, kResidual>(context, args);
-  if constexpr (!kRightIsKn) {
-    constexpr GemmEnd kSoftmax = GemmEnd::softmax;
-    if (end == kSoftmax) return launch<T, end_width(kSoftmax), false, kSoftmax>(context, args);
-    if constexpr (std::is_same_v<T, bf16>) {
-      constexpr GemmEnd kExponential = GemmEnd::exponential;
-      if (end == kExponential) {
-        return launch<T, end_width(kExponential), false, kExponential>(context, args);
-      }
-    }
-  }
-  switch (tile_n) {
-    case 256:
-      return launch<T, 256, kRightIsKn>(context, args);
-    case 192:
-      return launch<T, 192, kRightIsKn>(context, args);
-    case 128:
-      return launch<T, 128, kRightIsKn>(context, args);
-    default:
-      return launch<T, 64, kRightIsKn>(context, args);
-  }
-}
-
 }  // namespace
 
 /// Whether a group has nothing to write.
@@ -465,13 +404,9 @@ void gemm_with_form(const Context& context, const GemmGroup& group, int form_ind
   fill_args(context, args, maps, group, form);
   fill_shrinks(context, args, maps, group, form);
   const GemmEnd end = end_of(group, form);
-  if (group.dtype == DType::bf16) {
-    group.right_is_kn ? launch_width<bf16, true>(context, form.tile_n, end, args)
-                      : launch_width<bf16, false>(context, form.tile_n, end, args);
-  } else {
-    group.right_is_kn ? launch_width<f16, true>(context, form.tile_n, end, args)
-                      : launch_width<f16, false>(context, form.tile_n, end, args);
-  }
+  const Kernel kernel = {form.tile_n, group.right_is_kn, end};
+  group.dtype == DType::bf16 ? launch_bf16(context, kernel, args)
+                             : launch_f16(context, kernel, args);
 }
 }  // namespace sm90
 

@@ -234,22 +234,38 @@ __device__ __forceinline__ bool add_parts(
   return true;
 }
 
-/// One thread's part of a warpgroup's 64 rows of u: 8 blocks of 8 columns.
+/// A warp's 16 rows of u, half of their 64 columns at a time through its box, where a lane finds
+/// those of one column: a loop, since instructions that run once a launch cost the time of a fetch.
 template <typename T>
 __device__ __forceinline__ void store_shrink(
-    const float (&d)[32], const ShrinkArgs& shrink, uint32_t m, uint32_t row) {
+    const float (&d)[32], const ShrinkArgs& shrink, uint32_t m, uint32_t warp_row, uint32_t box) {
+  const uint32_t lane = threadIdx.x % 32, g = lane / 4;
+  const uint32_t rows = warp_row < m ? min(m - warp_row, 16u) : 0;
+  // Row r, 8 columns of block b: no bank conflicts but of two rows.
+  const auto place = [&](uint32_t r, uint32_t b) { return box + r * 128 + (b ^ r % 4) * 32; };
 #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    if (shrink.part_of_block[j] == kMaxParts) continue;
-    const GemmShrink::Part& part = shrink.part[shrink.part_of_block[j]];
-    const uint32_t c = (j - shrink.first_block[shrink.part_of_block[j]]) * 8 + threadIdx.x % 4 * 2;
+  for (uint32_t half = 0; half < 2; ++half) {
+    __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t r = row + i / 2 * 8, column = c + i % 2;
-      if (r >= m || column >= part.rank) continue;
-      static_cast<T*>(part.out)[r * part.out_stride + column] =
-          from_float<T>(d[4 * j + i] * part.factor);
-      if (part.plain) part.plain[size_t{r} * part.rank + column] = d[4 * j + i];
+    for (uint32_t b = 0; b < 4; ++b) {
+      const float* of = &d[16 * half + 4 * b];
+      const uint32_t to = place(g, b) + lane % 4 * 8;
+      store_shared2(to, of[0], of[1]);
+      store_shared2(to + 8 * 128, of[2], of[3]);
+    }
+    __syncwarp();
+    const uint32_t block = 4 * half + lane / 8, p = shrink.part_of_block[block];
+    if (p == kMaxParts) continue;
+    const GemmShrink::Part& part = shrink.part[p];
+    const uint32_t column = (block - shrink.first_block[p]) * 8 + lane % 8;
+    if (column >= part.rank) continue;
+    T* out = static_cast<T*>(part.out) + warp_row * part.out_stride + column;
+    float* plain = part.plain ? part.plain + size_t{warp_row} * part.rank + column : nullptr;
+#pragma unroll 4
+    for (uint32_t r = 0; r < rows; ++r) {
+      const float v = load_shared(place(r, lane / 8) + lane % 8 * 4);
+      out[r * part.out_stride] = from_float<T>(v * part.factor);
+      if (plain) plain[r * part.rank] = v;
     }
   }
 }
@@ -264,6 +280,7 @@ __device__ __forceinline__ void consume_shrinks(
     uint32_t full,
     uint32_t empty,
     uint32_t warp,
+    uint32_t box,
     bool releases) {
   using L = Layout<kTileN, kEnd>;
   const uint32_t warpgroup = warp / 4, lane = threadIdx.x % 32;
@@ -298,7 +315,8 @@ __device__ __forceinline__ void consume_shrinks(
     wgmma_sums_fence(d);
     if (releases) barrier_arrive_remote(empty + 8 * reading, lane);
     dependency_wait();  // the kernels before this one may still read `out`
-    store_shrink<T>(d, shrink, args.m, block * kTileM + warpgroup * 64 + warp % 4 * 16 + lane / 4);
+    store_shrink<T>(d, shrink, args.m, block * kTileM + warpgroup * 64 + warp % 4 * 16, box);
+    async_proxy_fence();
     async_proxy_fence_global();
     __threadfence();
     named_barrier(3, 256);
@@ -330,7 +348,7 @@ __device__ __forceinline__ void load_end_boxes(
 }
 
 /// One warpgroup: 64 rows of every tile of this block.
-template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd>
+template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd, bool kSplits>
 __device__ __forceinline__ void consume(
     const Args& args,
     const Cluster& cluster,
@@ -349,9 +367,9 @@ __device__ __forceinline__ void consume(
   // Lane i of each warp tells block i that its part of a stage has been read.
   const bool releases =
       lane < cluster.blocks && (((cluster.row_mask | cluster.column_mask) >> lane) & 1) != 0;
-  if (args.shrinks > 0) {
+  if (!kSplits && args.shrinks > 0) {
     consume_shrinks<T, kTileN, kRightIsKn, kEnd>(
-        args, cluster, ring, shared, full, empty, warp, releases);
+        args, cluster, ring, shared, full, empty, warp, boxes, releases);
   }
   const uint32_t tiles = args.tiles_m * args.tiles_n;
   [[maybe_unused]] ActShrink shrink(args);
@@ -433,7 +451,7 @@ __device__ __forceinline__ void consume(
       dependency_wait();
       waited = true;
     }
-    if (cluster.parts_k > 1) {
+    if constexpr (kSplits) {
       if (accumulate == 0) {
 #pragma unroll
         for (int i = 0; i < kTileN / 2; ++i) d[i] = 0.0f;
@@ -453,7 +471,11 @@ __device__ __forceinline__ void consume(
       barrier_wait(boxes_full, boxes_parity);
       boxes_parity ^= 1;
     }
-    if constexpr (kEnd == GemmEnd::plain) {
+    if constexpr (kEnd == GemmEnd::store) {
+      if (warp_row < args.m) store_tile<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
+    } else if constexpr (kEnd == GemmEnd::terms) {
+      finish_terms<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
+    } else if constexpr (kEnd == GemmEnd::plain) {
       finish_tile<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
     } else if constexpr (kEnd == GemmEnd::residual) {
       finish_residual<T, kTileN>(d, args, problem, warp_row, n0, boxes);
@@ -470,7 +492,8 @@ __device__ __forceinline__ void consume(
   if (lane == 0) tensor_store_wait_read<0>();
 }
 
-template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd>
+/// kSplits: the blocks of a cluster share a tile's k.
+template <typename T, int kTileN, bool kRightIsKn, GemmEnd kEnd, bool kSplits>
 __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ Args args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<kTileN, kEnd>;
@@ -512,13 +535,13 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
       produce<kTileN, kRightIsKn, kEnd>(args, cluster, shared, full, empty);
     }
     __syncwarp();
-    if (cluster.parts_k > 1) {  // the consumers' add_parts
+    if constexpr (kSplits) {  // the consumers' add_parts
       cluster_sync_relaxed();
       cluster_sync();
     }
   } else {
     registers_grow<224>();
-    consume<T, kTileN, kRightIsKn, kEnd>(args, cluster, shared, full, empty, warp - 4);
+    consume<T, kTileN, kRightIsKn, kEnd, kSplits>(args, cluster, shared, full, empty, warp - 4);
   }
 #endif
 }

@@ -152,28 +152,23 @@ struct Ring {
   }
 };
 
-/// What a block knows of its cluster.
+/// What a block knows of its cluster, which has one or two blocks.
 struct Cluster {
   uint32_t rank_m, rank_n, rank_k, parts_k, blocks;
   uint32_t other_part;             ///< the block with the other part of the sums
   uint16_t row_mask, column_mask;  ///< blocks with the same rows (left), columns (right)
   __device__ __forceinline__ explicit Cluster(const Args& args) {
     parts_k = args.cluster_k;
-    const uint32_t plane = args.cluster_m * args.cluster_n;
-    blocks = plane * parts_k;
+    blocks = args.cluster_m * args.cluster_n * parts_k;
     // %cluster_ctarank, but known to the compiler as the same for all threads: it orders wgmma one
     // by one where a branch might diverge.
-    const uint32_t rank = blockIdx.x % blocks;
-    rank_k = rank / plane;
-    rank_m = rank % plane % args.cluster_m;
-    rank_n = rank % plane / args.cluster_m;
-    other_part = (rank + plane) % blocks;
-    row_mask = column_mask = 0;
-    for (uint32_t i = 0; i < plane; ++i) {
-      const uint32_t bit = 1u << (rank_k * plane + i);
-      if (i % args.cluster_m == rank_m) row_mask |= bit;
-      if (i / args.cluster_m == rank_n) column_mask |= bit;
-    }
+    const uint32_t rank = blockIdx.x & (blocks - 1);
+    rank_m = args.cluster_m > 1 ? rank : 0;
+    rank_n = args.cluster_n > 1 ? rank : 0;
+    rank_k = parts_k > 1 ? rank : 0;
+    other_part = rank ^ 1;
+    row_mask = args.cluster_n > 1 ? 3 : 1 << rank;
+    column_mask = args.cluster_m > 1 ? 3 : 1 << rank;
   }
   __device__ __forceinline__ Share share(uint32_t steps) const {
     const uint32_t half = (steps + 1) / 2;
@@ -181,10 +176,10 @@ struct Cluster {
     return rank_k == 0 ? Share{0, half} : Share{half, steps};
   }
   __device__ __forceinline__ uint32_t index() const {
-    return blocks == 1 ? blockIdx.x : blockIdx.x / blocks;
+    return blockIdx.x >> (blocks - 1);
   }
   __device__ __forceinline__ uint32_t count() const {
-    return blocks == 1 ? gridDim.x : gridDim.x / blocks;
+    return gridDim.x >> (blocks - 1);
   }
   /// This cluster's tiles: runs in turn with the other clusters.
   __device__ __forceinline__ uint32_t first_tile(const Args& args) const {

@@ -125,6 +125,27 @@ __device__ __forceinline__ void scale_rows(
   for (int i = 0; i < kTileN / 2; ++i) d[i] *= i % 4 < 2 ? low : high;
 }
 
+/// Factors, bias and rotation of 16-bit results.
+template <typename T, int kTileN>
+__device__ __forceinline__ void finish_terms(
+    float (&d)[kTileN / 2],
+    const Args& args,
+    const ProblemArgs& problem,
+    uint32_t warp_row,
+    uint32_t n0,
+    uint32_t boxes,
+    uint32_t in_ring) {
+  if (warp_row >= args.m) return;
+  const uint32_t row = warp_row + threadIdx.x % 32 / 4, column = n0 + threadIdx.x % 4 * 2;
+  if (problem.row_factors != nullptr) scale_rows<kTileN>(d, problem.row_factors, args.m, row);
+#pragma unroll
+  for (int b = 0; b < kTileN / 64; ++b) {
+    add_bias(&d[32 * b], problem.bias, problem.n, column + 64 * b);
+  }
+  rotate_tile<kTileN>(d, args, problem, row);
+  store_tile<T, kTileN>(d, args, problem, warp_row, n0, boxes, in_ring);
+}
+
 /// Factors, bias, residual or rotation.
 template <typename T, int kTileN>
 __device__ __forceinline__ void add_terms(
@@ -284,11 +305,12 @@ class ActShrink {
 };
 
 /// act of the rounded sums to its boxes. The matrix unit takes a slice while the next is made.
-template <typename T, bool kShrinks>
+template <typename T>
 __device__ __forceinline__ void make_act(
     const float (&d)[128],
     uint32_t (&act)[8][4],
     uint32_t boxes,
+    bool shrinks,
     ActShrink& shrink,
     uint32_t shrink_right) {
 #pragma unroll
@@ -303,7 +325,7 @@ __device__ __forceinline__ void make_act(
     }
     const uint32_t to = boxes + k / 4 * kWarpBoxBytes + box_place(k % 4 * 2);
     store_matrix_x4(to, act[k][0], act[k][1], act[k][2], act[k][3]);
-    if constexpr (kShrinks) shrink.multiply_first<T>(k, act[k], shrink_right);
+    if (shrinks) shrink.multiply_first<T>(k, act[k], shrink_right);
   }
 }
 
@@ -333,11 +355,7 @@ __device__ __forceinline__ void finish_swiglu(
   __syncwarp();
   if (writes_both) put_box<T>(d, in_ring);
   uint32_t act[8][4];
-  if (s.parts) {
-    make_act<T, true>(d, act, boxes, shrink, shrink_right);
-  } else {
-    make_act<T, false>(d, act, boxes, shrink, shrink_right);
-  }
+  make_act<T>(d, act, boxes, s.parts != nullptr, shrink, shrink_right);
   async_proxy_fence();
   __syncwarp();
   const bool second = n0 + 64 < problem.n;

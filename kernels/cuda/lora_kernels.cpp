@@ -207,6 +207,10 @@ class Linear {
     group.m = m_;
     group.dtype = group.out_dtype = dtype_;
     group.right_is_kn = right_is_kn;
+    group.right0_ready = context_.weights_ready;
+    for (int i = 0; i < count_; ++i) {
+      group.right0_ready = group.right0_ready && !needs_dense_copy(dtype_, branches_[i].weight);
+    }
     if (gemm_flag_count(m_) <= METAL_LORA_CUDA_COUNTERS) group.flags = context_.counters;
     return group;
   }

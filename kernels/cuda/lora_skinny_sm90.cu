@@ -68,6 +68,7 @@ struct SkinnyArgs {
   uint32_t m = 0, k = 0;
   uint32_t parts = 1;                    ///< of k: blocks of a cluster
   uint32_t stages = 0, stage_bytes = 0;  ///< W, x, A
+  bool w_ready = false;                  ///< GemmGroup::right0_ready
 };
 
 /// Where a block stands, and its share of the work.
@@ -88,9 +89,13 @@ template <uint32_t kTokens>
 __device__ __forceinline__ void produce_stages(
     const SkinnyArgs& args, const SkinnyPlace& place, const Ring& ring) {
   const SkinnyProblem& problem = args.problem[place.problem];
-  prefetch(problem.w, place.steps, place.n0, kEarly);
+  uint32_t filled = 0;
+  if (args.w_ready) {
+    filled = fill<kTokens>(ring, place.steps, problem.w, place.n0, problem.rank_columns);
+  } else {
+    prefetch(problem.w, place.steps, place.n0, kEarly);
+  }
   dependency_wait();
-  const auto nothing = [](uint32_t) {};
   produce<kTokens>(
       ring,
       place.steps,
@@ -99,7 +104,7 @@ __device__ __forceinline__ void produce_stages(
       args.x,
       problem.a,
       problem.rank_columns,
-      nothing);
+      filled);
   // Not before: what the next kernel asks L2 for ahead would be gone when it is wanted.
   dependents_launch();
 }
@@ -375,6 +380,7 @@ void skinny_with_parts(const Context& context, const GemmGroup& group, uint32_t 
   SkinnyArgs args;
   args.m = group.m;
   args.parts = parts;
+  args.w_ready = group.right0_ready;
   for (int i = 0; i < group.problems; ++i) fill_problem(args.problem[i], group, group.problem[i]);
   const GemmPair& base = group.problem[0].pair[0];
   args.k = base.k;

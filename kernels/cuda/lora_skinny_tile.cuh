@@ -50,8 +50,28 @@ __device__ __forceinline__ void prefetch(
   }
 }
 
-/// One thread: every stage. rank_columns > 0: with as many rows of A. begin(step) comes before it.
-template <uint32_t kTokens, typename Begin>
+/// Fills stages with W before the wait, as many as there are: their number.
+template <uint32_t kTokens>
+__device__ __forceinline__ uint32_t fill(
+    const Ring& ring,
+    const Steps& steps,
+    const CUtensorMap& w_map,
+    uint32_t n0,
+    uint32_t rank_columns) {
+  const uint32_t bytes = (kRows + kTokens + rank_columns) * 128;
+  const uint32_t filled = min(ring.count, steps.count);
+  for (uint32_t s = 0; s < filled; ++s) {
+    const uint32_t full = ring.barriers + 16 * s;
+    barrier_expect(full, bytes);
+    tensor_load(
+        ring.stages + s * ring.stage_bytes, &w_map, full, (steps.first + s) * kStepK, n0);
+  }
+  return filled;
+}
+
+/// One thread: every stage; the first `filled` have their W. rank_columns > 0: with as many rows of
+/// A.
+template <uint32_t kTokens>
 __device__ __forceinline__ void produce(
     const Ring& ring,
     const Steps& steps,
@@ -60,16 +80,17 @@ __device__ __forceinline__ void produce(
     const CUtensorMap& x_map,
     const CUtensorMap& a_map,
     uint32_t rank_columns,
-    const Begin& begin) {
+    uint32_t filled) {
   const uint32_t bytes = (kRows + kTokens + rank_columns) * 128;
   uint32_t stage = 0, parity = 1;
   for (uint32_t s = 0; s < steps.count; ++s) {
     const uint32_t full = ring.barriers + 16 * stage, w = ring.stages + stage * ring.stage_bytes;
     const uint32_t x = w + kRows * 128, k0 = (steps.first + s) * kStepK;
-    begin(s);
-    barrier_wait(full + 8, parity);
-    barrier_expect(full, bytes);
-    tensor_load(w, &w_map, full, k0, n0);
+    if (s >= filled) {
+      barrier_wait(full + 8, parity);
+      barrier_expect(full, bytes);
+      tensor_load(w, &w_map, full, k0, n0);
+    }
     tensor_load(x, &x_map, full, k0, 0);
     if (rank_columns > 0) tensor_load(x + kTokens * 128, &a_map, full, k0, 0);
     if (++stage == ring.count) stage = 0, parity ^= 1;

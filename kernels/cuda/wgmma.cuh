@@ -254,6 +254,14 @@ __device__ __forceinline__ float4 load_remote(uint32_t shared, uint32_t rank) {
       : "memory");
   return v;
 }
+__device__ __forceinline__ void store_shared2(uint32_t shared, float a, float b) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared), "f"(a), "f"(b) : "memory");
+}
+__device__ __forceinline__ float load_shared(uint32_t shared) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(shared) : "memory");
+  return v;
+}
 __device__ __forceinline__ void add_shared(float* v, uint32_t shared) {
   float a, b, c, d;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
