@@ -54,6 +54,7 @@ constexpr Form kForms[] = {
     {"128x256", 256, 1, 1, 1, 720, 700},
     {"128x192, cluster 2x1", 192, 2, 1, 1, 555, 500},
     {"128x192", 192, 1, 1, 1, 560, 500},
+    {"128x176, cluster 2x1", 176, 2, 1, 1, 512, 500},
     {"128x128, cluster 2x1", 128, 2, 1, 1, 365, 700},
     {"128x128, cluster 1x2", 128, 1, 2, 1, 390, 700},
     {"128x128", 128, 1, 1, 1, 390, 700},
@@ -111,6 +112,7 @@ bool fits(const Context& context, const GemmGroup& group, const Form& form) {
   for (int i = 0; i < group.problems; ++i) {  // whole heads a tile
     if (group.problem[i].rope && form.tile_n % group.problem[i].head_dim != 0) return false;
   }
+  if (form.tile_n % 64 != 0 && end_of(group, form) != GemmEnd::store) return false;
   if (group.shrinks > 0 && (form.cluster_k > 1 || form.cluster_n > 1)) return false;
   return form.cluster_k == 1 ||
          tiles_of(group, form) * form.cluster_m * form.cluster_n * form.cluster_k <=

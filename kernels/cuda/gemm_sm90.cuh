@@ -103,7 +103,7 @@ __device__ __forceinline__ void produce(
   Ring<L::kStages> ring;
   bool waited = false;
   const uint32_t left_rows = args.tile_rows / args.cluster_n;
-  const uint32_t stage_bytes = L::kRightBytes + args.tile_rows * 128;
+  const uint32_t stage_bytes = (kRightIsKn ? L::kRightBytes : kTileN * 128) + args.tile_rows * 128;
   const uint32_t right_rows = (kRightIsKn ? kStepK : kTileN) / args.cluster_m;
   for_each_shrink(args, cluster, [&](const ShrinkArgs& shrink, uint32_t block) {
     if (!waited) dependency_wait();
@@ -163,7 +163,7 @@ __device__ __forceinline__ void produce(
         const uint32_t part = cluster.rank_m * right_rows;
         if constexpr (kRightIsKn) {
 #pragma unroll
-          for (int j = 0; j < kTileN / 64; ++j) {
+          for (int j = 0; j < L::kRightBoxes; ++j) {
             load_box(
                 right + j * kBoxBytes + part * 128,
                 right_map,

@@ -91,11 +91,12 @@ struct Layout {
                                    : kEnd == GemmEnd::swiglu_backward ? kTileN / 32
                                                                       : 0;
   static constexpr int kLeftBytes = kTileM * kStepK * 2;
-  static constexpr int kRightBytes = kTileN * kStepK * 2;
+  static constexpr int kRightBoxes = (kTileN + 63) / 64;  ///< of 64 columns, whole ones
+  static constexpr int kRightBytes = kRightBoxes * kBoxBytes;
   static constexpr int kStageBytes = kLeftBytes + kRightBytes;
   /// Steps of a narrow tile (128 x 64) in a stage.
   static constexpr int kShrinkSteps = kTileN == 256 ? 2 : 1;
-  static constexpr int kStages = kEndBoxes == 4 ? 5 : kTileN >= 192 ? 4 : kTileN == 128 ? 6 : 8;
+  static constexpr int kStages = kEndBoxes == 4 ? 5 : kTileN > 128 ? 4 : kTileN == 128 ? 6 : 8;
   /// Boxes of results of each warp: a tile's, less where there is no room. Then one more lies in
   /// the tile's last stage, see store_tile.
   static constexpr int kStoreBoxes = kEndBoxes > 0 ? kEndBoxes : kTileN == 256 ? 2 : kTileN / 64;

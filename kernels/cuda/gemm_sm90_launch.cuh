@@ -44,6 +44,9 @@ void launch_width(const Context& context, int tile_n, const Args& args) {
       return launch<T, 256, kRightIsKn, kEnd>(context, args);
     case 192:
       return launch<T, 192, kRightIsKn, kEnd>(context, args);
+    case 176:
+      if constexpr (kEnd == GemmEnd::store) return launch<T, 176, kRightIsKn, kEnd>(context, args);
+      [[fallthrough]];
     case 128:
       return launch<T, 128, kRightIsKn, kEnd>(context, args);
     default:

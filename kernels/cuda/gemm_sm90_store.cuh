@@ -143,8 +143,8 @@ __device__ __forceinline__ uint2 trade(uint2 part) {
   return odd ? make_uint2(got, part.y) : make_uint2(part.x, got);
 }
 
-/// The same box straight to memory.
-template <typename T>
+/// The same box straight to memory, or its first kColumns.
+template <typename T, int kColumns = 64>
 __device__ __forceinline__ void store_sectors(
     const float* d,
     void* out,
@@ -156,6 +156,7 @@ __device__ __forceinline__ void store_sectors(
   const Sectors<T> at(static_cast<T*>(out), stride, m, n, warp_row, column);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
+    if (i % 4 * 16 >= kColumns) continue;
     const float* from = &d[sector_sum(i)];
     const uint2 part = trade({pack2<T>(from[0], from[1]), pack2<T>(from[4], from[5])});
     if (at.there(i)) *at.address(i) = part;
@@ -165,7 +166,8 @@ __device__ __forceinline__ void store_sectors(
 /// One warp's 16 rows of a tile to `out`, 16-bit, n a multiple of 8: through shared memory by the
 /// copy engine, without a wait for it, so that the matrix unit does not wait either. The box of
 /// columns 0 … 63 of a 256-wide tile lies in the tile's last stage, where it takes the rows of the
-/// left operand that this warp alone multiplied; columns 192 … 255 have no room and go directly.
+/// left operand that this warp alone multiplied; columns 192 … 255 have no room and go directly, as
+/// do those of a narrower tile's last box that is not whole.
 /// One fence for all boxes: a fence a box was a third of the epilogue's 2300 cycles.
 template <typename T, int kTileN>
 __device__ __forceinline__ void store_tile(
@@ -195,9 +197,9 @@ __device__ __forceinline__ void store_tile(
       if (n0 + 64 * b < problem.n) tensor_store(map, address(b), n0 + 64 * b, warp_row);
     }
   }
-  if constexpr (kBoxes < kTileN / 64) {
-    static_assert(kBoxes + 1 == kTileN / 64);
-    store_sectors<T>(
+  if constexpr (kBoxes < L::kRightBoxes) {
+    static_assert(kBoxes + 1 == L::kRightBoxes && kTileN % 16 == 0);
+    store_sectors<T, kTileN - 64 * kBoxes>(
         &d[32 * kBoxes],
         problem.out,
         problem.out_stride,

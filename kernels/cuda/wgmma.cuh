@@ -309,6 +309,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t l
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define METAL_LORA_F32(i) \
   METAL_LORA_F8(i), METAL_LORA_F8(i + 8), METAL_LORA_F8(i + 16), METAL_LORA_F8(i + 24)
+#define METAL_LORA_F24(i) METAL_LORA_F8(i), METAL_LORA_F8(i + 8), METAL_LORA_F8(i + 16)
 #define METAL_LORA_F16(i) METAL_LORA_F8(i), METAL_LORA_F8(i + 8)
 #define METAL_LORA_D16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define METAL_LORA_D32                                                             \
@@ -318,6 +319,10 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t l
   METAL_LORA_D32                                                                          \
   ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52," \
   "%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define METAL_LORA_D88                                                        \
+  METAL_LORA_D64                                                              \
+  ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81," \
+  "%82,%83,%84,%85,%86,%87"
 #define METAL_LORA_D96                                                        \
   METAL_LORA_D64                                                              \
   ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81," \
@@ -342,7 +347,9 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t l
 template <typename T, int kRightMajorN, int kCount>
 __device__ __forceinline__ void wgmma(
     float (&d)[kCount], uint64_t left, uint64_t right, int accumulate) {
-  static_assert(kCount == 16 || kCount == 32 || kCount == 64 || kCount == 96 || kCount == 128);
+  static_assert(
+      kCount == 16 || kCount == 32 || kCount == 64 || kCount == 88 || kCount == 96 ||
+      kCount == 128);
   constexpr bool kBf16 = std::is_same_v<T, bf16>;
   if constexpr (kCount == 16) {
     if constexpr (kBf16) {
@@ -363,6 +370,32 @@ __device__ __forceinline__ void wgmma(
     } else {
       METAL_LORA_WGMMA(
           128, "f16", METAL_LORA_D64, 64, 65, 66, 67, METAL_LORA_F32(0), METAL_LORA_F32(32));
+    }
+  } else if constexpr (kCount == 88) {
+    if constexpr (kBf16) {
+      METAL_LORA_WGMMA(
+          176,
+          "bf16",
+          METAL_LORA_D88,
+          88,
+          89,
+          90,
+          91,
+          METAL_LORA_F32(0),
+          METAL_LORA_F32(32),
+          METAL_LORA_F24(64));
+    } else {
+      METAL_LORA_WGMMA(
+          176,
+          "f16",
+          METAL_LORA_D88,
+          88,
+          89,
+          90,
+          91,
+          METAL_LORA_F32(0),
+          METAL_LORA_F32(32),
+          METAL_LORA_F24(64));
     }
   } else if constexpr (kCount == 96) {
     if constexpr (kBf16) {
@@ -424,10 +457,12 @@ __device__ __forceinline__ void wgmma(
 #undef METAL_LORA_WGMMA
 #undef METAL_LORA_D128
 #undef METAL_LORA_D96
+#undef METAL_LORA_D88
 #undef METAL_LORA_D64
 #undef METAL_LORA_D32
 #undef METAL_LORA_D16
 #undef METAL_LORA_F32
+#undef METAL_LORA_F24
 #undef METAL_LORA_F16
 #undef METAL_LORA_F8
 
