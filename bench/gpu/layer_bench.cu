@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "bench/gpu/bench.cuh"
+#include "kernels/cuda/lora_skinny.h"
 
 using namespace metal_lora;
 namespace mlc = metal_lora::cuda;
@@ -123,13 +124,13 @@ void bench_layers(uint32_t k, uint32_t n, uint32_t rank, const std::vector<uint3
   auto* dy = device.normal<mlc::bf16>(size_t{most} * n, 1.0f);
   auto* y = device.normal<mlc::bf16>(size_t{most} * n, 1.0f);
   auto* dx = device.normal<mlc::bf16>(size_t{most} * k, 1.0f);
-  auto* u = device.normal<float>(size_t{most} * rank, 1.0f);
+  auto* low = device.normal<mlc::bf16>(size_t{most} * mlc::low_stride(rank), 1.0f);
   auto* da = device.normal<float>(size_t{rank} * k, 1.0f);
   auto* db = device.normal<float>(size_t{rank} * n, 1.0f);
   int at = 0;
   for (uint32_t m : tokens) {
     const Case shape{k, n, rank, m};
-    device.context.weights_ready = m <= mlc::kVectorMaxTokens;  // as in a decode step's graph
+    device.context.weights_ready = m <= mlc::kSkinnyMaxTokens;  // as in a decode step's graph
     const auto next = [&](const auto& list) -> const auto& {
       return list[++at % list.size()];
     };
@@ -175,10 +176,9 @@ void bench_layers(uint32_t k, uint32_t n, uint32_t rank, const std::vector<uint3
            },
            [&](int) {
              auto b = branch_of(next(dense), lora[at % copies], y);
-             b.u = u;
+             b.low = low;
              forward_of(device.context, shape, x, b);
              b.dy = dy;
-             b.u_saved = u;
              b.da = da;
              b.db = db;
              mlc::lora_linear_backward(device.context, m, k, DType::bf16, x, &b, 1, dx);

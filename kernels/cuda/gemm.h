@@ -126,6 +126,9 @@ struct GemmGroup {
   /// lora_skinny only: no kernel that may still run writes the first pairs' right (W), so that a
   /// block may fill its stages with it before it waits for the kernels ahead.
   bool right0_ready = false;
+  /// gemm_sm90 only: the next kernel may be placed when every block of this one has waited for
+  /// those ahead, not before: what they wrote, it may read without a wait of its own.
+  bool late_dependents = false;
   int problems = 0;
   GemmProblem problem[kMaxProblems];
   GemmEnd end = GemmEnd::plain;

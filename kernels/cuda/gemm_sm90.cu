@@ -15,21 +15,31 @@
 //   v2  675, 481  arrivals of the default scope; straight groups of wgmma
 //   v3  720, 530  a warp stores its rows alone, without a barrier of the warpgroup; k in two
 //   v4  740, 520  one fence for all boxes of a tile, no wait for the copy engine's reads
+//   v5  a kernel for each of the common ends, u's end a loop, k in parts apart: 30 to 62 KB of
+//       instructions instead of 65 to 168. What counts is a chain: a launch whose instructions lie
+//       in no cache waits for them. µs of two products in turns (y, then dx; cuBLAS's the same
+//       way), no adapter: 512 x 4096 x 4096 63.0 -> 56.1 (54.0); 4096 x 2048 x 2048 119 -> 104.6
+//       (105.8); one of them alone 29.1 -> 28.2 and 55.8 -> 53.0. Rank 16, y with u and dx with v,
+//       66.5 -> 55.9. Tiles of 128x176, two waves of 126 clusters at 512 x 4096 x 11008: 81.7 ->
+//       75.4 alone.
 // Tried and left: three stages of 128x256 and room for all results (-2 %: loads come late); a lead
 // of one or two steps for the first consumer (nothing: four stages do not hold it); results without
 // shared memory (-2 %); clusters of four for 128x128 with k in two (-45 %: too few fit at once); no
 // programmatic launch (-2 % to -15 % at M = 512).
-// A rank-16 pair costs 1 to 7 % of the base (a whole stage of loads, whatever its width). Where
+// A rank-16 pair costs 1 to 2 % of the base, 1 to 7 % before v5 (a whole stage of loads). Where
 // gemm_hides_shrinks, u made in the same launch costs up to 3 % more (q, k, v of 3072 columns: 7 %
 // at rank 16, 17 % at rank 64), and a shrink ahead 3 to 18 %: 1.02 of the base instead of 1.12 at
 // M = K = N = 4096 and rank 16. At M = 512, K = N = 4096, four multiprocessors without a tile make
 // u: 1.05 of the base at rank 16, 1.12 at rank 64, whose A makes them late.
 // Rows of x beyond m are not asked for: zeros cost the copy engine more than rows (M = 64,
-// N = 11008: 36.6 instead of 43.8 µs). Asking L2 for W's first steps before the wait: -3 %.
+// N = 11008: 36.6 instead of 43.8 µs). Asking L2 for W's first steps before the wait: -3 %; filling
+// the first stages with it: -3 %, too (27.1 to 27.9 µs at M = 512), x comes behind it then.
 // The main loop takes 1025 cycles a step of 128x256x64, and the matrix unit needs 1024: long
 // products run at the clock that the power allows (1.1 to 1.4 GHz seen under load, 1.98 without).
-// The next 10 % at M = 512: fixed cost (1 to 2 µs a launch over cuBLASLt), and waves that fit (k in
-// more parts); narrow tiles are at the limit of shared memory (128x64: 56 KB a step of 256 cycles).
+// The next 10 % at M = 512: the ends' and starts' 3 µs of a launch (a stage comes 1 µs after the
+// wait, the end takes 1, the next kernel's wait 0.7), two tiles of which each would hide the
+// other's end, and waves that fit (k in more parts: 512 x 8192 x 2048 takes 33.0 µs where cuBLAS
+// takes 28.7); narrow tiles are at the limit of shared memory (128x64: 56 KB a step of 256 cycles).
 #include <algorithm>
 #include <array>
 
@@ -86,9 +96,7 @@ uint32_t tiles_of(const GemmGroup& group, const Form& form) {
 /// The end of the same results in the fewest instructions. A residual comes through shared memory
 /// where there is room.
 GemmEnd end_of(const GemmGroup& group, const Form& form) {
-  if (group.end != GemmEnd::plain || form.cluster_k > 1 || group.out_dtype == DType::f32) {
-    return group.end;
-  }
+  if (group.end != GemmEnd::plain || group.out_dtype == DType::f32) return group.end;
   bool terms = false;
   int residuals = 0, others = 0;
   for (int i = 0; i < group.problems; ++i) {
@@ -98,7 +106,9 @@ GemmEnd end_of(const GemmGroup& group, const Form& form) {
     residuals += problem.residual != nullptr;
     others += problem.rope || problem.row_factors;
   }
-  if (residuals == 0) return terms ? GemmEnd::terms : GemmEnd::store;
+  if (residuals == 0 && !terms) return GemmEnd::store;
+  if (form.cluster_k > 1) return GemmEnd::plain;
+  if (residuals == 0) return GemmEnd::terms;
   const bool fits = form.tile_n == 128 && residuals == group.problems && others == 0;
   return fits ? GemmEnd::residual : GemmEnd::plain;
 }
@@ -317,6 +327,7 @@ void fill_args(
   args.cluster_k = form.cluster_k;
   args.tiles_m = ceil_div(group.m, kTileM * form.cluster_m);
   args.pair0_ready = group.pair0_ready;
+  args.late_dependents = group.late_dependents;
   args.out_f32 = group.out_dtype == DType::f32;
   if (group.m < kTileM && form.cluster_m == 1) args.tile_rows = ceil_div(group.m, 16) * 16;
   const uint32_t left_box = args.tile_rows / form.cluster_n;
@@ -352,7 +363,10 @@ void fill_shrinks(
           group.right_is_kn
               ? maps.add(part.right, from.k, part.rank, part.right_stride, kStepK)
               : maps.add(part.right, part.rank, from.k, part.right_stride, 8 * blocks);
-      to.bytes += group.right_is_kn ? kBoxBytes : blocks * 1024;
+      if (group.right_is_kn && part.rank == 8 && part.right_stride == 8 && from.k % 128 == 0) {
+        to.rows = part.right;
+      }
+      to.bytes += to.rows ? kRowsBytes : group.right_is_kn ? kBoxBytes : blocks * 1024;
       for (uint32_t b = 0; b < blocks; ++b) to.part_of_block[block + b] = to.parts;
       block += blocks;
       ++to.parts;

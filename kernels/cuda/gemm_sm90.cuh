@@ -94,6 +94,12 @@ __device__ __forceinline__ void produce_shrink(
   ring.advance();
 }
 
+/// The producer's wait.
+__device__ __forceinline__ void wait_ahead(const Args& args) {
+  dependency_wait();
+  if (args.late_dependents) dependents_launch();
+}
+
 /// One thread: every stage of every tile of this block. Blocks of a cluster that share an operand
 /// load a part each and send it to all.
 template <int kTileN, bool kRightIsKn, GemmEnd kEnd>
@@ -106,7 +112,7 @@ __device__ __forceinline__ void produce(
   const uint32_t stage_bytes = (kRightIsKn ? L::kRightBytes : kTileN * 128) + args.tile_rows * 128;
   const uint32_t right_rows = (kRightIsKn ? kStepK : kTileN) / args.cluster_m;
   for_each_shrink(args, cluster, [&](const ShrinkArgs& shrink, uint32_t block) {
-    if (!waited) dependency_wait();
+    if (!waited) wait_ahead(args);
     waited = true;
     for (uint32_t k0 = 0; k0 < shrink.k; k0 += L::kShrinkSteps * kStepK) {
       barrier_wait(empty + 8 * ring.stage, ring.parity ^ 1);
@@ -118,6 +124,11 @@ __device__ __forceinline__ void produce(
         const uint32_t left = stage + step * L::kLeftBytes;
         const uint32_t right = stage + L::kShrinkSteps * L::kLeftBytes + step * kBoxBytes;
         tensor_load(left, &args.maps[shrink.left_map], barrier, k, block * kTileM);
+        if (kRightIsKn && shrink.rows) {
+          const auto* from = static_cast<const uint8_t*>(shrink.rows) + size_t{k} * 16;
+          bulk_load(right, from, kRowsBytes, barrier);
+          continue;
+        }
         for (uint32_t i = 0; i < shrink.parts; ++i) {
           const CUtensorMap* map = &args.maps[shrink.right_map[i]];
           const uint32_t to = right + shrink.first_block[i] * 1024;
@@ -143,7 +154,7 @@ __device__ __forceinline__ void produce(
     Share share = cluster.share(problem.steps);
     for (uint32_t p = problem.first_pair; p < problem.end_pair; ++p) {
       if (!waited && !(args.pair0_ready && p == problem.first_pair)) {
-        dependency_wait();
+        wait_ahead(args);
         waited = true;
       }
       if (args.shrinks > 0 && p == problem.first_pair + 1) seen.wait(m0 / kTileM);
@@ -289,19 +300,22 @@ __device__ __forceinline__ void consume_shrinks(
     int accumulate = 0;
     uint32_t reading = 0;
     constexpr uint32_t kStageK = L::kShrinkSteps * kStepK;
+    const bool rows = kRightIsKn && shrink.rows != nullptr;
+    const uint32_t right_slice = (rows ? 16 * 16 : kRightIsKn ? 16 * 128 : 32) >> 4;
     for (uint32_t step = (shrink.k + kStageK - 1) / kStageK; step > 0; --step) {
       barrier_wait(full + 8 * ring.stage, ring.parity);
       const uint32_t stage = shared + ring.stage * L::kStageBytes;
       const uint64_t left = wgmma_descriptor(stage + warpgroup * 64 * 128, 16);
-      const uint64_t right = wgmma_descriptor(stage + L::kShrinkSteps * L::kLeftBytes, kBoxBytes);
+      const uint32_t right_at = stage + L::kShrinkSteps * L::kLeftBytes;
+      const uint64_t right =
+          rows ? wgmma_rows_descriptor(right_at) : wgmma_descriptor(right_at, kBoxBytes);
       wgmma_fence();
 #pragma unroll
       for (int i = 0; i < 4 * L::kShrinkSteps; ++i) {
-        multiply<T, 64, kRightIsKn>(
+        wgmma<T, kRightIsKn ? 1 : 0>(
             d,
-            left + i / 4 * (L::kLeftBytes >> 4),
-            right + i / 4 * (kBoxBytes >> 4),
-            i % 4,
+            left + i / 4 * (L::kLeftBytes >> 4) + i % 4 * (32 >> 4),
+            right + i / 4 * (kBoxBytes >> 4) + i % 4 * right_slice,
             i == 0 ? accumulate : 1);
       }
       wgmma_commit();
@@ -509,7 +523,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
   const uint32_t empty = full + 8 * L::kStages;
   const Cluster cluster(args);
   if (threadIdx.x == 0) {
-    dependents_launch();
+    if (!args.late_dependents) dependents_launch();
     // A stage is free when each warp of every block that shares a part of it has said so.
     const uint32_t readers = __popc(cluster.row_mask | cluster.column_mask) * 8;
     for (int i = 0; i < L::kStages; ++i) {

@@ -14,6 +14,7 @@ constexpr int kTileM = 128;
 constexpr int kStepK = 64;           ///< elements of a 128-byte swizzled row
 constexpr int kThreads = 384;        ///< producer, two consumers
 constexpr int kBoxBytes = 8192;      ///< 64 x 64 elements
+constexpr int kRowsBytes = 1024;     ///< 64 rows of 8 elements
 constexpr int kWarpBoxBytes = 2048;  ///< 16 rows of results x 64
 /// Less than a group may hold: arguments of 15 KB cost a launch up to 1 us.
 constexpr int kMaxPairs = 16;
@@ -50,7 +51,10 @@ struct ProblemArgs {
 };
 struct ShrinkArgs {
   uint32_t k = 0;
-  uint32_t bytes = 0;  ///< of a stage
+  uint32_t bytes = 0;  ///< of a step
+  /// right [k, 8] in one piece, which is copied as it lies, or null: boxes of rows of 16 bytes come
+  /// so slowly that u is late.
+  const void* rows = nullptr;
   uint16_t left_map = 0;
   uint16_t parts = 0;
   uint16_t right_map[kMaxParts];
@@ -80,6 +84,7 @@ struct Args {
   uint32_t* flags = nullptr;     ///< of each 128 rows: shrinks done; then tiles that have seen it
   uint32_t flag_count = 0;
   bool pair0_ready = false;
+  bool late_dependents = false;
   bool out_f32 = false;
 };
 

@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: MIT
 //
 // The kernels of one type. A launch that finds its instructions in no cache waits for them, 3 to
-// 7 us where one of 105 KB follows another (M = 512 and 4096, H100): so what few products want is in kernels
-// of their own.
+// 7 µs where kernels of 105 KB take turns (512 and 4096 tokens, H100): so each end that is common
+// has a kernel of its own.
 #pragma once
 
 #include "kernels/cuda/gemm_sm90.cuh"
@@ -54,12 +54,18 @@ void launch_width(const Context& context, int tile_n, const Args& args) {
   }
 }
 
+template <typename T, bool kRightIsKn, GemmEnd kEnd>
+void launch_split(const Context& context, int tile_n, const Args& args) {
+  tile_n == 256 ? launch<T, 256, kRightIsKn, kEnd, true>(context, args)
+                : launch<T, 128, kRightIsKn, kEnd, true>(context, args);
+}
+
 template <typename T, bool kRightIsKn>
 void launch_end(const Context& context, const Kernel& kernel, const Args& args) {
-  constexpr GemmEnd kPlain = GemmEnd::plain;
   if (args.cluster_k > 1) {
-    return kernel.tile_n == 256 ? launch<T, 256, kRightIsKn, kPlain, true>(context, args)
-                                : launch<T, 128, kRightIsKn, kPlain, true>(context, args);
+    return kernel.end == GemmEnd::store
+               ? launch_split<T, kRightIsKn, GemmEnd::store>(context, kernel.tile_n, args)
+               : launch_split<T, kRightIsKn, GemmEnd::plain>(context, kernel.tile_n, args);
   }
   constexpr GemmEnd kSwiglu = kRightIsKn ? GemmEnd::swiglu_backward : GemmEnd::swiglu;
   switch (kernel.end) {
@@ -85,7 +91,7 @@ void launch_end(const Context& context, const Kernel& kernel, const Args& args) 
       }
     }
   }
-  launch_width<T, kRightIsKn, kPlain>(context, kernel.tile_n, args);
+  launch_width<T, kRightIsKn, GemmEnd::plain>(context, kernel.tile_n, args);
 }
 
 template <typename T>

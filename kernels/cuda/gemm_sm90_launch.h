@@ -8,7 +8,7 @@
 
 namespace metal_lora::cuda::sm90 {
 
-/// Which of a type's kernels: with args.cluster_k > 1, GemmEnd::plain of 128 or 256 columns.
+/// Which of a type's kernels. With args.cluster_k > 1: plain or store, of 128 or 256 columns.
 struct Kernel {
   int tile_n;
   bool right_is_kn;

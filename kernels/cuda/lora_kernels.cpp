@@ -5,24 +5,29 @@
 // over y or dx: u (or v) of all branches comes from one read of x, and the product that makes the
 // base goes on summing over it, rank more columns.
 //   ladder (H100, bf16, rank 16, time over cuBLAS's base alone, graphs replayed in turns):
-//     k = n = 4096              m 64    m 128   m 256   m 512   m 4096   both ways at 4096
-//     lora_shrink, product      1.9     1.47    1.40    1.30    1.08     1.25
+//     k = n = 4096              m 64    m 128   m 256   m 512   m 4096   both ways at 512, 4096
+//     lora_shrink, product      1.9     1.47    1.40    1.30    1.08             1.25
 //     ... begun beside it       1.27    1.33    1.33    1.32
-//     u inside the product      1.40    1.45    1.34    1.10    1.01     1.12 (bf16 u and v)
+//     u inside the product      1.40    1.45    1.34    1.10    1.01     1.43    1.12
 //     lora_skinny               1.12    1.31
-//     k 4096, n 11008           1.05    1.03    1.06    1.15    1.00     1.08
-//   Rank 64 costs more where u is late: 1.20 at 64 tokens, 1.17 at 512. Both ways at 512 tokens:
-//   1.48. A u of few tokens inside the product is bound by the one multiprocessor that makes 128
-//   rows of it, k/64 steps of 250 to 330 ns; the next 10 % up to 256 tokens are those steps in
-//   parts on the multiprocessors without a tile. Backward, lora_grad's reads of x and dy are left
-//   (33 µs at k = n = 4096, 1.4 times what the memory takes), and at 512 tokens 11 µs more than its
-//   parts take alone.
+//     a kernel for each end                             1.04    1.00     1.26    1.09
+//     u kept as it is read                                               1.19
+//     gradients of few tokens                                            1.13 to 1.17
+//     k 4096, n 11008           1.05    1.03    1.06    1.06    1.00     1.10    1.06
+//   Rank 64: 1.20 at 64 tokens, 1.07 at 512, both ways there 1.12 to 1.16. Both ways at 512 tokens
+//   are 26.5 and 27.4 µs of products (cuBLAS 25.1 each) and 4 of gradients; the next 10 % would
+//   take the gradients into the end of dx's launch, which saves a start. A u of few tokens inside
+//   the product is bound by the one multiprocessor that makes 128 rows of it, k/64 steps of 250 to
+//   330 ns; up to 256 tokens those steps in parts, on the multiprocessors without a tile. Of rank 8
+//   B's rows of 16 bytes come slowly: v's are copied in one piece (dx 32 -> 30 µs at 512 tokens),
+//   those of u·Bᵀ cost 0.5 µs more than rank 16's.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/gemm_quant.h"
+#include "kernels/cuda/lora_grad_sm90.h"
 #include "kernels/cuda/lora_pack.h"
 #include "kernels/cuda/lora_plan.h"
 #include "kernels/cuda/lora_quantized.h"
@@ -33,16 +38,12 @@ namespace {
 
 constexpr size_t kMaxBranches = 4;
 constexpr uint32_t kMaxRank = 1024;
-/// From here on the gradients of a bf16 call read u and v in bf16, as the products do: a quarter
-/// of lora_grad's time (33 µs instead of 44 of 4096 tokens, k = n = 4096) against a launch: 1.50 to
-/// 1.44 of cuBLAS for both ways of 512 tokens.
-constexpr uint32_t kNarrowTokens = 512;
 
 size_t size_of(DType dtype) {
   return dtype == DType::f32 ? 4 : 2;
 }
 
-void check_call(uint32_t k, const LoraBranch* branches, size_t count) {
+void check_call(uint32_t m, uint32_t k, DType dtype, const LoraBranch* branches, size_t count) {
   if (count > kMaxBranches) {
     throw std::invalid_argument(
         "[lora_linear] branches must be at most 4 but are " + std::to_string(count));
@@ -54,6 +55,9 @@ void check_call(uint32_t k, const LoraBranch* branches, size_t count) {
       throw std::invalid_argument(
           "[lora_linear] W must be (" + std::to_string(w.n) + ", " + std::to_string(k) +
           ") but is (" + std::to_string(w.n) + ", " + std::to_string(w.k) + ")");
+    }
+    if (branches[i].low && (!keeps_low(m, dtype, rank) || !is_aligned(branches[i].low))) {
+      throw std::invalid_argument("[lora_linear] low must be null, or what keeps_low says");
     }
     if (rank > kMaxRank) {
       throw std::invalid_argument(
@@ -139,7 +143,7 @@ class Linear {
       problem.pair[problem.pairs++] = {x_, k_, o.w, k_, k_};
       if (rank(i) > 0) {
         if (inside) {
-          take_low(o, padded_rank(dtype_, rank(i)));
+          place_u(i);
           shrink.part[shrink.parts++] = {
               o.a, k_, rank(i), branch.lora.params.scale, o.low, o.low_stride, branch.u};
         }
@@ -197,9 +201,16 @@ class Linear {
   bool takes_shrinks(const GemmGroup& group) const {
     return group.shrinks > 0 && gemm_hides_shrinks(context_, group);
   }
-  void take_low(Operands& o, uint32_t columns) const {
-    o.low_stride = columns;
-    o.low = take(size_t{m_} * columns, dtype_);
+  /// u of one branch: where it is kept, or in scratch.
+  void place_u(int i) {
+    Operands& o = operands_[i];
+    o.low = branches_[i].low;
+    o.low_stride = low_stride(rank(i));
+    if (!o.low) take_low(o, rank(i));
+  }
+  void take_low(Operands& o, uint32_t rank) const {
+    o.low_stride = dtype_ == DType::f32 ? rank : low_stride(rank);
+    o.low = take(m_ * o.low_stride, dtype_);
   }
 
   GemmGroup new_group(bool right_is_kn) const {
@@ -219,7 +230,7 @@ class Linear {
 
   void pack_u(PackCall& call) {
     for (int i = 0; i < count_; ++i) {
-      if (rank(i) == 0 || !branches_[i].db) continue;
+      if (rank(i) == 0 || !branches_[i].db || branches_[i].low) continue;
       const uint32_t columns = padded_rank(dtype_, rank(i));
       operands_[i].u = pack(call, branches_[i].u_saved, DType::f32, m_, rank(i), columns);
     }
@@ -268,7 +279,9 @@ class Linear {
   /// The low-rank inputs of all branches side by side, x being read once. Ranks that are no
   /// multiple of 8 would put the next branch's columns at odd places: then one after the other.
   void shrink_x() {
-    const auto whole = [&](int i) { return rank(i) == padded_rank(dtype_, rank(i)); };
+    const auto whole = [&](int i) {
+      return rank(i) == padded_rank(dtype_, rank(i)) && !branches_[i].low;
+    };
     bool together = true;
     for (int i = 0; i < count_; ++i) together = together && whole(i);
     int first = 0;
@@ -282,8 +295,9 @@ class Linear {
     size_t stride = 0;
     for (int i = first; i < end; ++i) stride += padded_rank(dtype_, rank(i));
     if (stride == 0) return;
+    if (end == first + 1 && dtype_ != DType::f32) stride = low_stride(rank(first));
     ShrinkCall call = new_shrink(false, x_, k_);
-    call.out = take(m_ * stride, dtype_);
+    call.out = branches_[first].low ? branches_[first].low : take(m_ * stride, dtype_);
     call.out_stride = stride;
     size_t column = 0;
     for (int i = first; i < end; ++i) {
@@ -374,6 +388,7 @@ class Linear {
     if (inside && !takes_shrinks(group)) return false;
     group.pair0_ready = shrunk_;
     if (masked.shares == 0) {
+      late_ = group.late_dependents = m_ <= kFewGradTokens && can_gemm_sm90(context_, group);
       gemm(context_, group);
       return true;
     }
@@ -407,8 +422,8 @@ class Linear {
     return shrink;
   }
 
-  /// dA = scale·(dy·B)ᵀ·drop(x), dB = scale·dyᵀ·u: plain u and v lack the scale, v of the product
-  /// has it.
+  /// dA = scale·(dy·B)ᵀ·drop(x), dB = scale·dyᵀ·u: plain u and v lack the scale, those of the
+  /// products have it.
   void adapter_gradients() {
     AdapterGrad grads[2 * kMaxBranches];
     size_t used = 0;
@@ -417,7 +432,12 @@ class Linear {
       if (branches_[i].da) grads[used++] = gradient_of_a(i);
       if (branches_[i].db) grads[used++] = gradient_of_b(i);
     }
-    if (used > 0) lora_grad(context_, m_, dtype_, grads, used);
+    if (used == 0) return;
+    if (can_grad_sm90(context_, m_, dtype_, grads, used)) {
+      lora_grad_sm90(context_, m_, dtype_, grads, used, late_);
+    } else {
+      lora_grad(context_, m_, dtype_, grads, used);
+    }
   }
   AdapterGrad gradient_of_a(int i) const {
     const LoraParams& lora = branches_[i].lora.params;
@@ -433,6 +453,7 @@ class Linear {
     grad.dropout = lora.dropout;
     grad.dropout_seed = lora.dropout_seed;
     grad.grad = branches_[i].da;
+    grad.small_is_new = true;
     return grad;
   }
   AdapterGrad gradient_of_b(int i) const {
@@ -440,10 +461,16 @@ class Linear {
     const Operands& o = operands_[i];
     AdapterGrad grad;
     grad.rank = rank(i);
-    grad.factor = branch.lora.params.scale;
-    grad.small = o.u ? o.u : branch.u_saved;
-    grad.small_dtype = o.u ? dtype_ : DType::f32;
-    grad.small_stride = o.u ? padded_rank(dtype_, rank(i)) : rank(i);
+    if (branch.low) {
+      grad.small = branch.low;
+      grad.small_dtype = dtype_;
+      grad.small_stride = low_stride(rank(i));
+    } else {
+      grad.factor = branch.lora.params.scale;
+      grad.small = o.u ? o.u : branch.u_saved;
+      grad.small_dtype = o.u ? dtype_ : DType::f32;
+      grad.small_stride = o.u ? padded_rank(dtype_, rank(i)) : rank(i);
+    }
     grad.large = branch.dy;
     grad.large_stride = grad.columns = branch.weight.params.n;
     grad.grad = branch.db;
@@ -460,6 +487,8 @@ class Linear {
   Operands operands_[kMaxBranches];
   /// The kernel launched last is a shrink: x, dy and W were written before it.
   bool shrunk_ = false;
+  /// That kernel lets its dependents start when those ahead of it are over.
+  bool late_ = false;
 };
 
 }  // namespace
@@ -472,7 +501,7 @@ void lora_linear_forward(
     const void* x,
     const LoraBranch* branches,
     size_t count) {
-  check_call(k, branches, count);
+  check_call(m, k, dtype, branches, count);
   if (m == 0 || count == 0) return;
   if (m <= kVectorMaxTokens) {
     return lora_gemv(context, m, k, dtype, x, branches, count, dtype);
@@ -489,7 +518,7 @@ void lora_linear_backward(
     const LoraBranch* branches,
     size_t count,
     void* dx) {
-  check_call(k, branches, count);
+  check_call(m, k, dtype, branches, count);
   Linear(context, m, k, dtype, x, branches, count).backward(dx);
 }
 

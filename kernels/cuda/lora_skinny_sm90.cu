@@ -14,6 +14,7 @@
 //     dependents placed when a block has asked for its last stage,
 //     their first eight steps of W asked of L2 meanwhile              16.5 / 18.8
 //     a whole multiprocessor for a block's stages                     16.3 / 17.5
+//     stages filled with W ahead of the wait, where it is promised    16.0 / 17.6
 //     (32 tokens 15.7 / 16.2; 128 tokens 19.2 / 21.7, where the product takes 19.8 / 19.6)
 //   Without the adapter 14.8 us. Memory gives W in 11.2 us; rank 64 and 128 tokens are bound by
 //   what L2 gives all blocks, 7.3 TB/s: 8 KB of W a step against 8 of x and 8 of A. Start, first

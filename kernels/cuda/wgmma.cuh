@@ -304,6 +304,18 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t l
          kSwizzle128;
 }
 
+/// An MN-major operand of 8 columns, rows of 16 bytes one after the other, not swizzled. Columns 8
+/// and on are the same again.
+__device__ __forceinline__ uint64_t wgmma_rows_descriptor(uint32_t shared) {
+  return (uint64_t{(shared & 0x3ffff) >> 4}) | (uint64_t{128 >> 4} << 16);
+}
+/// An MN-major operand of one box of kColumns (16, 32 or 64) that is swizzled over its rows' bytes.
+template <uint32_t kColumns>
+__device__ __forceinline__ uint64_t wgmma_box_descriptor(uint32_t shared) {
+  constexpr uint64_t kSwizzle = kColumns == 64 ? 1 : kColumns == 32 ? 2 : 3;
+  return (uint64_t{(shared & 0x3ffff) >> 4}) | (uint64_t{kColumns} << 32) | (kSwizzle << 62);
+}
+
 #define METAL_LORA_F8(i)                                                                      \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -311,6 +323,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t l
   METAL_LORA_F8(i), METAL_LORA_F8(i + 8), METAL_LORA_F8(i + 16), METAL_LORA_F8(i + 24)
 #define METAL_LORA_F24(i) METAL_LORA_F8(i), METAL_LORA_F8(i + 8), METAL_LORA_F8(i + 16)
 #define METAL_LORA_F16(i) METAL_LORA_F8(i), METAL_LORA_F8(i + 8)
+#define METAL_LORA_D8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define METAL_LORA_D16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define METAL_LORA_D32                                                             \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
@@ -333,43 +346,50 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared, uint32_t l
   "%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104," \
   "%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121," \
   "%122,%123,%124,%125,%126,%127"
-// a, b, accumulate, transposed b are operands first … first + 3.
-#define METAL_LORA_WGMMA(n, type, list, a, b, p, t, ...)                                           \
+// a, b, accumulate, transposed a, transposed b are operands first … first + 4.
+#define METAL_LORA_WGMMA(n, type, list, a, b, p, s, t, ...)                                        \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #p                                         \
                ", 0;\n"                                                                            \
                "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" list "}, %" #a \
-               ", %" #b ", add, 1, 1, 0, %" #t ";\n}"                                              \
+               ", %" #b ", add, 1, 1, %" #s ", %" #t ";\n}"                                        \
                : __VA_ARGS__                                                                       \
-               : "l"(left), "l"(right), "r"(accumulate), "n"(kRightMajorN))
+               : "l"(left), "l"(right), "r"(accumulate), "n"(kLeftMajorM), "n"(kRightMajorN))
 
 /// d [64, 2·kCount] (+)= left [64, 16] · right, one instruction for the four warps: d's
 /// fragment is rows lane/4 and lane/4 + 8 of each warp's 16, columns 8j + 2·(lane%4) + {0, 1}.
-template <typename T, int kRightMajorN, int kCount>
+/// kLeftMajorM, kRightMajorN: 1 where the operand's rows run along m or n instead of k.
+template <typename T, int kRightMajorN, int kLeftMajorM = 0, int kCount>
 __device__ __forceinline__ void wgmma(
     float (&d)[kCount], uint64_t left, uint64_t right, int accumulate) {
   static_assert(
-      kCount == 16 || kCount == 32 || kCount == 64 || kCount == 88 || kCount == 96 ||
+      kCount == 8 || kCount == 16 || kCount == 32 || kCount == 64 || kCount == 88 || kCount == 96 ||
       kCount == 128);
   constexpr bool kBf16 = std::is_same_v<T, bf16>;
-  if constexpr (kCount == 16) {
+  if constexpr (kCount == 8) {
     if constexpr (kBf16) {
-      METAL_LORA_WGMMA(32, "bf16", METAL_LORA_D16, 16, 17, 18, 19, METAL_LORA_F16(0));
+      METAL_LORA_WGMMA(16, "bf16", METAL_LORA_D8, 8, 9, 10, 11, 12, METAL_LORA_F8(0));
     } else {
-      METAL_LORA_WGMMA(32, "f16", METAL_LORA_D16, 16, 17, 18, 19, METAL_LORA_F16(0));
+      METAL_LORA_WGMMA(16, "f16", METAL_LORA_D8, 8, 9, 10, 11, 12, METAL_LORA_F8(0));
+    }
+  } else if constexpr (kCount == 16) {
+    if constexpr (kBf16) {
+      METAL_LORA_WGMMA(32, "bf16", METAL_LORA_D16, 16, 17, 18, 19, 20, METAL_LORA_F16(0));
+    } else {
+      METAL_LORA_WGMMA(32, "f16", METAL_LORA_D16, 16, 17, 18, 19, 20, METAL_LORA_F16(0));
     }
   } else if constexpr (kCount == 32) {
     if constexpr (kBf16) {
-      METAL_LORA_WGMMA(64, "bf16", METAL_LORA_D32, 32, 33, 34, 35, METAL_LORA_F32(0));
+      METAL_LORA_WGMMA(64, "bf16", METAL_LORA_D32, 32, 33, 34, 35, 36, METAL_LORA_F32(0));
     } else {
-      METAL_LORA_WGMMA(64, "f16", METAL_LORA_D32, 32, 33, 34, 35, METAL_LORA_F32(0));
+      METAL_LORA_WGMMA(64, "f16", METAL_LORA_D32, 32, 33, 34, 35, 36, METAL_LORA_F32(0));
     }
   } else if constexpr (kCount == 64) {
     if constexpr (kBf16) {
       METAL_LORA_WGMMA(
-          128, "bf16", METAL_LORA_D64, 64, 65, 66, 67, METAL_LORA_F32(0), METAL_LORA_F32(32));
+          128, "bf16", METAL_LORA_D64, 64, 65, 66, 67, 68, METAL_LORA_F32(0), METAL_LORA_F32(32));
     } else {
       METAL_LORA_WGMMA(
-          128, "f16", METAL_LORA_D64, 64, 65, 66, 67, METAL_LORA_F32(0), METAL_LORA_F32(32));
+          128, "f16", METAL_LORA_D64, 64, 65, 66, 67, 68, METAL_LORA_F32(0), METAL_LORA_F32(32));
     }
   } else if constexpr (kCount == 88) {
     if constexpr (kBf16) {
@@ -381,6 +401,7 @@ __device__ __forceinline__ void wgmma(
           89,
           90,
           91,
+          92,
           METAL_LORA_F32(0),
           METAL_LORA_F32(32),
           METAL_LORA_F24(64));
@@ -393,6 +414,7 @@ __device__ __forceinline__ void wgmma(
           89,
           90,
           91,
+          92,
           METAL_LORA_F32(0),
           METAL_LORA_F32(32),
           METAL_LORA_F24(64));
@@ -407,6 +429,7 @@ __device__ __forceinline__ void wgmma(
           97,
           98,
           99,
+          100,
           METAL_LORA_F32(0),
           METAL_LORA_F32(32),
           METAL_LORA_F32(64));
@@ -419,6 +442,7 @@ __device__ __forceinline__ void wgmma(
           97,
           98,
           99,
+          100,
           METAL_LORA_F32(0),
           METAL_LORA_F32(32),
           METAL_LORA_F32(64));
@@ -433,6 +457,7 @@ __device__ __forceinline__ void wgmma(
           129,
           130,
           131,
+          132,
           METAL_LORA_F32(0),
           METAL_LORA_F32(32),
           METAL_LORA_F32(64),
@@ -446,6 +471,7 @@ __device__ __forceinline__ void wgmma(
           129,
           130,
           131,
+          132,
           METAL_LORA_F32(0),
           METAL_LORA_F32(32),
           METAL_LORA_F32(64),
@@ -461,6 +487,7 @@ __device__ __forceinline__ void wgmma(
 #undef METAL_LORA_D64
 #undef METAL_LORA_D32
 #undef METAL_LORA_D16
+#undef METAL_LORA_D8
 #undef METAL_LORA_F32
 #undef METAL_LORA_F24
 #undef METAL_LORA_F16

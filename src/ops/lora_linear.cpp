@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: MIT
 #include <mlx/ops.h>
 
+#include "src/launch/backend.h"
 #include "src/launch/launch.h"
 #include "src/ops/checks.h"
 #include "src/ops/entries.h"
@@ -32,6 +33,20 @@ LoraParams checked_lora(const Lora& lora, const Weight& weight) {
   return p;
 }
 
+/// How the op keeps u [tokens, u_columns]: f32, or on CUDA as its products read it.
+struct KeptU {
+  bool low = false;
+  int columns = 0;
+};
+KeptU kept_u([[maybe_unused]] uint32_t tokens, [[maybe_unused]] DType dtype, uint32_t rank) {
+#ifdef METAL_LORA_CUDA
+  if (active_backend() == Backend::cuda && cuda::keeps_low(tokens, dtype, rank)) {
+    return {true, static_cast<int>(cuda::low_stride(rank))};
+  }
+#endif
+  return {false, static_cast<int>(rank)};
+}
+
 Group checked_group(const mx::array& x, std::span<const LoraLinear> linears) {
   Group group;
   check_shape(kOp, "x", x, {-1, -1});
@@ -44,6 +59,9 @@ Group checked_group(const mx::array& x, std::span<const LoraLinear> linears) {
     }
     Branch branch{linear.weight, {}, linear.bias};
     if (linear.lora) branch.lora = checked_lora(*linear.lora, linear.weight);
+    const KeptU kept = kept_u(group.tokens, group.dtype, branch.lora.rank);
+    branch.keeps_low = kept.low;
+    branch.u_columns = kept.columns;
     if (branch.bias) {
       check_shape(kOp, "bias", *branch.bias, {linear.weight.out_features()});
       check_dtype(kOp, "bias", *branch.bias, mx::float32);
@@ -63,6 +81,27 @@ typename Views::LoraBranch kernel_branch(Views views, const Branch& branch) {
   return out;
 }
 
+template <class KernelBranch>
+void keep_u(KernelBranch& to, const Branch& branch, void* u) {
+  if constexpr (requires { to.low; }) {
+    if (branch.keeps_low) {
+      to.low = u;
+      return;
+    }
+  }
+  to.u = static_cast<float*>(u);
+}
+template <class KernelBranch>
+void use_u(KernelBranch& to, const Branch& branch, const void* u) {
+  if constexpr (requires { to.low; }) {
+    if (branch.keeps_low) {
+      to.low = const_cast<void*>(u);
+      return;
+    }
+  }
+  to.u_saved = static_cast<const float*>(u);
+}
+
 /// in: x, then A and B of each branch that has an adapter; out: y, then u where there is one.
 template <class Views, class Entry>
 void run_forward(const Group& group, Views views, Entry entry, const KernelArgs& args) {
@@ -74,7 +113,7 @@ void run_forward(const Group& group, Views views, Entry entry, const KernelArgs&
     if (branch.has_lora()) {
       b.lora.a = args.in[in++];
       b.lora.b = args.in[in++];
-      b.u = static_cast<float*>(args.out[out++]);
+      keep_u(b, branch, args.out[out++]);
     }
     branches.push_back(b);
   }
@@ -94,7 +133,7 @@ void run_backward(
     if (group.branches[i].has_lora()) {
       b.lora.a = args.in[in++];
       b.lora.b = args.in[in++];
-      b.u_saved = static_cast<const float*>(args.in[in++]);
+      use_u(b, group.branches[i], args.in[in++]);
     }
     if (wanted.adapter[i]) {
       b.da = static_cast<float*>(args.out[out++]);
@@ -174,9 +213,13 @@ Arrays reference_group(const Group& group, const Arrays& inputs) {
         branch.lora.dropout_seed};
     in += 2;
     result.push_back(reference::lora_linear(inputs[0], linear));
-    result.push_back(mx::matmul(
-        mx::astype(inputs[0], mx::float32),
-        mx::transpose(mx::astype(linear.lora->a, mx::float32))));
+    auto u = mx::matmul(
+        mx::astype(inputs[0], mx::float32), mx::transpose(mx::astype(linear.lora->a, mx::float32)));
+    if (branch.keeps_low) {
+      u = mx::astype(u * branch.lora.scale, inputs[0].dtype());
+      u = mx::pad(u, {{0, 0}, {0, branch.u_columns - u.shape(1)}});
+    }
+    result.push_back(u);
   }
   return result;
 }
@@ -193,7 +236,9 @@ Arrays lora_linear(const mx::array& x, std::span<const LoraLinear> linears) {
     if (!linears[i].lora) continue;
     forward.inputs.push_back(linears[i].lora->a);
     forward.inputs.push_back(linears[i].lora->b);
-    forward.outputs.push_back({{x.shape(0), linears[i].lora->a.shape(0)}, mx::float32});
+    const Branch& branch = group->branches[i];
+    forward.outputs.push_back(
+        {{x.shape(0), branch.u_columns}, branch.keeps_low ? x.dtype() : mx::float32});
   }
   const auto call = [group](auto views, auto entry, const KernelArgs& args) {
     run_forward(*group, views, entry, args);

@@ -19,6 +19,9 @@ struct Branch {
   Weight weight;
   LoraParams lora;
   std::optional<mlx::core::array> bias;
+  /// On CUDA u goes from forward to backward as its products read it: scaled, in x's type.
+  bool keeps_low = false;
+  int u_columns = 0;  ///< the rank, or more
   bool has_lora() const { return lora.rank > 0; }
 };
 

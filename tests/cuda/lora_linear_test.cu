@@ -37,6 +37,7 @@ struct Case {
   DType adapter_dtype;
   std::vector<BranchSpec> branches;
   bool keeps_u = true;
+  bool keeps_low = false;  ///< instead of u
 };
 
 std::string trace(const Case& c) {
@@ -75,7 +76,7 @@ struct Branch {
   Weight w;
   Array a, b, bias, residual, dy;
   std::unique_ptr<DeviceBuffer> data, scales, biases, da_in, db_in, bias_in, residual_in, dy_in;
-  std::unique_ptr<DeviceBuffer> y, u, da, db;
+  std::unique_ptr<DeviceBuffer> y, u, low, da, db;
 };
 
 std::unique_ptr<DeviceBuffer> upload(const Array& a) {
@@ -110,6 +111,7 @@ class Linear {
       b.dy_in = upload(b.dy);
       b.y = std::make_unique<DeviceBuffer>(size_t{c.m} * s.n * size);
       b.u = std::make_unique<DeviceBuffer>(size_t{c.m} * s.rank * 4);
+      b.low = std::make_unique<DeviceBuffer>(size_t{c.m} * cuda::low_stride(s.rank) * size);
       b.da = std::make_unique<DeviceBuffer>(size_t{s.rank} * c.k * 4);
       b.db = std::make_unique<DeviceBuffer>(size_t{s.n} * s.rank * 4);
       branches_.push_back(std::move(b));
@@ -129,9 +131,13 @@ class Linear {
       v.bias = b.spec.bias ? b.bias_in->get<float>() : nullptr;
       v.residual = b.spec.residual ? b.residual_in->get() : nullptr;
       v.y = b.y->get();
-      v.u = c_.keeps_u ? b.u->get<float>() : nullptr;
       v.dy = b.dy_in->get();
-      v.u_saved = b.u->get<float>();
+      if (c_.keeps_low) {
+        v.low = b.low->get();
+      } else {
+        v.u = c_.keeps_u ? b.u->get<float>() : nullptr;
+        v.u_saved = b.u->get<float>();
+      }
       v.da = b.da->get<float>();
       v.db = b.db->get<float>();
       out.push_back(v);
@@ -139,10 +145,11 @@ class Linear {
     return out;
   }
 
-  void forward() {
+  void forward(bool weights_ready = false) {
     const auto v = views();
-    cuda::lora_linear_forward(
-        device_.context(), c_.m, c_.k, c_.dtype, x_in_->get(), v.data(), v.size());
+    cuda::Context context = device_.context();
+    context.weights_ready = weights_ready;
+    cuda::lora_linear_forward(context, c_.m, c_.k, c_.dtype, x_in_->get(), v.data(), v.size());
     device_.finish();
   }
   void backward() {
@@ -161,7 +168,9 @@ class Linear {
     };
     take(*dx_);
     for (Branch& b : branches_) {
-      for (DeviceBuffer* buffer : {b.y.get(), b.u.get(), b.da.get(), b.db.get()}) take(*buffer);
+      for (DeviceBuffer* buffer : {b.y.get(), b.u.get(), b.low.get(), b.da.get(), b.db.get()}) {
+        take(*buffer);
+      }
     }
     return all;
   }
@@ -230,7 +239,16 @@ class Linear {
         r,
         [&](size_t i, size_t p) { return u.magnitude[i * r + p]; },
         [&](size_t p, size_t j) { return std::fabs(b.b.values[j * r + p]); });
-    if (c_.keeps_u) {
+    if (c_.keeps_low) {
+      const auto got = b.low->download<unsigned char>();
+      for (size_t i = 0; i < m * r; ++i) {
+        const double want = b.spec.scale * u.value[i];
+        const double error = std::fabs(b.spec.scale) * u.magnitude[i] * (adapter_e() + sum_e(k));
+        const double bound = error + (std::fabs(want) + error) * roundoff(c_.dtype) + 1e-30;
+        const size_t at = i / r * cuda::low_stride(b.spec.rank) + i % r;
+        ASSERT_NEAR(stored_value(got.data(), c_.dtype, at), want, bound) << "low " << i;
+      }
+    } else if (c_.keeps_u) {
       const auto got = b.u->download<float>();
       for (size_t i = 0; i < m * r; ++i) {
         const double bound = u.magnitude[i] * (adapter_e() + sum_e(k)) + 1e-30;
@@ -313,6 +331,19 @@ class Linear {
     }
   }
 
+  /// As the forward pass left it.
+  std::vector<double> scaled_u(const Branch& b) const {
+    std::vector<double> u(size_t{c_.m} * b.spec.rank);
+    const auto low = b.low->download<unsigned char>();
+    const auto plain = b.u->download<float>();
+    for (size_t i = 0; i < u.size(); ++i) {
+      const size_t at = i / b.spec.rank * cuda::low_stride(b.spec.rank) + i % b.spec.rank;
+      u[i] =
+          c_.keeps_low ? stored_value(low.data(), c_.dtype, at) : b.spec.scale * double{plain[i]};
+    }
+    return u;
+  }
+
   void check_adapter_gradients(const Branch& b) const {
     const size_t m = c_.m, n = b.spec.n, k = c_.k, r = b.spec.rank;
     const bool narrow = c_.dtype == DType::bf16 && c_.m >= 512;
@@ -336,18 +367,19 @@ class Linear {
       const double bound = da_size.magnitude[i] * (adapter_e() + split + sum_e(m + n)) + 1e-30;
       ASSERT_NEAR(got_da[i], da.value[i], bound) << "dA " << i;
     }
-    // u_saved is an input here: its own error is the forward pass's.
-    const auto u = b.u->download<float>();
+    // u_saved and low are inputs here: their own error is the forward pass's.
+    const std::vector<double> u = scaled_u(b);
     const Sums db = multiply(
         n,
         r,
         m,
         [&](size_t j, size_t t) { return b.dy.values[t * n + j]; },
-        [&](size_t t, size_t q) { return double{u[t * r + q]}; });
+        [&](size_t t, size_t q) { return u[t * r + q]; });
+    const double u_split = c_.keeps_low ? 0.0 : split;
     const auto got_db = b.db->download<float>();
     for (size_t i = 0; i < n * r; ++i) {
-      const double bound = std::fabs(b.spec.scale) * db.magnitude[i] * (split + sum_e(m)) + 1e-30;
-      ASSERT_NEAR(got_db[i], b.spec.scale * db.value[i], bound) << "dB " << i;
+      const double bound = db.magnitude[i] * (u_split + sum_e(m)) + 1e-30;
+      ASSERT_NEAR(got_db[i], db.value[i], bound) << "dB " << i;
     }
   }
 
@@ -455,9 +487,67 @@ TEST(CudaLoraLinear, LargeProductsMatchF64AndRepeat) {
   for (const Case& c :
        {Case{2056, 64, DType::bf16, DType::bf16, {{4360, bf16, 8, 1.5f, 0, true}}},
         Case{2056, 4360, DType::bf16, DType::bf16, {{40, bf16, 3, 0.5f}, {24, bf16, 8, 1.5f}}},
+        Case{2056, 4360, DType::bf16, DType::bf16, {{128, bf16, 8, -1.5f}}},
+        Case{2056, 4360, DType::bf16, DType::bf16, {{384, bf16, 8, 0.5f}, {40, bf16, 8, 1.5f}}},
         Case{1928, 72, DType::bf16, DType::bf16, {{2504, bf16, 5, 0.5f}, {2504, bf16, 8, 1.5f}}}}) {
     match_f64_and_repeat(c);
     if (HasFatalFailure()) return;
+  }
+}
+
+/// u as the products read it goes from one direction to the other: made inside a product, by a
+/// kernel ahead, from a dropped x, behind codes of W.
+TEST(CudaLoraLinear, KeepsScaledUBetweenItsDirections) {
+  METAL_LORA_NEEDS_GPU();
+  const auto bf16 = WeightFormat::bf16, int4 = WeightFormat::int4;
+  for (Case c :
+       {Case{2056, 64, DType::bf16, DType::bf16, {{4360, bf16, 8, 1.5f, 0, true}}},
+        Case{1928, 72, DType::bf16, DType::bf16, {{2504, bf16, 16, 0.5f}, {2504, bf16, 5, 1.5f}}},
+        Case{512, 136, DType::bf16, DType::f32, {{72, bf16, 64, -1.5f}, {40, bf16, 0, 0.0f}}},
+        Case{520, 72, DType::bf16, DType::bf16, {{40, bf16, 8, 1.5f, 0.3f}, {24, bf16, 16, 0.5f}}},
+        Case{1000, 128, DType::bf16, DType::bf16, {{264, bf16, 64, 0.5f}, {72, bf16, 24, 1.5f}}},
+        Case{512, 320, DType::bf16, DType::bf16, {{72, int4, 8, 1.5f, 0, 0, 0, 64, DType::f16}}}}) {
+    c.keeps_low = true;
+    match_f64_and_repeat(c);
+    if (HasFatalFailure()) return;
+  }
+}
+/// The gradients' kernel reads ahead of its wait, so what it reads must be there: dy is the y of a
+/// product in the same stream, without a wait of the host in between.
+TEST(CudaLoraLinear, BackwardFollowsWhatMakesItsInputs) {
+  METAL_LORA_NEEDS_GPU();
+  const auto bf16 = WeightFormat::bf16;
+  for (uint32_t rank : {8u, 16u, 64u}) {
+    Case c{512, 2048, DType::bf16, DType::bf16, {{2048, bf16, rank, 0.5f}}};
+    c.keeps_low = true;
+    Linear linear(c);
+    auto v = linear.views();
+    v[0].dy = v[0].y;
+    const cuda::Context& context = linear.device().context();
+    std::vector<std::vector<unsigned char>> want;
+    for (int run = 0; run < 6; ++run) {
+      cuda::lora_linear_forward(context, c.m, c.k, c.dtype, linear.x(), v.data(), 1);
+      if (run == 0) linear.device().finish();
+      cuda::lora_linear_backward(
+          context, c.m, c.k, c.dtype, linear.x(), v.data(), 1, linear.dx().get());
+      linear.device().finish();
+      const auto got = linear.take_results();
+      if (run == 0) want = got;
+      ASSERT_EQ(got, want) << "rank " << rank << " run " << run;
+    }
+  }
+}
+TEST(CudaLoraLinear, RefusesScaledUThatItCannotKeep) {
+  METAL_LORA_NEEDS_GPU();
+  const auto bf16 = WeightFormat::bf16;
+  for (Case c :
+       {Case{511, 64, DType::bf16, DType::bf16, {{64, bf16, 8, 1.5f}}},
+        Case{512, 64, DType::f16, DType::f16, {{64, WeightFormat::f16, 8, 1.5f}}}}) {
+    c.keeps_low = true;
+    SCOPED_TRACE(trace(c));
+    Linear linear(c);
+    EXPECT_THROW(linear.forward(), std::invalid_argument);
+    EXPECT_THROW(linear.backward(), std::invalid_argument);
   }
 }
 
@@ -477,8 +567,8 @@ TEST(CudaLoraLinear, SomeDozenTokensMatchF64AndRepeat) {
         linear.check_forward();
         if (HasFatalFailure()) return;
         const auto first = linear.take_results();
-        linear.forward();
-        ASSERT_EQ(linear.take_results(), first) << "not the same bits again";
+        linear.forward(true);
+        ASSERT_EQ(linear.take_results(), first) << "not the same bits again, with W promised";
       }
     }
   }
