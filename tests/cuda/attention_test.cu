@@ -259,6 +259,14 @@ TEST(CudaAttention, TurnsGradientsBackByTheRotation) {
   }
 }
 
+// Small enough for compute-sanitizer's racecheck.
+TEST(CudaAttention, TurnsGradientsOfFewTokensBack) {
+  METAL_LORA_NEEDS_GPU();
+  check_turned({70, 70, 2, 1, 64, 0, 0, segment_starts({31, 39}), 8}, DType::bf16);
+  check_turned({66, 66, 1, 1, 128, 0, 0, {}}, DType::f16);
+  check_turned({20, 20, 1, 1, 48, 0, 0, {}}, DType::bf16);
+}
+
 // A few queries over a cache that is longer than what is in it: the position lies on the device.
 TEST(CudaAttention, DecodesFromACache) {
   METAL_LORA_NEEDS_GPU();
