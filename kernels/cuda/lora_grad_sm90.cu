@@ -36,6 +36,7 @@ struct Grad {
   uint32_t end_tile = 0;  ///< tiles of this product and all before it
   float factor = 1.0f;
   bool transposed = false;
+  bool pairs = false;  ///< neighbouring ranks lie together, at multiples of 8 bytes
   bool large_early = false, small_early = false;  ///< may be read ahead of the wait
 };
 struct GradArgs {
@@ -51,14 +52,13 @@ __device__ __forceinline__ void store_column(
   if (column >= grad.columns) return;
   const size_t along = grad.transposed ? 1 : grad.columns;
   float* to = grad.grad + (grad.transposed ? size_t{column} * grad.rank : column);
-  const bool pairs = grad.transposed && grad.rank % 2 == 0;
 #pragma unroll
   for (uint32_t j = 0; j < kRanks / 8; ++j) {
     const uint32_t rank = 8 * j + threadIdx.x % 4 * 2;
     if (rank >= grad.rank) break;
     const float low = grad.factor * d[4 * j + 2 * half],
                 high = grad.factor * d[4 * j + 2 * half + 1];
-    if (pairs) {
+    if (grad.pairs) {
       *reinterpret_cast<float2*>(to + rank) = make_float2(low, high);
       continue;
     }
@@ -249,6 +249,7 @@ void lora_grad_sm90(
     to.rank = from.rank;
     to.factor = from.factor;
     to.transposed = from.transposed;
+    to.pairs = from.transposed && from.rank % 2 == 0 && is_aligned(from.grad, 8);
     to.large_early = read_early;
     to.small_early = read_early && !from.small_is_new;
   }

@@ -388,7 +388,8 @@ class Linear {
     if (inside && !takes_shrinks(group)) return false;
     group.pair0_ready = shrunk_;
     if (masked.shares == 0) {
-      late_ = group.late_dependents = m_ <= kFewGradTokens && can_gemm_sm90(context_, group);
+      late_ = group.late_dependents =
+          m_ <= kFewGradTokens && k_ > 0 && can_gemm_sm90(context_, group);
       gemm(context_, group);
       return true;
     }
