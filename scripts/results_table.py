@@ -99,7 +99,7 @@ def gpu_layers(rows):
             f"| {ratio(torch, tokens, 'lora_graph_us', 'base_us')} | {ratio(mlx, tokens, 'lora_us', 'base_us')} "
             f"| {both} |"
         )
-    lines += ["", "Ours up to 64 tokens as in a decode step, whose weights are known to be ready ([docs/cuda.md](docs/cuda.md))."]
+    lines += ["", "Ours up to 64 tokens with weights that are promised ready, as a decode step (up to 16 tokens) does ([docs/cuda.md](docs/cuda.md))."]
     return lines + [""]
 
 

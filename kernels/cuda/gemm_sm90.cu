@@ -20,8 +20,8 @@
 //       in no cache waits for them. µs of two products in turns (y, then dx; cuBLAS's the same
 //       way), no adapter: 512 x 4096 x 4096 63.0 -> 56.1 (54.0); 4096 x 2048 x 2048 119 -> 104.6
 //       (105.8); one of them alone 29.1 -> 28.2 and 55.8 -> 53.0. Rank 16, y with u and dx with v,
-//       66.5 -> 55.9. Tiles of 128x176, two waves of 126 clusters at 512 x 4096 x 11008: 81.7 ->
-//       75.4 alone.
+//       1.33 -> 1.03 of cuBLAS's. Tiles of 128x176, two waves of 126 clusters at 512 x 4096 x
+//       11008: 81.7 -> 75.4 alone.
 // Tried and left: three stages of 128x256 and room for all results (-2 %: loads come late); a lead
 // of one or two steps for the first consumer (nothing: four stages do not hold it); results without
 // shared memory (-2 %); clusters of four for 128x128 with k in two (-45 %: too few fit at once); no
@@ -30,7 +30,7 @@
 // gemm_hides_shrinks, u made in the same launch costs up to 3 % more (q, k, v of 3072 columns: 7 %
 // at rank 16, 17 % at rank 64), and a shrink ahead 3 to 18 %: 1.02 of the base instead of 1.12 at
 // M = K = N = 4096 and rank 16. At M = 512, K = N = 4096, four multiprocessors without a tile make
-// u: 1.05 of the base at rank 16, 1.12 at rank 64, whose A makes them late.
+// u: 1.03 of the base at rank 16, 1.05 at rank 64.
 // Rows of x beyond m are not asked for: zeros cost the copy engine more than rows (M = 64,
 // N = 11008: 36.6 instead of 43.8 µs). Asking L2 for W's first steps before the wait: -3 %; filling
 // the first stages with it: -3 %, too (27.1 to 27.9 µs at M = 512), x comes behind it then.
@@ -454,7 +454,6 @@ bool has_room(const GemmGroup& group) {
 bool can_swiglu(const GemmGroup& group) {
   const GemmSwiglu& s = group.swiglu;
   const GemmProblem& first = group.problem[0];
-  if (group.end == GemmEnd::residual) return false;
   if (group.out_dtype != group.dtype || first.n % 8 != 0 || s.stride % 8 != 0 ||
       s.act_stride % 8 != 0 || !is_aligned(s.gate) || !is_aligned(s.up) || !is_aligned(s.act)) {
     return false;
@@ -488,6 +487,10 @@ bool can_end(const GemmGroup& group) {
   switch (group.end) {
     case GemmEnd::plain:
       return true;
+    case GemmEnd::store:  // its own choices
+    case GemmEnd::terms:
+    case GemmEnd::residual:
+      return false;
     case GemmEnd::softmax:
     case GemmEnd::exponential:
       return can_softmax(group);

@@ -6,6 +6,8 @@
 // has a kernel of its own.
 #pragma once
 
+#include <stdexcept>
+
 #include "kernels/cuda/gemm_sm90.cuh"
 #include "kernels/cuda/gemm_sm90_launch.h"
 
@@ -46,7 +48,7 @@ void launch_width(const Context& context, int tile_n, const Args& args) {
       return launch<T, 192, kRightIsKn, kEnd>(context, args);
     case 176:
       if constexpr (kEnd == GemmEnd::store) return launch<T, 176, kRightIsKn, kEnd>(context, args);
-      [[fallthrough]];
+      throw std::logic_error("[gemm_sm90] tiles of 176 columns have no terms");
     case 128:
       return launch<T, 128, kRightIsKn, kEnd>(context, args);
     default:

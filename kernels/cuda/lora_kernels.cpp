@@ -13,8 +13,8 @@
 //     a kernel for each end                             1.04    1.00     1.26    1.09
 //     u kept as it is read                                               1.19
 //     gradients of few tokens                                            1.13 to 1.17
-//     k 4096, n 11008           1.05    1.03    1.06    1.06    1.00     1.10    1.06
-//   Rank 64: 1.20 at 64 tokens, 1.07 at 512, both ways there 1.12 to 1.16. Both ways at 512 tokens
+//     k 4096, n 11008           1.05    1.03    1.06    1.07    1.00     1.14    1.06
+//   Rank 64: 1.20 at 64 tokens, 1.08 at 512, both ways there 1.12 to 1.16. Both ways at 512 tokens
 //   are 26.5 and 27.4 µs of products (cuBLAS 25.1 each) and 4 of gradients; the next 10 % would
 //   take the gradients into the end of dx's launch, which saves a start. A u of few tokens inside
 //   the product is bound by the one multiprocessor that makes 128 rows of it, k/64 steps of 250 to
@@ -57,7 +57,9 @@ void check_call(uint32_t m, uint32_t k, DType dtype, const LoraBranch* branches,
           ") but is (" + std::to_string(w.n) + ", " + std::to_string(w.k) + ")");
     }
     if (branches[i].low && (!keeps_low(m, dtype, rank) || !is_aligned(branches[i].low))) {
-      throw std::invalid_argument("[lora_linear] low must be null, or what keeps_low says");
+      throw std::invalid_argument(
+          "[lora_linear] low must be null but is given for m " + std::to_string(m) + ", rank " +
+          std::to_string(rank) + ": it takes bf16, at least 512 tokens and 16-byte alignment");
     }
     if (rank > kMaxRank) {
       throw std::invalid_argument(
@@ -389,7 +391,7 @@ class Linear {
     group.pair0_ready = shrunk_;
     if (masked.shares == 0) {
       late_ = group.late_dependents =
-          m_ <= kFewGradTokens && k_ > 0 && can_gemm_sm90(context_, group);
+          k_ > 0 && makes_few_gradients() && can_gemm_sm90(context_, group);
       gemm(context_, group);
       return true;
     }
@@ -404,6 +406,14 @@ class Linear {
     gemm(context_, group);
     add_masked(context_, masked);
     return true;
+  }
+
+  /// Whether lora_grad_sm90, which reads ahead behind a late product, may come next.
+  bool makes_few_gradients() const {
+    if (!narrow() || m_ > kFewGradTokens) return false;
+    return std::any_of(branches_, branches_ + count_, [](const LoraBranch& b) {
+      return b.lora.params.rank > 0 && (b.da || b.db);
+    });
   }
 
   GemmShrink inside_shrink(int i) {
@@ -488,7 +498,7 @@ class Linear {
   Operands operands_[kMaxBranches];
   /// The kernel launched last is a shrink: x, dy and W were written before it.
   bool shrunk_ = false;
-  /// That kernel lets its dependents start when those ahead of it are over.
+  /// dx's product, launched last, lets its dependents start when the kernels ahead of it are over.
   bool late_ = false;
 };
 

@@ -48,7 +48,7 @@ bool streams(DType dtype, const WeightView& w) {
 GemmGroup product_of(uint32_t m, DType dtype, const LoraBranch& branch) {
   const void* aligned = reinterpret_cast<const void*>(256);
   const uint32_t k = branch.weight.params.k, rank = branch.lora.params.rank;
-  const size_t columns = padded_rank(dtype, rank);  // low_stride is as good
+  const size_t columns = padded_rank(dtype, rank);  // what is planned does not depend on u's stride
   GemmGroup group;
   group.m = m;
   group.dtype = group.out_dtype = dtype;

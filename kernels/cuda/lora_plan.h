@@ -2,14 +2,15 @@
 // SPDX-License-Identifier: MIT
 //
 // What a linear's kernels find as they want it and what has to be copied first. plan_linear and the
-// composition (lora_kernels.cu) ask the same questions here. Host code.
+// composition (lora_kernels.cpp) ask the same questions here. Host code.
 #pragma once
 
 #include "kernels/cuda/lora_kernels.h"
 
 namespace metal_lora::cuda {
 
-/// Columns of u, v and of the copy of B: 16 bytes' worth for the tensor cores.
+/// Columns of the copy of B, and of u and v where they lie side by side: 16 bytes' worth for the
+/// tensor cores. By themselves u and v have low_stride.
 inline uint32_t padded_rank(DType dtype, uint32_t rank) {
   return dtype == DType::f32 ? rank : (rank + 7) / 8 * 8;
 }

@@ -13,7 +13,7 @@
 //     addresses worked out for each copy   layer 214.4 us, one 25.4; 32-bit small 297.0, 33.1
 //     ... once                             layer 189.1 (92 %), one 17.6 (69 %); 204.7, 21.3
 //     32-bit small split once a block      layer 200.2 (87 %), one 20.7
-//   Up to kFewGradTokens tokens Hopper takes lora_grad_sm90.cu.
+//   Up to kFewGradTokens tokens Hopper takes lora_grad_sm90.cu where small is of 16 bits.
 //   One product alone is bound by the start and end of its few blocks (32 tiles, four to share the
 //   tokens of each); the next 10 % would take the copy engine, as in lora_shrink_sm90.cu. Rank 64
 //   from a 32-bit small: 38 us, twice the products and two stages instead of four.

@@ -11,6 +11,7 @@
 #include <initializer_list>
 
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/lora_kernels.h"
 
 namespace metal_lora::cuda {
 namespace {
@@ -18,7 +19,7 @@ namespace {
 /// Ranks are padded in the 16-bit copies, so that every row of u, v and B is whole 32-byte sectors:
 /// rows of 16 bytes are slow to load (rank 8, 4096 tokens, 1.07 B: 36.83 instead of 36.71 ms).
 uint32_t padded(uint32_t rank) {
-  return (rank + 15) / 16 * 16;
+  return low_stride(rank);
 }
 
 /// Gives out offsets.

@@ -81,6 +81,14 @@ typename Views::LoraBranch kernel_branch(Views views, const Branch& branch) {
   return out;
 }
 
+/// Forward and backward must run on one backend: u lies as its kernels read it.
+void check_u_is_plain(const Branch& branch) {
+  if (!branch.keeps_low) return;
+  throw Error(
+      ErrorCode::internal,
+      "[lora_linear] u was kept as CUDA's kernels read it, but the gradient runs on another "
+      "backend");
+}
 template <class KernelBranch>
 void keep_u(KernelBranch& to, const Branch& branch, void* u) {
   if constexpr (requires { to.low; }) {
@@ -89,6 +97,7 @@ void keep_u(KernelBranch& to, const Branch& branch, void* u) {
       return;
     }
   }
+  check_u_is_plain(branch);
   to.u = static_cast<float*>(u);
 }
 template <class KernelBranch>
@@ -99,6 +108,7 @@ void use_u(KernelBranch& to, const Branch& branch, const void* u) {
       return;
     }
   }
+  check_u_is_plain(branch);
   to.u_saved = static_cast<const float*>(u);
 }
 

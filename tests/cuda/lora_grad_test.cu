@@ -183,6 +183,7 @@ TEST_F(LoraGrad, TakesAnyShape) {
       for (uint32_t rank : {1u, 8u, 48u, 64u, 100u}) check(70, large, {{rank, 129, small}});
       check(1000, large, {{8, 576, small, true}, {8, 8, small}});
       check(1000, large, {{16, 4097, small}});
+      check(1100, large, {{16, 264, small}, {16, 136, small, true}});
     }
   }
 }

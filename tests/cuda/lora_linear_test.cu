@@ -346,7 +346,7 @@ class Linear {
 
   void check_adapter_gradients(const Branch& b) const {
     const size_t m = c_.m, n = b.spec.n, k = c_.k, r = b.spec.rank;
-    const bool narrow = c_.dtype == DType::bf16 && c_.m >= 512;
+    const bool narrow = c_.dtype == DType::bf16 && c_.m >= cuda::kNarrowTokens;
     const double split = c_.dtype == DType::f32 ? 0.0 : narrow ? 1.1 * e() : 0x1p-16;
     const auto d = dropped_x(b);
     const Sums v = v_of(b);
@@ -559,6 +559,7 @@ TEST(CudaLoraLinear, SomeDozenTokensMatchF64AndRepeat) {
     for (uint32_t m : {17u, 32u, 40u, 64u, 97u, 128u}) {
       for (const Case& c :
            {Case{m, 1096, d, d, {{264, own, 16, 1.5f, 0, true, true}}},
+            Case{m, 8192, d, d, {{264, own, 16, 1.5f}}},  // more steps than stages
             Case{m, 520, d, DType::f32, {{136, own, 64, 0.5f}}},
             Case{m, 2048, d, d, {{72, own, 8, 1.5f}, {128, own, 0, 0.0f}, {200, own, 3, -1.0f}}}}) {
         SCOPED_TRACE(trace(c));
