@@ -9,8 +9,8 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/lora_grad_sm90.h"
+#include "kernels/cuda/skinny.cuh"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/wgmma.cuh"
 
@@ -170,12 +170,15 @@ void launch_grads(const Context& context, GradArgs& args, uint32_t tiles) {
   const uint32_t room = (227 * 1024 - kOther) / kStageBytes;
   args.stages = std::min({args.steps, kMaxStages, room});
   const uint32_t bytes = args.stages * kStageBytes + kOther;
-  const auto kernel = grad_kernel<T, kGroups, kRanks>;
-  check(
-      cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+  skinny::launch(
+      context,
+      grad_kernel<T, kGroups, kRanks>,
+      tiles,
+      128 * kGroups + 32,
+      bytes,
+      1,
+      args,
       "lora_grad");
-  launch_pdl(kernel, dim3(tiles), dim3(128 * kGroups + 32), bytes, context.stream, args);
 }
 
 template <typename T, uint32_t kGroups>

@@ -14,14 +14,13 @@ bool can_grad_sm90(
     const Context& context, uint32_t m, DType large_dtype, const AdapterGrad* grads, size_t count);
 constexpr uint32_t kFewGradTokens = 1024;
 
-/// read_early: the kernel that the stream ran last lets its dependents start late (GemmGroup::
-/// late_dependents), and wrote no operand but AdapterGrad::small_is_new.
+/// The same as lora_grad.
 void lora_grad_sm90(
     const Context& context,
     uint32_t m,
     DType large_dtype,
     const AdapterGrad* grads,
     size_t count,
-    bool read_early = false);
+    bool read_early);
 
 }  // namespace metal_lora::cuda

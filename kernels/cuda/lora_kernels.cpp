@@ -443,12 +443,7 @@ class Linear {
       if (branches_[i].da) grads[used++] = gradient_of_a(i);
       if (branches_[i].db) grads[used++] = gradient_of_b(i);
     }
-    if (used == 0) return;
-    if (can_grad_sm90(context_, m_, dtype_, grads, used)) {
-      lora_grad_sm90(context_, m_, dtype_, grads, used, late_);
-    } else {
-      lora_grad(context_, m_, dtype_, grads, used);
-    }
+    if (used > 0) lora_grad(context_, m_, dtype_, grads, used, late_);
   }
   AdapterGrad gradient_of_a(int i) const {
     const LoraParams& lora = branches_[i].lora.params;

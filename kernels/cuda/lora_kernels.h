@@ -137,8 +137,15 @@ struct AdapterGrad {
   bool small_is_new = false;  ///< of the kernel that the stream ran last
 };
 /// All of one layer's in one launch (two where m is split): count ≤ 16, the same m and dtype.
+/// read_early: the kernel that the stream ran last lets its dependents start late
+/// (GemmGroup::late_dependents), and wrote no operand but AdapterGrad::small_is_new.
 void lora_grad(
-    const Context& context, uint32_t m, DType large_dtype, const AdapterGrad* grads, size_t count);
+    const Context& context,
+    uint32_t m,
+    DType large_dtype,
+    const AdapterGrad* grads,
+    size_t count,
+    bool read_early = false);
 
 /// v [m, padded_rank] = factor·dy·B, rounded once, and dB [n, rank] f32 = dyᵀ·u of linears whose dy
 /// [m, n] is read once for both. B [n, padded_rank] and u [m, padded_rank] are of dy's type; their

@@ -471,13 +471,18 @@ void launch_form(const Context& context, const Form& form, Args& args) {
 }  // namespace
 
 void lora_grad(
-    const Context& context, uint32_t m, DType large_dtype, const AdapterGrad* grads, size_t count) {
+    const Context& context,
+    uint32_t m,
+    DType large_dtype,
+    const AdapterGrad* grads,
+    size_t count,
+    bool read_early) {
   if (count > kMaxGrads) {
     throw std::invalid_argument(
         "[lora_grad] count must be at most 16 but is " + std::to_string(count));
   }
   if (count > 0 && can_grad_sm90(context, m, large_dtype, grads, count)) {
-    return lora_grad_sm90(context, m, large_dtype, grads, count);
+    return lora_grad_sm90(context, m, large_dtype, grads, count, read_early);
   }
   const auto empty = [](const AdapterGrad& g) { return g.rank == 0 || g.columns == 0 || !g.grad; };
   bool done[kMaxGrads] = {};
